@@ -1,0 +1,405 @@
+"""Put HUT layers into a model, take what they trained out of it, and merge them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import HUTBackendError
+from .nn import HUTLinear, is_conv1d
+
+_FORMAT = "hut_kernels"
+_FORMAT_VERSION = "1"
+
+# How a layer is run (`fused`) is not part of an adapter; how it is dropped out and rounded is, but
+# may differ in the model that an adapter is loaded into.
+_OPTIONS = (
+    "r",
+    "alpha",
+    "transform",
+    "offset",
+    "dropout",
+    "scale_shift",
+    "precision",
+    "factor_dtype",
+)
+_MAY_DIFFER = ("dropout", "precision")
+_FACTOR_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+# A module's hooks outlive its replacement: the dictionaries move on, so handles stay valid.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def inject(
+    model: nn.Module, target_modules: str | Collection[str], r: int = 8, **options: Any
+) -> list[str]:
+    """Replace linear layers of `model` by HUT layers, in place, and freeze everything else.
+
+    HUT layers that the model already has stay as they are, so `inject` can be called again for
+    other targets. A module that stands under several names is replaced under all of them by one
+    HUT layer, and tied weights stay tied. Hooks move to the HUT layer.
+
+    PyTorch's fused inference path of `nn.TransformerEncoder` reads the weights of its linear layers
+    by itself; it is switched off in the encoders that get HUT layers.
+
+    Args:
+        model: the model to change.
+        target_modules: names, or dot-separated ends of names, of the layers to replace; or one
+            string, a regular expression that must match the whole name.
+        r: as for `HUTLinear`.
+        **options: as for `HUTLinear.from_linear`.
+
+    Returns:
+        The names of the replaced modules.
+
+    Raises:
+        ValueError: no `nn.Linear` or Conv1D matches, a listed name is of another kind of module,
+            the output projection of an `nn.MultiheadAttention` matches, or an option is wrong. The
+            model is unchanged, as after every error.
+        TypeError: a linear layer whose class has a `forward` of its own.
+        HUTBackendError: a quantised, sharded or computed weight.
+    """
+    targets = _find_targets(model, target_modules)
+    layers: dict[nn.Module, HUTLinear] = {}
+    for name, linear in targets:
+        if linear not in layers:
+            layers[linear] = _adapt(name, linear, r, options)
+    _freeze(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced = [name for name, module in modules.items() if module in layers]
+    for linear, layer in layers.items():
+        # The very same parameters, now frozen, so that a tie outlives .to() and .half().
+        layer.weight = linear.get_parameter("weight")
+        if layer.bias is not None:
+            layer.bias = linear.get_parameter("bias")
+        _move_hooks(linear, layer)
+    for name in replaced:
+        model.set_submodule(name, layers[modules[name]])
+    _switch_off_fused_inference(model)
+    return replaced
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What the HUT layers of `model` train: `hut_A`, `hut_B`, `gamma` and `beta`, by full name.
+
+    The tensors are detached and share the parameters' storage, as in `model.state_dict()`.
+
+    Raises:
+        ValueError: the model has no HUT layer.
+    """
+    return {
+        _join(name, key): factor.detach()
+        for name, layer in _hut_layers(model).items()
+        for key, factor in layer.named_factors()
+    }
+
+
+def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
+    """Write the adapter of `model` to one safetensors file, replacing an old one as a whole.
+
+    The file's metadata holds a format version and every HUT layer's options.
+
+    Raises:
+        ValueError: the model has no HUT layer.
+    """
+    from safetensors.torch import save
+
+    tensors = {
+        # A copy each, since safetensors refuses tensors that share storage.
+        name: tensor.to("cpu", copy=True).contiguous()
+        for name, tensor in adapter_state_dict(model).items()
+    }
+    layers = {name: _options(layer) for name, layer in _hut_layers(model).items()}
+    metadata = {
+        "format": _FORMAT,
+        "format_version": _FORMAT_VERSION,
+        "layers": json.dumps(layers),
+    }
+    path = Path(file)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        draft.write_bytes(save(tensors, metadata))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
+    """Fill the HUT layers of `model` from a file of `save_adapter`, bit for bit.
+
+    The model must have the file's layers, with the file's options (`dropout`, `precision` and
+    `fused` may differ); `inject(model, target_modules, **adapter_options(file))` makes them.
+
+    Raises:
+        ValueError: the file is truncated or is no adapter, or its layers, options, shapes or types
+            are not the model's. The model is unchanged.
+        HUTBackendError: the factors of the model are on the meta device.
+    """
+    saved_layers, tensors = _read(file)
+    layers = _hut_layers(model)
+    _check_same_names("HUT layers", saved_layers, layers)
+    for name, layer in layers.items():
+        _check_same_options(name, saved_layers[name], _options(layer))
+    factors = adapter_state_dict(model)
+    _check_same_names("tensors", tensors, factors)
+    for name, factor in factors.items():
+        _check_fits(name, tensors[name], factor)
+    with torch.no_grad():
+        for name, factor in factors.items():
+            factor.copy_(tensors[name])
+
+
+def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """The layer options of an adapter file, for `inject(model, target_modules, **options)`.
+
+    Raises:
+        ValueError: the file is truncated or is no adapter, or its layers differ in their options,
+            so that one call of `inject` cannot make them.
+    """
+    layers, _ = _read(file)
+    (first, options), *others = layers.items()
+    for name, other in others:
+        if other != options:
+            raise ValueError(
+                f"the layers of {file} differ in their options, so each group needs an inject call "
+                f"of its own: {first or 'the model'} has {options}, but {name} has {other}"
+            )
+    return options | {"factor_dtype": _FACTOR_DTYPES[options["factor_dtype"]]}
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every HUT layer of `model` by a plain layer that computes the same, in place.
+
+    A merged layer is frozen and no longer tied to the layer whose weight it shared.
+
+    Returns:
+        `model`, or the plain layer where `model` is itself a HUT layer.
+    """
+    if isinstance(model, HUTLinear):
+        return _merged(model)
+    plain: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, HUTLinear):
+            if module not in plain:
+                plain[module] = _merged(module)
+            model.set_submodule(name, plain[module])
+    return model
+
+
+def _merged(layer: HUTLinear) -> nn.Module:
+    linear = layer.to_linear()
+    _move_hooks(layer, linear)
+    return linear
+
+
+def _find_targets(
+    model: nn.Module, target_modules: str | Collection[str]
+) -> list[tuple[str, nn.Module]]:
+    """The modules to replace, by name: those that match and are of a kind that can be adapted."""
+    matches = _matcher(target_modules)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    matched = [(name, module) for name, module in modules.items() if name and matches(name)]
+    if not isinstance(target_modules, str):
+        _check_listed(matched)
+    targets = [(name, module) for name, module in matched if _is_linear_like(module)]
+    if not targets:
+        raise ValueError(_no_match(modules, matched, target_modules))
+    bypassed = [
+        name
+        for name, _ in targets
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
+    ]
+    if bypassed:
+        raise ValueError(
+            f"{bypassed[0]} cannot be a HUT layer: nn.MultiheadAttention reads its weight without "
+            f"calling it, so an adapter would have no effect"
+        )
+    return targets
+
+
+def _matcher(target_modules: str | Collection[str]) -> Callable[[str], object]:
+    """A predicate on module names, by PEFT's rules."""
+    if isinstance(target_modules, str):
+        try:
+            return re.compile(target_modules).fullmatch
+        except re.error as error:
+            raise ValueError(
+                f"target_modules as one string is a regular expression, and {target_modules!r} is "
+                f"not a valid one ({error}); give names as a list"
+            ) from error
+    ends = tuple(f".{target}" for target in target_modules)
+    return lambda name: f".{name}".endswith(ends)
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    """A linear layer, quantised ones included: these are refused by name when they are adapted."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or _is_quantised(module)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """A linear layer of another library (or torch.ao) that keeps integers for its weight."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    integers = any(not tensor.is_floating_point() for tensor in own)
+    packed = callable(getattr(module, "weight", None))
+    return "Linear" in type(module).__name__ and (integers or packed)
+
+
+def _check_listed(matched: Iterable[tuple[str, nn.Module]]) -> None:
+    """A name that the user listed must not be passed over in silence; a mere container may."""
+    for name, module in matched:
+        known = _is_linear_like(module) or isinstance(module, HUTLinear)
+        if not known and list(module.parameters(recurse=False)):
+            kind = type(module).__name__
+            raise ValueError(f"{name} is a {kind}; HUT adapts nn.Linear and Conv1D only")
+
+
+def _no_match(
+    modules: dict[str, nn.Module],
+    matched: list[tuple[str, nn.Module]],
+    target_modules: str | Collection[str],
+) -> str:
+    if any(isinstance(module, HUTLinear) for _, module in matched):
+        return f"target_modules={target_modules!r} matches only modules that are HUT layers already"
+    names = [name for name, module in modules.items() if name and _is_linear_like(module)]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    candidates = ", ".join(names[:20]) + more if names else "none"
+    return (
+        f"no nn.Linear or Conv1D matches target_modules={target_modules!r} (a list of names or of "
+        f"their ends, or one regular expression for the whole name); candidates: {candidates}"
+    )
+
+
+def _adapt(name: str, linear: nn.Module, r: int, options: dict[str, Any]) -> HUTLinear:
+    try:
+        return HUTLinear.from_linear(linear, r, **options)
+    except (TypeError, ValueError, HUTBackendError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _freeze(model: nn.Module) -> None:
+    hut = {p for m in model.modules() if isinstance(m, HUTLinear) for p in m.parameters()}
+    for parameter in model.parameters():
+        if parameter not in hut:
+            parameter.requires_grad_(False)
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    for name in _HOOKS:
+        vars(new)[name] = vars(old)[name]
+
+
+def _switch_off_fused_inference(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_hut(module):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and _has_hut(module):
+            module.use_nested_tensor = False
+
+
+def _has_hut(module: nn.Module) -> bool:
+    return any(isinstance(child, HUTLinear) for child in module.modules())
+
+
+def _hut_layers(model: nn.Module) -> dict[str, HUTLinear]:
+    """The HUT layers by name, each once; names as they were before any torch.compile."""
+    layers = {
+        name.replace("_orig_mod.", "").removesuffix("_orig_mod"): module
+        for name, module in model.named_modules()
+        if isinstance(module, HUTLinear)
+    }
+    if not layers:
+        raise ValueError("the model has no HUT layer: call inject first")
+    return layers
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _options(layer: HUTLinear) -> dict[str, Any]:
+    options = {key: getattr(layer, key) for key in _OPTIONS if key != "factor_dtype"}
+    return options | {"factor_dtype": str(layer.hut_A.dtype).removeprefix("torch.")}
+
+
+def _read(file: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The options of every layer, and the tensors, of an adapter file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            keys = opened.keys()
+            tensors = {key: opened.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated, or not a safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{file} is not a hut_kernels adapter: format={metadata.get('format')!r}")
+    version = metadata.get("format_version")
+    if version != _FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has adapter format version {version}; this hut_kernels reads {_FORMAT_VERSION}"
+        )
+    return _parse_layers(file, metadata.get("layers", "")), tensors
+
+
+def _parse_layers(file: str | os.PathLike[str], text: str) -> dict[str, dict[str, Any]]:
+    try:
+        layers = json.loads(text)
+        well_formed = bool(layers) and all(
+            set(options) == set(_OPTIONS) and options["factor_dtype"] in _FACTOR_DTYPES
+            for options in layers.values()
+        )
+    except (ValueError, TypeError, AttributeError):
+        well_formed = False
+    if not well_formed:
+        raise ValueError(f"{file} has no readable layer options in its metadata")
+    return layers
+
+
+def _check_same_names(what: str, saved: Collection[str], present: Collection[str]) -> None:
+    missing = sorted(set(saved) - set(present))
+    unexpected = sorted(set(present) - set(saved))
+    if missing or unexpected:
+        raise ValueError(
+            f"the {what} of the file are not the model's: only in the file {missing[:5]}, only in "
+            f"the model {unexpected[:5]} (first 5 of {len(missing)} and {len(unexpected)})"
+        )
+
+
+def _check_same_options(name: str, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    for key in _OPTIONS:
+        if key not in _MAY_DIFFER and saved[key] != present[key]:
+            raise ValueError(
+                f"{name or 'the layer'} has {key}={present[key]!r}, but the file {saved[key]!r}: "
+                f"inject with **adapter_options(file), or move the factors to the file's type"
+            )
+
+
+def _check_fits(name: str, saved: Tensor, present: Tensor) -> None:
+    if present.is_meta:
+        raise HUTBackendError(f"{name} is on the meta device: materialise the model first")
+    if saved.shape != present.shape or saved.dtype != present.dtype:
+        raise ValueError(
+            f"{name} has shape {tuple(present.shape)} and {present.dtype}, but in the file "
+            f"{tuple(saved.shape)} and {saved.dtype}"
+        )

@@ -1,0 +1,218 @@
+"""Which backend runs a call: what is available here, and why the rest is not."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import planner
+from .definition import PRECISIONS, TRANSFORMS
+from .errors import HUTBackendError
+from .planner import Plan
+
+BACKENDS = ("auto", "torch", "triton", "cuda")
+
+
+def backends() -> dict[str, dict[str, object]]:
+    """What can run here, for bug reports.
+
+    Returns:
+        For each of `torch`, `triton` and `cuda`: `available` (bool), `reason` (why not, or on what
+        it runs) and, where there is one, `version`.
+    """
+    missing = _triton_missing() or _no_device()
+    return {
+        "torch": {
+            "available": True,
+            "reason": "runs on every device of PyTorch",
+            "version": torch.__version__,
+        },
+        "triton": {
+            "available": missing is None,
+            "reason": missing or ("interpreter, on the CPU" if interpreting() else "CUDA device"),
+            "version": _version("triton"),
+        },
+        "cuda": {"available": False, "reason": _extension_missing(), "version": None},
+    }
+
+
+def choose(name: str, tensors: Sequence[Tensor]) -> str:
+    """The backend that runs a call: `torch`, `triton` or `cuda`.
+
+    Args:
+        name: One of `BACKENDS`.
+        tensors: The arguments, all on one device.
+
+    Raises:
+        ValueError: An unknown name.
+        HUTBackendError: An explicit backend that cannot run here.
+        TypeError: float64 on an explicit backend other than torch.
+    """
+    device = tensors[0].device
+    if name == "auto":
+        usable = (
+            device.type == "cuda"
+            and not _any_float64(tensors)
+            and _triton_missing() is None
+            and _device_missing(device.index) is None
+        )
+        return "triton" if usable else "torch"
+    if name == "torch":
+        return name
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    missing = _extension_missing() if name == "cuda" else _triton_unusable(device)
+    if missing:
+        raise HUTBackendError(f'backend="{name}" cannot run here: {missing}')
+    if _any_float64(tensors):
+        raise TypeError(f'backend="{name}" has no float64; use backend="torch" or float32')
+    return name
+
+
+def explain(
+    N: int,
+    in_features: int,
+    out_features: int,
+    r: int,
+    *,
+    dtype: torch.dtype,
+    device_name: str | None = None,
+    weight_dtype: torch.dtype | None = None,
+    transform: str = "low_rank",
+    precision: str = "merged",
+) -> Plan:
+    """The strategy that would run, with its operations, bytes and workspace; needs no GPU.
+
+    Args:
+        N: Tokens.
+        in_features, out_features, r: The layer.
+        dtype: The compute type.
+        device_name: A known GPU by (part of) its name, such as `"A100"` or `"RTX 4090"`, or
+            `"cpu"`; None means this machine's own device.
+        weight_dtype: W0's type; None means `dtype`.
+        transform, precision: As in `hut_linear`.
+
+    Returns:
+        A `Plan`; `str(plan)` is a readable table.
+
+    Raises:
+        ValueError: A size below 0, r below 1, an unknown option, an unknown device.
+    """
+    sizes = {"N": N, "in_features": in_features, "out_features": out_features}
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{name} must not be negative; got {size}")
+    if r < 1:
+        raise ValueError(f"r must be at least 1; got {r}")
+    if transform not in TRANSFORMS or precision not in PRECISIONS:
+        raise ValueError(
+            f"transform must be one of {', '.join(TRANSFORMS)} and precision one of "
+            f"{', '.join(PRECISIONS)}; got {transform!r}, {precision!r}"
+        )
+    device = planner.find_device(device_name) if device_name is not None else _own_device()
+    problem = planner.Problem(
+        N,
+        in_features,
+        out_features,
+        r,
+        dtype_name(dtype),
+        dtype_name(weight_dtype or dtype),
+        aligned=in_features % 16 == 0 and out_features % 16 == 0,
+        transform=transform,
+        precision=precision,
+    )
+    on_torch = device == planner.CPU or dtype == torch.float64
+    return planner.plan(problem, device, "torch" if on_torch else "triton")
+
+
+def _own_device() -> planner.Device:
+    if torch.cuda.is_available() and not _no_device():
+        return gpu(torch.device("cuda", torch.cuda.current_device()))
+    return planner.CPU
+
+
+@functools.cache
+def gpu(device: torch.device) -> planner.Device:
+    """The limits of a CUDA device, as the planner wants them."""
+    found = torch.cuda.get_device_properties(device)
+    return planner.Device(
+        found.name,
+        f"sm_{found.major}{found.minor}",
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+        found.L2_cache_size,
+    )
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """`"bfloat16"` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _any_float64(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.dtype == torch.float64 for tensor in tensors)
+
+
+def interpreting() -> bool:
+    """True where `TRITON_INTERPRET=1` lets the kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_unusable(device: torch.device) -> str | None:
+    missing = _triton_missing()
+    if missing:
+        return missing
+    if interpreting():
+        return None if device.type in ("cpu", "cuda") else f"tensors are on {device.type}"
+    if device.type != "cuda":
+        return (
+            f"the tensors are on {device.type}, and Triton needs a CUDA device "
+            "(or TRITON_INTERPRET=1 in the environment, to interpret the kernels on the CPU)"
+        )
+    return _device_missing(device.index)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    found = _version("triton") or "0"
+    if tuple(int(part) for part in found.split(".")[:2]) < (3, 6):
+        return f"triton {found} is too old: 3.6 or newer is needed"
+    return None
+
+
+def _no_device() -> str | None:
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 interprets the kernels on the CPU)"
+    return _device_missing(None)
+
+
+@functools.cache
+def _device_missing(index: int | None) -> str | None:
+    if torch.version.hip:
+        return "the kernels are not tested on ROCm"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def _extension_missing() -> str:
+    return "the compiled extension is not part of this version"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,239 @@
+"""`hut_linear` and `hut_weight`: arguments checked, backend chosen, the autograd function called."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import definition, dispatch, ops
+from .autograd import HUTLinearFunction
+from .definition import PRECISIONS, TRANSFORMS, Spec
+from .errors import HUTBackendError
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def hut_linear(
+    x: Tensor,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transform: str = "low_rank",
+    offset: float = 1.0,
+    scaling: float = 1.0,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    precision: str = "merged",
+    fused: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """The product of x with a frozen weight under a trainable multiplier.
+
+    Computes `y = gamma * (x (W0 * T)^T + bias) + beta` (docs/definition.md, "Forward") with
+    `T = offset + scaling * hut_B @ hut_A` (`low_rank`) or
+    `T[o, i] = hut_B[o, q(i)] * hut_A[p(o), i]` (`two_sided`).
+
+    Args:
+        x: Activations, `[..., in_features]`; its type is the compute type. Under autocast x, and
+            nothing else, is cast.
+        weight: The frozen weight W0, `[out_features, in_features]`, any strides.
+        hut_A: Factor on the input side, `[r, in_features]`.
+        hut_B: Factor on the output side, `[out_features, r]`.
+        bias: `[out_features]` or None.
+        transform: `"low_rank"` or `"two_sided"`.
+        offset: 1 for the residual form (HiRA's), 0 for the direct one. `low_rank` only.
+        scaling: Factor of the low-rank product. `low_rank` only.
+        gamma: Output scale, `[out_features]`, or None.
+        beta: Output shift, `[out_features]`, or None.
+        precision: `"merged"` rounds W once to the compute type; `"split"` keeps updates too small
+            to survive that, for a second product.
+        fused: True recomputes W in backward and saves x alone; False is the definition under
+            ordinary autograd, which saves weight-sized tensors.
+        backend: `"auto"`, `"torch"`, `"triton"` or `"cuda"`.
+
+    Returns:
+        `[..., out_features]` in the compute type; never a view of an argument.
+
+    Raises:
+        ValueError: Shapes that do not fit, an unknown option, tensors on different devices, a
+            weight that requires grad.
+        TypeError: A tensor that is not floating point, or float64 on Triton or CUDA.
+        HUTBackendError: The backend cannot run here, or the weight is quantised, sharded or on the
+            meta device.
+    """
+    spec = Spec(transform, offset, scaling, precision)
+    _check_options(spec)
+    _check_tensors(x, weight, hut_A, hut_B, bias, gamma, beta, transform)
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires grad, but a HUT layer's base weight is frozen: "
+            "call weight.requires_grad_(False) or pass weight.detach()"
+        )
+    if not fused and backend not in ("auto", "torch"):
+        raise ValueError(f'fused=False needs backend "auto" or "torch"; got {backend!r}')
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    if fused:
+        chosen = dispatch.choose(backend, (x, weight, hut_A, hut_B))
+        return HUTLinearFunction.apply(x, weight, hut_A, hut_B, bias, gamma, beta, spec, chosen)
+    with torch.autocast(device, enabled=False):
+        return definition.linear(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
+
+
+def hut_weight(
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    *,
+    transform: str = "low_rank",
+    offset: float = 1.0,
+    scaling: float = 1.0,
+    gamma: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The merged weight `gamma[:, None] * (W0 * T)` (docs/definition.md, "Forward").
+
+    Args:
+        weight: W0, `[out_features, in_features]`.
+        hut_A: `[r, in_features]`.
+        hut_B: `[out_features, r]`.
+        transform: As in `hut_linear`.
+        offset: As in `hut_linear`.
+        scaling: As in `hut_linear`.
+        gamma: `[out_features]` or None.
+        dtype: The result's type; None means weight's.
+
+    Returns:
+        `[out_features, in_features]`, detached, formed in float32 (float64 for float64) and rounded
+        once.
+
+    Raises:
+        ValueError, TypeError, HUTBackendError: As `hut_linear`.
+    """
+    spec = Spec(transform, offset, scaling)
+    _check_options(spec)
+    _check_tensors(None, weight, hut_A, hut_B, None, gamma, None, transform)
+    dtype = weight.dtype if dtype is None else dtype
+    if dtype not in _FLOATS:
+        raise TypeError(f"dtype must be one of {_names(_FLOATS)}; got {dtype}")
+    chosen = dispatch.choose("auto", (weight, hut_A, hut_B))
+    return ops.weight(weight, hut_A, hut_B, gamma, transform, offset, scaling, dtype, chosen)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuses a base weight that no path of this package can read.
+
+    Raises:
+        HUTBackendError: The weight is quantised or sharded.
+    """
+    kind = type(weight)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        if weight.is_quantized:
+            raise HUTBackendError(f"weight is quantised ({weight.dtype}); a HUT layer needs {_names(_FLOATS)}")
+        return
+    if hasattr(weight, "_local_tensor"):
+        raise HUTBackendError(
+            f"weight is sharded ({kind.__name__}); gather it first, e.g. weight.full_tensor()"
+        )
+    if kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao."):
+        raise HUTBackendError(f"weight is quantised ({kind.__name__}); dequantise it first")
+
+
+def _check_options(spec: Spec) -> None:
+    if spec.transform not in TRANSFORMS:
+        raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}; got {spec.transform!r}")
+    if spec.precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {spec.precision!r}")
+    if spec.transform == "two_sided" and (spec.offset != 1.0 or spec.scaling != 1.0):
+        raise ValueError(
+            "two_sided has no offset and no scaling: both must be 1; "
+            f"got offset={spec.offset}, scaling={spec.scaling}"
+        )
+
+
+def _check_tensors(
+    x: Tensor | None,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    transform: str,
+) -> None:
+    """Kinds, types, devices and shapes, in this order; nothing is computed."""
+    check_weight(weight)
+    device = weight.device if x is None else x.device
+    if weight.is_meta and device.type != "meta":
+        raise HUTBackendError("weight is on the meta device: it has no data to multiply with")
+    named = (
+        ("x", x),
+        ("weight", weight),
+        ("hut_A", hut_A),
+        ("hut_B", hut_B),
+        ("bias", bias),
+        ("gamma", gamma),
+        ("beta", beta),
+    )
+    for name, tensor in named:
+        if tensor is None:
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be one of {_names(_FLOATS)}; got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(
+                f"all tensors must be on one device: {'weight' if x is None else 'x'} is on "
+                f"{device}, {name} on {tensor.device}"
+            )
+    _check_shapes(x, weight, hut_A, hut_B, (("bias", bias), ("gamma", gamma), ("beta", beta)))
+    if transform == "two_sided" and hut_A.shape[0] > min(weight.shape):
+        raise ValueError(
+            f"two_sided needs r <= min(in_features, out_features) = {min(weight.shape)}; "
+            f"got r = {hut_A.shape[0]}"
+        )
+
+
+def _check_shapes(
+    x: Tensor | None,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    vectors: tuple[tuple[str, Tensor | None], ...],
+) -> None:
+    for name, tensor in (("weight", weight), ("hut_A", hut_A), ("hut_B", hut_B)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
+    out_features, in_features = weight.shape
+    r = hut_A.shape[0]
+    if r < 1:
+        raise ValueError(f"r must be at least 1; got hut_A of shape {tuple(hut_A.shape)}")
+    if x is not None and (x.dim() < 1 or x.shape[-1] != in_features):
+        given = x.shape[-1] if x.dim() else "a scalar"
+        raise ValueError(
+            f"x's last dimension must be weight's in_features = {in_features}; got {given}"
+        )
+    if hut_A.shape[1] != in_features:
+        raise ValueError(
+            f"hut_A's second dimension must be weight's in_features = {in_features}; "
+            f"got {hut_A.shape[1]}"
+        )
+    if hut_B.shape[0] != out_features:
+        raise ValueError(
+            f"hut_B's first dimension must be weight's out_features = {out_features}; "
+            f"got {hut_B.shape[0]}"
+        )
+    if hut_B.shape[1] != r:
+        raise ValueError(f"hut_B's second dimension must be hut_A's r = {r}; got {hut_B.shape[1]}")
+    for name, vector in vectors:
+        if vector is not None and tuple(vector.shape) != (out_features,):
+            raise ValueError(
+                f"{name} must have shape ({out_features},), weight's out_features; "
+                f"got {tuple(vector.shape)}"
+            )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,365 @@
+"""HUTLinear: a frozen linear layer (or Conv1D) with trainable Hadamard factors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import definition
+from .errors import HUTBackendError
+from .functional import hut_linear, hut_weight
+
+PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
+"""The paper's layer, `HUTLinear(..., **PAPER)`: one multiplication per side, scale and shift."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class HUTLinear(nn.Module):
+    """A linear layer whose frozen weight is multiplied, element by element, by a trainable `T`.
+
+    `y = gamma * (x (W0 * T)^T + bias) + beta`, with `T` built from two small factors (see "The two
+    transforms" in docs/definition.md). A fresh layer computes exactly its base layer. `weight` and
+    `bias` are frozen; `hut_A`, `hut_B` and, with `scale_shift`, `gamma` and `beta` are trained.
+
+    Args:
+        in_features: size of each input sample.
+        out_features: size of each output sample.
+        r: rank of `T` (`low_rank`), or groups per side (`two_sided`); at least 1.
+        alpha: `scaling = alpha / r`; None means `alpha = r`. Only for `low_rank` with offset 1.
+        transform: `"low_rank"`, or `"two_sided"`, the paper's.
+        offset: 1 for the residual form `T = 1 + scaling * B A`, 0 for the direct form `T = B A`.
+        bias: whether the base layer has a bias.
+        dropout: probability of dropping an input of the update, `x (W - W0)^T`, while training;
+            costs a second product.
+        scale_shift: whether to train `gamma` and `beta`.
+        precision: `"merged"` rounds `W0 * T` once to the compute type; `"split"` keeps the update
+            apart, at the price of a second product.
+        fused: whether to recompute `T` tile by tile; False builds it under ordinary autograd.
+        device: where the parameters are made; `"meta"` is allowed.
+        dtype: type of `weight` and `bias`.
+        factor_dtype: type of the trainable parameters.
+
+    Shape:
+        - Input: `[..., in_features]`.
+        - Output: `[..., out_features]`, in the input's type (autocast's under autocast).
+
+    Attributes:
+        weight: `[out_features, in_features]`, or `[in_features, out_features]` from a Conv1D.
+        bias: `[out_features]` or None.
+        hut_A: `[r, in_features]`.
+        hut_B: `[out_features, r]`.
+        gamma: `[out_features]` or None.
+        beta: `[out_features]` or None.
+
+    Raises:
+        ValueError: an unknown `transform` or `precision`, `r` out of range, `alpha` where it has no
+            part, an `offset` without an identity at init, or `dropout` outside [0, 1).
+        TypeError: a type other than float16, bfloat16, float32 or float64.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    hut_A: nn.Parameter
+    hut_B: nn.Parameter
+    gamma: nn.Parameter | None
+    beta: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        *,
+        alpha: float | None = None,
+        transform: str = "low_rank",
+        offset: float = 1.0,
+        bias: bool = True,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        precision: str = "merged",
+        fused: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        factor_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        _check_form(transform, offset, alpha)
+        _check_rank(r, transform, in_features, out_features)
+        _check_run_options(precision, dropout)
+        _check_types(dtype=dtype or torch.get_default_dtype(), factor_dtype=factor_dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.r = r
+        residual = transform == "low_rank" and offset == 1
+        self.alpha = r if alpha is None and residual else alpha
+        self.transform = transform
+        self.offset = float(offset)
+        self.dropout = dropout
+        self.precision = precision
+        self.fused = fused
+        self._conv1d_class: type[nn.Module] | None = None
+
+        base = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
+        self.weight = base.get_parameter("weight")
+        self.register_parameter("bias", base.get_parameter("bias") if bias else None)
+        kwargs: dict[str, Any] = {"device": self.weight.device, "dtype": factor_dtype}
+        self.hut_A = nn.Parameter(torch.empty(r, in_features, **kwargs))
+        self.hut_B = nn.Parameter(torch.empty(out_features, r, **kwargs))
+        for name in ("gamma", "beta"):
+            vector = nn.Parameter(torch.empty(out_features, **kwargs)) if scale_shift else None
+            self.register_parameter(name, vector)
+        self.reset_factors()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, r: int = 8, **options: Any) -> HUTLinear:
+        """A fresh HUT layer over `linear`, sharing the storage of its weight and bias.
+
+        `linear` stays as it was, its `requires_grad` flags included. The factors are made on the
+        weight's device.
+
+        Args:
+            linear: an `nn.Linear`, or a transformers `Conv1D`, whose weight stays `[in, out]`.
+            r: as for `HUTLinear`.
+            **options: as for `HUTLinear`, except `bias`, `device` and `dtype`: these are
+                `linear`'s.
+
+        Raises:
+            TypeError: another kind of module, or a subclass with its own `forward`.
+            HUTBackendError: a quantised, sharded or computed weight.
+            ValueError: as for `HUTLinear`.
+        """
+        _check_base(linear)
+        conv1d = is_conv1d(linear)
+        weight = linear.get_parameter("weight").detach()
+        out_features, in_features = weight.t().shape if conv1d else weight.shape
+        layer = cls(
+            in_features,
+            out_features,
+            r,
+            bias=linear.bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+            **options,
+        )
+        layer._conv1d_class = type(linear) if conv1d else None
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            bias = linear.get_parameter("bias").detach()
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        for name, factor in layer.named_factors():
+            setattr(layer, name, nn.Parameter(torch.empty_like(factor, device=weight.device)))
+        layer.reset_factors()
+        return layer.train(linear.training)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of `hut_B @ hut_A`: `alpha / r`, and 1 where alpha has no part."""
+        return 1.0 if self.alpha is None else self.alpha / self.r
+
+    @property
+    def scale_shift(self) -> bool:
+        """Whether the layer has `gamma` and `beta`."""
+        return self.gamma is not None
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether `weight` is stored as `[in_features, out_features]`, as in a Conv1D."""
+        return self._conv1d_class is not None
+
+    def named_factors(self) -> list[tuple[str, nn.Parameter]]:
+        """What the layer trains: `hut_A`, `hut_B` and, with `scale_shift`, `gamma` and `beta`."""
+        names = ("hut_A", "hut_B", "gamma", "beta")
+        return [(name, p) for name in names if (p := getattr(self, name)) is not None]
+
+    @torch.no_grad()
+    def reset_factors(self) -> None:
+        """Make `T` 1, `gamma` 1 and `beta` 0: the layer computes its base layer again."""
+        if self.transform == "two_sided":
+            self.hut_A.fill_(1.0)
+            self.hut_B.fill_(1.0)
+        else:
+            nn.init.kaiming_uniform_(self.hut_A, a=math.sqrt(5))
+            self.hut_B.zero_()
+            if self.offset == 0:
+                self.hut_A[0] = 1.0
+                self.hut_B[:, 0] = 1.0
+        if self.gamma is not None and self.beta is not None:
+            self.gamma.fill_(1.0)
+            self.beta.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`gamma * (x (W0 * T)^T + bias) + beta`, `[..., out_features]`."""
+        if self.dropout and self.training:
+            return self._forward_dropout(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return hut_linear(
+            x,
+            self._matrix(),
+            self.hut_A,
+            self.hut_B,
+            self.bias,
+            transform=self.transform,
+            offset=self.offset,
+            scaling=self.scaling,
+            gamma=self.gamma,
+            beta=self.beta,
+            precision=self.precision,
+            fused=self.fused,
+        )
+
+    def _forward_dropout(self, x: Tensor) -> Tensor:
+        # x W0^T + d (W - W0)^T = d W^T + (x - d) W0^T: no W - W0 to build, and one formula for
+        # every transform.
+        d = F.dropout(x, self.dropout)
+        y = self._forward(d)
+        rest = _FrozenProduct.apply((x - d).to(y.dtype), self._matrix())
+        return y + (rest if self.gamma is None else (self.gamma * rest).to(y.dtype))
+
+    def _matrix(self) -> Tensor:
+        """The frozen weight as `[out_features, in_features]`, a view where it is a Conv1D's."""
+        return self.weight if self._conv1d_class is None else self.weight.t()
+
+    def merged_weight(self) -> Tensor:
+        """`gamma[:, None] * W0 * T`, detached, in `weight`'s own layout and type."""
+        merged = hut_weight(
+            self._matrix(),
+            self.hut_A,
+            self.hut_B,
+            transform=self.transform,
+            offset=self.offset,
+            scaling=self.scaling,
+            gamma=self.gamma,
+        )
+        return merged.t().contiguous() if self.fan_in_fan_out else merged
+
+    @torch.no_grad()
+    def merged_bias(self) -> Tensor | None:
+        """`gamma * bias + beta`, `[out_features]`, in weight's type; None without bias and beta."""
+        bias = definition.merged_bias(self.bias, self.gamma, self.beta, self.weight.dtype)
+        return None if bias is None else bias.clone()
+
+    def to_linear(self) -> nn.Module:
+        """A plain layer that computes what this one does, on its device and in its weight's type.
+
+        Its parameters are new tensors, and frozen as the base layer's are here.
+
+        Returns:
+            An `nn.Linear`, or a Conv1D where the layer came from one.
+        """
+        # On meta, so that no values are drawn for parameters that are replaced at once.
+        with torch.device("meta"):
+            if self._conv1d_class is not None:
+                linear: nn.Module = self._conv1d_class(self.out_features, self.in_features)
+            else:
+                linear = nn.Linear(self.in_features, self.out_features)
+        merged = {"weight": self.merged_weight(), "bias": self.merged_bias()}
+        for name, value in merged.items():
+            parameter = None if value is None else nn.Parameter(value, requires_grad=False)
+            linear.register_parameter(name, parameter)
+        return linear.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Every option, for `repr`."""
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"alpha={self.alpha}, transform={self.transform!r}, offset={self.offset:g}, "
+            f"bias={self.bias is not None}, dropout={self.dropout}, "
+            f"scale_shift={self.scale_shift}, precision={self.precision!r}, fused={self.fused}"
+        )
+        return text + (", fan_in_fan_out=True" if self.fan_in_fan_out else "")
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`x weight^T` with the weight cast to x's type in each pass, so that no copy is kept."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is a Conv1D of transformers, told by its shape so as not to import that."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and isinstance(weight, Tensor)
+        and weight.ndim == 2
+        and weight.shape[1] == getattr(module, "nf", None)
+    )
+
+
+def _check_form(transform: str, offset: float, alpha: float | None) -> None:
+    if transform not in definition.TRANSFORMS:
+        raise ValueError(f"transform must be one of {definition.TRANSFORMS}, got {transform!r}")
+    if transform == "two_sided" and offset != 1:
+        raise ValueError(f"offset has no part in two_sided and must be left at 1, got {offset}")
+    if offset not in (0, 1):
+        raise ValueError(f"offset must be 1 (residual form) or 0 (direct form), got {offset}")
+    if alpha is None:
+        return
+    if transform == "two_sided" or offset != 1:
+        given = f"transform={transform!r}, offset={offset}"
+        raise ValueError(f"alpha belongs to low_rank with offset 1, got alpha={alpha} with {given}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be a positive number, got {alpha}")
+
+
+def _check_rank(r: int, transform: str, in_features: int, out_features: int) -> None:
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}")
+    if transform == "two_sided" and r > min(in_features, out_features):
+        raise ValueError(
+            f"two_sided needs r <= min(in_features, out_features), "
+            f"got r={r} with in_features={in_features}, out_features={out_features}"
+        )
+
+
+def _check_run_options(precision: str, dropout: float) -> None:
+    if precision not in definition.PRECISIONS:
+        raise ValueError(f"precision must be one of {definition.PRECISIONS}, got {precision!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def _check_types(**dtypes: torch.dtype) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in _FLOATS:
+            names = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS)
+            raise TypeError(f"{name} must be one of {names}, got {dtype}")
+
+
+def _check_base(linear: nn.Module) -> None:
+    """Refuse what HUT cannot multiply, or what would not compute the same without its own class."""
+    kind = type(linear).__name__
+    conv1d = is_conv1d(linear)
+    weight = getattr(linear, "weight", None)
+    if not isinstance(linear, nn.Linear) and not conv1d:
+        if "Linear" in kind and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+            raise HUTBackendError(f"{kind} keeps no plain weight (quantised?); dequantise it first")
+        raise TypeError(f"expected an nn.Linear or a Conv1D, got {kind}")
+    if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+        dtype = getattr(weight, "dtype", None)
+        raise HUTBackendError(
+            f"the weight of {kind} is a {type(weight).__name__} of {dtype}, but HUT needs an "
+            f"nn.Parameter of float16, bfloat16, float32 or float64: dequantise or unshard it, or "
+            f"remove its parametrisation, first"
+        )
+    own_forward = not conv1d and type(linear).forward is not nn.Linear.forward
+    if own_forward or "forward" in vars(linear):
+        raise TypeError(f"{kind} has a forward of its own, which a HUTLinear would not run")

@@ -1,0 +1,177 @@
+"""The operators `torch.ops.hut.*`: schema, fake and implementation of each.
+
+They take activations with any leading dimensions and flat scalars, return new tensors, and are not
+differentiable by themselves: whatever the inputs, the outputs are detached (`HUTLinearFunction` is
+the differentiable door). `backend` names the module that does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .definition import Needs, Spec, wide
+
+_library = torch.library.Library("hut", "DEF")
+
+_FACTORS = "Tensor weight, Tensor hut_A, Tensor hut_B"
+_SPEC = "str transform, float offset, float scaling"
+
+
+def _backend(name: str) -> ModuleType:
+    if name == "triton":
+        from .triton import backend as triton_backend
+
+        return triton_backend
+    return torch_backend
+
+
+def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable], Any]:
+    """Defines `hut::name` and registers the decorated function as its implementation everywhere."""
+
+    def register(implementation: Callable[..., Any]) -> Any:
+        def detached(*args: Any) -> Any:
+            device = args[0].device.type
+            if torch.is_autocast_enabled(device) or torch.is_grad_enabled():
+                with torch.no_grad(), torch.autocast(device, enabled=False):
+                    return implementation(*args)
+            return implementation(*args)
+
+        _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        for key in ("CPU", "CUDA", "XPU", "MPS"):
+            _library.impl(name, detached, key)
+        # Autograd has no part in these operators; falling through keeps the call cheap.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"hut::{name}", fake, lib=_library)
+        return getattr(torch.ops.hut, name).default
+
+    return register
+
+
+def _fake_forward(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@_operator(
+    "forward",
+    f"(Tensor x, {_FACTORS}, Tensor? bias, Tensor? gamma, Tensor? beta, "
+    f"{_SPEC}, str precision, str backend) -> Tensor",
+    _fake_forward,
+)
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    transform: str,
+    offset: float,
+    scaling: float,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, contiguous, in x's type."""
+    spec = Spec(transform, offset, scaling, precision)
+    return _backend(backend).forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
+
+
+def _fake_grad_input(grad: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+@_operator(
+    "grad_input",
+    f"(Tensor grad, {_FACTORS}, Tensor? gamma, {_SPEC}, str precision, str backend) -> Tensor",
+    _fake_grad_input,
+)
+def grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    transform: str,
+    offset: float,
+    scaling: float,
+    precision: str,
+    backend: str,
+) -> Tensor:
+    """`dx = (gamma * grad) W`, `[..., in]`, contiguous, in grad's type."""
+    spec = Spec(transform, offset, scaling, precision)
+    return _backend(backend).grad_input(grad, weight, hut_A, hut_B, gamma, spec)
+
+
+def _fake_grad_factors(
+    grad: Tensor, x: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_A, need_B, need_gamma = rest[4:7]
+    return (
+        hut_A.new_empty(hut_A.shape if need_A else (0,)),
+        hut_B.new_empty(hut_B.shape if need_B else (0,)),
+        hut_B.new_empty((weight.shape[0] if need_gamma else 0,), dtype=wide(x.dtype)),
+    )
+
+
+@_operator(
+    "grad_factors",
+    f"(Tensor grad, Tensor x, {_FACTORS}, Tensor? gamma, {_SPEC}, "
+    "bool need_A, bool need_B, bool need_gamma, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_grad_factors,
+)
+def grad_factors(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    transform: str,
+    offset: float,
+    scaling: float,
+    need_A: bool,
+    need_B: bool,
+    need_gamma: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`d hut_A`, `d hut_B` and `sum_i W[o, i] G[o, i]` (float32); empty where not needed."""
+    spec = Spec(transform, offset, scaling)
+    needs = Needs(need_A, need_B, need_gamma)
+    d_A, d_B, d_gamma = _backend(backend).grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
+    return (
+        hut_A.new_empty(0) if d_A is None else d_A,
+        hut_B.new_empty(0) if d_B is None else d_B,
+        hut_B.new_empty(0, dtype=wide(x.dtype)) if d_gamma is None else d_gamma,
+    )
+
+
+def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:
+    dtype = rest[6]
+    return torch.empty_like(weight, dtype=dtype)
+
+
+@_operator(
+    "weight",
+    f"({_FACTORS}, Tensor? gamma, {_SPEC}, ScalarType dtype, str backend) -> Tensor",
+    _fake_weight,
+)
+def weight(
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    transform: str,
+    offset: float,
+    scaling: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The merged weight `gamma[:, None] * W`, `[out, in]`, rounded once to `dtype`."""
+    spec = Spec(transform, offset, scaling)
+    return _backend(backend).weight(weight, hut_A, hut_B, gamma, spec, dtype)

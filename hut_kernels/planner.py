@@ -1,0 +1,297 @@
+"""From shape, types and device limits to a plan: which strategy runs each part. Pure, printable.
+
+The cost model is that of docs/performance.md: a full product is `2 N O K` operations; forward is
+one, backward two. `fused` makes W tile by tile inside the product and stores nothing; `staged`
+writes W into a workspace for the BLAS; `chunked` takes G from the BLAS a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+FUSED, STAGED, CHUNKED = "fused", "staged", "chunked"
+
+MAX_RANK = 128  # the largest r with kernels of its own
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Device:
+    """The limits a plan depends on.
+
+    Attributes:
+        name: As the driver gives it.
+        arch: `"sm_90"` and the like; `"cpu"` where there is no GPU.
+        sms: Multiprocessors.
+        shared_memory: Bytes a program may use.
+        l2: Bytes of L2 cache.
+    """
+
+    name: str
+    arch: str
+    sms: int
+    shared_memory: int
+    l2: int
+
+
+_KB, _MB = 1 << 10, 1 << 20
+CPU = Device("cpu", "cpu", 1, 0, 0)
+DEVICES = (
+    Device("NVIDIA A100", "sm_80", 108, 163 * _KB, 40 * _MB),
+    Device("NVIDIA GeForce RTX 3090", "sm_86", 82, 99 * _KB, 6 * _MB),
+    Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 99 * _KB, 72 * _MB),
+    Device("NVIDIA H100", "sm_90", 132, 227 * _KB, 50 * _MB),
+    Device("NVIDIA H200", "sm_90", 132, 227 * _KB, 50 * _MB),
+    Device("NVIDIA B200", "sm_100", 148, 227 * _KB, 126 * _MB),
+    Device("NVIDIA GeForce RTX 5090", "sm_120", 170, 99 * _KB, 96 * _MB),
+)
+UNKNOWN = Device("unknown GPU", "sm_80", 64, 99 * _KB, 6 * _MB)
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """The most tokens at which the fused kernel is chosen, for each part of a layer."""
+
+    forward: int
+    grad_input: int
+    grad_factors: int
+    source: str
+
+
+# None of these is measured yet. They are estimates of the cost model, at the low end of its range:
+# a fused kernel chosen too late costs less than one chosen too early.
+BREAK_EVENS = {
+    "sm_80": BreakEven(320, 320, 512, "estimate"),
+    "sm_86": BreakEven(512, 512, 512, "estimate"),
+    "sm_89": BreakEven(768, 768, 512, "estimate"),
+    "sm_90": BreakEven(400, 400, 512, "estimate"),
+    "sm_100": BreakEven(400, 400, 512, "estimate"),
+    "sm_120": BreakEven(768, 768, 512, "estimate"),
+}
+_DEFAULT_BREAK_EVEN = BreakEven(256, 256, 256, "estimate for an unknown architecture")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: sizes, types, options.
+
+    Attributes:
+        N, K, O, r: Tokens, in_features, out_features, rank.
+        dtype: The compute type, `"bfloat16"` and the like.
+        weight_dtype: W0's type.
+        aligned: Whether pointers and strides are multiples of 16 elements, so that loads can be
+            asynchronous copies.
+        transform: `"low_rank"` or `"two_sided"`.
+        precision: `"merged"` or `"split"`.
+    """
+
+    N: int
+    K: int
+    O: int
+    r: int
+    dtype: str
+    weight_dtype: str
+    aligned: bool = True
+    transform: str = "low_rank"
+    precision: str = "merged"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs, and what it costs.
+
+    Attributes:
+        problem: What was asked.
+        device: Where.
+        backend: `"torch"`, `"triton"` or `"cuda"`.
+        forward: `"fused"` or `"staged"`.
+        grad_input: `"fused"` or `"staged"`.
+        grad_factors: `"fused"` or `"chunked"`.
+        chunk: Rows of G made at a time by `chunked`.
+        source: Whether the break-evens behind the choice are measured.
+    """
+
+    problem: Problem
+    device: Device
+    backend: str
+    forward: str
+    grad_input: str
+    grad_factors: str
+    chunk: int
+    source: str
+
+    @property
+    def operations(self) -> dict[str, int]:
+        """Floating-point operations of each part, the thin products included."""
+        p = self.problem
+        product = 2 * p.N * p.O * p.K
+        multiplier = 2 * p.O * p.K * (p.r if p.transform == "low_rank" else 1)
+        products = 2 if p.precision == "split" else 1
+        return {
+            "forward": products * product + multiplier,
+            "grad_input": products * product + multiplier,
+            "grad_factors": product + 2 * multiplier,
+        }
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """The fewest bytes each part moves: inputs read once, outputs and workspaces written once."""
+        p, item = self.problem, _BYTES[self.problem.dtype]
+        weight = p.O * p.K * _BYTES[p.weight_dtype]
+        factors = 4 * p.r * (p.O + p.K)
+        activations = p.N * (p.O + p.K) * item
+        staging = 2 * p.O * p.K * item  # written by the weight kernel, read by the product
+        split = weight if p.precision == "split" else 0
+        return {
+            "forward": weight + factors + activations + (staging if self.forward == STAGED else 0) + split,
+            "grad_input": weight + factors + activations + (staging if self.grad_input == STAGED else 0) + split,
+            "grad_factors": weight + 2 * factors + activations,
+        }  # fmt: skip
+
+    @property
+    def workspace(self) -> dict[str, int]:
+        """Bytes alive during each part beyond inputs and outputs."""
+        p = self.problem
+        staging = p.O * p.K * _BYTES[p.dtype]
+        partials = p.O * p.K * _BYTES[p.weight_dtype] // 4 if self.backend != "torch" else 0
+        chunk = min(self.chunk, p.O) * p.K * 4 if self.grad_factors == CHUNKED else 0
+        return {
+            "forward": staging if self.forward == STAGED else 0,
+            "grad_input": staging if self.grad_input == STAGED else 0,
+            "grad_factors": chunk + partials,
+        }
+
+    def __str__(self) -> str:
+        p = self.problem
+        lines = [
+            f"HUT {p.transform}, r = {p.r}, {p.precision}, {p.dtype} over {p.weight_dtype}: "
+            f"{p.N} tokens, {p.K} -> {p.O}",
+            f"on {self.device.name} ({self.device.arch}), backend {self.backend}; break-evens: {self.source}",
+            f"{'':14}{'strategy':10}{'GFLOP':>10}{'MB moved':>10}{'MB workspace':>14}",
+        ]  # fmt: skip
+        operations, moved, workspace = self.operations, self.bytes, self.workspace
+        for part in ("forward", "grad_input", "grad_factors"):
+            bound = "up to " if part == "grad_factors" and self.backend != "torch" else ""
+            space = f"{bound}{workspace[part] / 1e6:.2f}"
+            lines.append(
+                f"{part:14}{getattr(self, part):10}{operations[part] / 1e9:10.3f}"
+                f"{moved[part] / 1e6:10.2f}{space:>14}"
+            )
+        return "\n".join(lines)
+
+
+_forced: dict[str, str] = {}
+
+
+@contextlib.contextmanager
+def force(**strategies: str) -> Iterator[None]:
+    """Within the block, every plan takes these strategies where they are possible at all.
+
+    For benchmarks and tests: `with force(forward="fused", grad_factors="chunked"): ...`.
+    """
+    allowed = {"forward": STAGED, "grad_input": STAGED, "grad_factors": CHUNKED}
+    for part, strategy in strategies.items():
+        if part not in allowed or strategy not in (FUSED, allowed[part]):
+            raise ValueError(f"cannot force {part}={strategy!r}; parts and strategies: {allowed} or fused")
+    before = dict(_forced)
+    _forced.update(strategies)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def plan(problem: Problem, device: Device, backend: str = "triton") -> Plan:
+    """The plan for a problem on a device; the same arguments always give the same plan."""
+    made = _plan(problem, device, backend)
+    return _with_forced(made, tuple(_forced.items())) if _forced else made
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, device: Device, backend: str) -> Plan:
+    empty = 0 in (problem.N, problem.K, problem.O)
+    if backend == "torch" or problem.r > MAX_RANK or empty:
+        rows = max(1, (1 << 22) // max(1, problem.K))
+        return Plan(problem, device, "torch", STAGED, STAGED, CHUNKED, rows, "not needed")
+    even = BREAK_EVENS.get(device.arch, _DEFAULT_BREAK_EVEN)
+    # Unaligned loads are not asynchronous, and split is two products: both go to the BLAS.
+    fusible = problem.aligned and problem.precision == "merged"
+    return Plan(
+        problem,
+        device,
+        backend,
+        FUSED if fusible and problem.N <= even.forward else STAGED,
+        FUSED if fusible and problem.N <= even.grad_input else STAGED,
+        FUSED if problem.aligned and problem.N <= even.grad_factors else CHUNKED,
+        _chunk_rows(problem, device),
+        even.source,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
+    if made.backend == "torch":
+        return made
+    split = made.problem.precision == "split"
+    possible = {part: how for part, how in forced if not (split and part != "grad_factors")}
+    return dataclasses.replace(made, **possible, source="forced")
+
+
+def _chunk_rows(problem: Problem, device: Device) -> int:
+    """Rows of G, float32, that take half of L2; a multiple of 128, so that tiles stay whole."""
+    rows = device.l2 // 2 // max(1, 4 * problem.K)
+    return max(128, rows // 128 * 128)
+
+
+def spans(
+    tiles_o: int, tiles_k: int, O: int, K: int, r: int, weight_bytes: int, sms: int
+) -> tuple[int, int]:
+    """How many programs share O and K in a factor-gradient kernel.
+
+    Each span of O costs a partial of d hut_A, each span of K one of d hut_B. The partials together
+    stay within a quarter of W0's bytes (one span each is no partial at all but the result), and no
+    more programs run than keep the device busy.
+
+    Returns:
+        `(spans_o, spans_k)`, none of them empty.
+    """
+    spans_o, spans_k = max(1, tiles_o), max(1, tiles_k)
+
+    def partial_bytes() -> int:
+        return 4 * r * ((spans_o - 1) * K + (spans_k - 1) * O)
+
+    while partial_bytes() > weight_bytes // 4 or spans_o * spans_k > 4 * sms:
+        if spans_o == spans_k == 1:
+            break
+        if spans_k == 1 or (spans_o > 1 and spans_o * K >= spans_k * O):
+            spans_o = _fewer(tiles_o, spans_o)
+        else:
+            spans_k = _fewer(tiles_k, spans_k)
+    return spans_o, spans_k
+
+
+def _fewer(tiles: int, spans_now: int) -> int:
+    """The next smaller number of equal spans over `tiles` that leaves no span empty."""
+    length = -(-tiles // spans_now) + 1
+    return -(-tiles // length)
+
+
+def find_device(name: str) -> Device:
+    """A known device by (part of) its name, or `"cpu"`.
+
+    Raises:
+        ValueError: No such device; the message lists the known ones.
+    """
+    wanted = name.lower().replace(" ", "")
+    if wanted == "cpu":
+        return CPU
+    for device in DEVICES:
+        if wanted in device.name.lower().replace(" ", "") or wanted == device.arch:
+            return device
+    known = ", ".join(device.name for device in DEVICES)
+    raise ValueError(f"unknown device {name!r}; known: cpu, {known}")

@@ -1,0 +1,149 @@
+"""Fused factor gradients: G stays in registers over all tokens and is reduced where it stands."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..definition import FactorGrads, Needs, Spec
+from .launch import (
+    Row,
+    cdiv,
+    hopper,
+    on_device,
+    optional,
+    padded_rank,
+    product_precision,
+    thin_precision,
+)
+from .partials import Partials
+from .tiles import load_2d, reduce_tile, settle
+
+
+@triton.jit
+def hut_grad_factors_kernel(
+    p_g,
+    p_x,
+    p_w,
+    p_a,
+    p_b,
+    p_gamma,
+    p_Q,
+    p_P,
+    p_sums,
+    N,
+    K,
+    O,
+    r,
+    stride_gn,
+    stride_go,
+    stride_xn,
+    stride_xk,
+    stride_wo,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bo,
+    stride_br,
+    tiles_o,
+    tiles_k,
+    spans_k,
+    NEED_Q: tl.constexpr,
+    NEED_P: tl.constexpr,
+    NEED_SUMS: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    THIN: tl.constexpr,
+    HOPPER: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """A program owns a span of tiles_o x tiles_k tiles and adds them up in a fixed order."""
+    span_o = tl.program_id(0) // spans_k
+    span_k = tl.program_id(0) % spans_k
+    p_Q += span_o.to(tl.int64) * r * K
+    p_P += span_k.to(tl.int64) * O * r
+    p_sums += span_k.to(tl.int64) * O
+    for tile in range(0, tiles_o * tiles_k):
+        tile_o = tile // tiles_k
+        tile_k = tile % tiles_k
+        o_o = (span_o * tiles_o + tile_o) * BO + tl.arange(0, BO)
+        o_k = (span_k * tiles_k + tile_k) * BK + tl.arange(0, BK)
+        m_o = o_o < O
+        m_k = o_k < K
+        acc = tl.zeros((BO, BK), tl.float32)
+        for n in range(0, N, BN):
+            o_n = n + tl.arange(0, BN)
+            m_n = o_n < N
+            b_g = load_2d(p_g, o_o, stride_go, o_n, stride_gn, m_o, m_n)  # [BO, BN]
+            b_x = load_2d(p_x, o_n, stride_xn, o_k, stride_xk, m_n, m_k)  # [BN, BK]
+            acc = tl.dot(b_g, b_x, acc, input_precision=PRECISION)
+            acc = settle(acc, HOPPER)
+        b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
+        reduce_tile(
+            acc * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k, m_o, m_k,
+            tile_o == 0, tile_k == 0, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
+            NEED_Q, NEED_P, NEED_SUMS, HAS_GAMMA, TWO_SIDED, BR, THIN,
+        )  # fmt: skip
+
+
+def grad_factors(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    spec: Spec,
+    needs: Needs,
+    row: Row,
+    spans: tuple[int, int],
+) -> FactorGrads:
+    """`d hut_A`, `d hut_B`, `sum_i W G` from grad `[N, O]` and x `[N, K]`, where needed.
+
+    `spans` is how many programs share O and K; each writes its own partial sums, and the partials
+    are added in order, so that two runs agree to the bit.
+    """
+    (N, K), (O, r) = x.shape, hut_B.shape
+    spans_o, spans_k = spans
+    partials = Partials(weight, hut_B, spans, spec, needs)
+    with on_device(x):
+        hut_grad_factors_kernel[(spans_o * spans_k,)](
+            grad,
+            x,
+            weight,
+            hut_A,
+            hut_B,
+            optional(gamma, x),
+            partials.Q,
+            partials.P,
+            partials.sums,
+            N,
+            K,
+            O,
+            r,
+            *grad.stride(),
+            *x.stride(),
+            *weight.stride(),
+            *hut_A.stride(),
+            *hut_B.stride(),
+            cdiv(cdiv(O, row.BO), spans_o),
+            cdiv(cdiv(K, row.BK), spans_k),
+            spans_k,
+            NEED_Q=partials.NEED_Q,
+            NEED_P=partials.NEED_P,
+            NEED_SUMS=partials.NEED_SUMS,
+            HAS_GAMMA=gamma is not None,
+            TWO_SIDED=spec.transform == "two_sided",
+            PRECISION=product_precision(x.dtype),
+            THIN=thin_precision(x.dtype),
+            HOPPER=hopper(x),
+            BN=row.BN,
+            BO=row.BO,
+            BK=row.BK,
+            BR=padded_rank(r),
+            **row.meta(),
+        )
+    return partials.finish(hut_A, hut_B, gamma, spec)

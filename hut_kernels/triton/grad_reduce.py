@@ -1,0 +1,135 @@
+"""Chunked factor gradients: G for a block of rows from the BLAS, reduced while it is in L2."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..definition import FactorGrads, Needs, Spec
+from .launch import Row, cdiv, on_device, optional, padded_rank, thin_precision
+from .partials import Partials
+from .tiles import load_2d, reduce_tile
+
+
+@triton.jit
+def hut_grad_reduce_kernel(
+    p_G,
+    p_w,
+    p_a,
+    p_b,
+    p_gamma,
+    p_Q,
+    p_P,
+    p_sums,
+    start,
+    rows,
+    K,
+    O,
+    r,
+    stride_wo,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bo,
+    stride_br,
+    tiles_o,
+    tiles_k,
+    spans_k,
+    NEED_Q: tl.constexpr,
+    NEED_P: tl.constexpr,
+    NEED_SUMS: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    THIN: tl.constexpr,
+    BO: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Rows `start ... start + rows` of G; d hut_A's partials go on from one block to the next."""
+    span_o = tl.program_id(0) // spans_k
+    span_k = tl.program_id(0) % spans_k
+    p_Q += span_o.to(tl.int64) * r * K
+    p_P += span_k.to(tl.int64) * O * r
+    p_sums += span_k.to(tl.int64) * O
+    for tile in range(0, tiles_o * tiles_k):
+        tile_o = tile // tiles_k
+        tile_k = tile % tiles_k
+        o_row = (span_o * tiles_o + tile_o) * BO + tl.arange(0, BO)
+        o_k = (span_k * tiles_k + tile_k) * BK + tl.arange(0, BK)
+        o_o = start + o_row
+        m_o = o_row < rows
+        m_k = o_k < K
+        b_G = load_2d(p_G, o_row, K, o_k, 1, m_o, m_k)  # [BO, BK]
+        b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
+        reduce_tile(
+            b_G * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k, m_o, m_k,
+            (tile_o == 0) & (start == 0), tile_k == 0, r, O, K,
+            stride_ar, stride_ak, stride_bo, stride_br,
+            NEED_Q, NEED_P, NEED_SUMS, HAS_GAMMA, TWO_SIDED, BR, THIN,
+        )  # fmt: skip
+
+
+def grad_reduce(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    spec: Spec,
+    needs: Needs,
+    row: Row,
+    chunk: int,
+    spans: tuple[int, int],
+) -> FactorGrads:
+    """`d hut_A`, `d hut_B`, `sum_i W G` from grad `[N, O]` and x `[N, K]`, where needed.
+
+    `chunk` is the rows of G made at a time (float32), `spans` how many programs share a chunk's
+    rows and K.
+    """
+    (O, r), K = hut_B.shape, x.shape[1]
+    spans_o, spans_k = spans
+    partials = Partials(weight, hut_B, spans, spec, needs)
+    for start in range(0, O, chunk):
+        rows = min(chunk, O - start)
+        G = _product(grad[:, start : start + rows].t(), x)  # [rows, K]
+        with on_device(x):
+            hut_grad_reduce_kernel[(spans_o * spans_k,)](
+                G,
+                weight,
+                hut_A,
+                hut_B,
+                optional(gamma, x),
+                partials.Q,
+                partials.P,
+                partials.sums,
+                start,
+                rows,
+                K,
+                O,
+                r,
+                *weight.stride(),
+                *hut_A.stride(),
+                *hut_B.stride(),
+                cdiv(cdiv(chunk, row.BO), spans_o),
+                cdiv(cdiv(K, row.BK), spans_k),
+                spans_k,
+                NEED_Q=partials.NEED_Q,
+                NEED_P=partials.NEED_P,
+                NEED_SUMS=partials.NEED_SUMS,
+                HAS_GAMMA=gamma is not None,
+                TWO_SIDED=spec.transform == "two_sided",
+                THIN=thin_precision(x.dtype),
+                BO=row.BO,
+                BK=row.BK,
+                BR=padded_rank(r),
+                **row.meta(),
+            )
+    return partials.finish(hut_A, hut_B, gamma, spec)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in float32; on CUDA the 16-bit operands stay as they are."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float())

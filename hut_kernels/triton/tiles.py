@@ -1,0 +1,198 @@
+"""What the kernels share on the device: groups, multiplier tiles, modulated weight tiles, tile order.
+
+Sizes: N tokens, K in_features, O out_features, r the rank and BR its padding to a power of two of
+at least 16 (the least inner size of `tl.dot`). Names: `p_` pointer, `b_` block value, `o_` offsets,
+`m_` mask. Offsets are int64 wherever a stride multiplies them.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def group_of(index, r, size):
+    """The group functions q(i) and p(o): `floor(index * r / size)`."""
+    return index * r // size
+
+
+@triton.jit
+def ordered_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile (m, n) of a 1-D grid, in column order within groups of GROUP tile rows, for L2 reuse."""
+    width = GROUP * tiles_n
+    first = pid // width * GROUP
+    rows = min(tiles_m - first, GROUP)
+    return first + pid % width % rows, pid % width // rows
+
+
+@triton.jit
+def load_2d(p, o_rows, stride_row, o_columns, stride_column, m_rows, m_columns):
+    """A tile `[len(o_rows), len(o_columns)]`, zero outside the masks."""
+    offsets = o_rows.to(tl.int64)[:, None] * stride_row + o_columns.to(tl.int64)[None, :] * stride_column
+    return tl.load(p + offsets, mask=m_rows[:, None] & m_columns[None, :], other=0.0)
+
+
+@triton.jit
+def multiplier_tile(
+    b_b,
+    p_a,
+    p_b,
+    o_o,
+    o_k,
+    r,
+    O,
+    K,
+    stride_ar,
+    stride_ak,
+    stride_bo,
+    stride_br,
+    TWO_SIDED: tl.constexpr,
+    UNIFORM_P: tl.constexpr,
+    UNIFORM_Q: tl.constexpr,
+    BR: tl.constexpr,
+    THIN: tl.constexpr,
+):
+    """The product part of T, `[BO, BK]` in float32: `b_b @ A` or `B[o, q(i)] * A[p(o), i]`.
+
+    b_b: the B tile of this tile's rows `[BO, BR]` with scaling in it (low_rank; unused in two_sided).
+    UNIFORM_P, UNIFORM_Q: all rows (columns) of every tile lie in one group, so that a vector serves.
+    """
+    m_o = o_o < O
+    m_k = o_k < K
+    if TWO_SIDED:
+        if UNIFORM_P:
+            p = group_of(tl.min(o_o, 0), r, O)
+            b_a = tl.load(p_a + p * stride_ar + o_k * stride_ak, mask=m_k, other=0.0)[None, :]
+        else:
+            p = group_of(o_o, r, O)
+            b_a = load_2d(p_a, p, stride_ar, o_k, stride_ak, m_o, m_k)  # [BO, BK]
+        if UNIFORM_Q:
+            q = group_of(tl.min(o_k, 0), r, K)
+            o_b = o_o.to(tl.int64) * stride_bo + q * stride_br
+            b_b = tl.load(p_b + o_b, mask=m_o, other=0.0)[:, None]
+        else:
+            q = group_of(o_k, r, K)
+            b_b = load_2d(p_b, o_o, stride_bo, q, stride_br, m_o, m_k)  # [BO, BK]
+        return b_b.to(tl.float32) * b_a.to(tl.float32)
+    else:
+        o_r = tl.arange(0, BR)
+        b_a = load_2d(p_a, o_r, stride_ar, o_k, stride_ak, o_r < r, m_k)  # [BR, BK]
+        return tl.dot(b_b, b_a.to(b_b.dtype), input_precision=THIN)
+
+
+@triton.jit
+def factor_tile(p_b, o_o, r, O, stride_bo, stride_br, scaling, BR: tl.constexpr, dtype: tl.constexpr):
+    """The B tile of a low-rank product, `[BO, BR]` in `dtype`, scaling folded in."""
+    o_r = tl.arange(0, BR)
+    b_b = load_2d(p_b, o_o, stride_bo, o_r, stride_br, o_o < O, o_r < r)
+    return (b_b.to(tl.float32) * scaling).to(dtype)
+
+
+@triton.jit
+def modulate(b_w, b_t, constant, RESIDUAL: tl.constexpr, dtype: tl.constexpr):
+    """`w * (constant + t)` rounded once to `dtype`; RESIDUAL is the case `fma(w, t, w)`.
+
+    Rounding the increment t to 16 bits leaves its relative error small; rounding T first would not.
+    """
+    if RESIDUAL:
+        if b_w.dtype == dtype:
+            return tl.fma(b_w, b_t.to(dtype), b_w)
+        else:
+            w = b_w.to(tl.float32)
+            return tl.fma(w, b_t, w).to(dtype)
+    else:
+        return (b_w.to(tl.float32) * (constant + b_t)).to(dtype)
+
+
+@triton.jit
+def settle(acc, HOPPER: tl.constexpr):
+    """A use of the accumulator right behind `tl.dot`, without effect.
+
+    With a register operand computed in the loop, ptxas for sm_90 otherwise serialises the wgmma's
+    (C7515). The interpreter has no inline assembly, hence the switch.
+    """
+    if HOPPER:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return acc
+
+
+@triton.jit
+def accumulate(p, mask, value, first):
+    """`*p = value` on the first visit, `*p += value` later; each address belongs to one program."""
+    if first:
+        tl.store(p, value, mask=mask)
+    else:
+        tl.store(p, tl.load(p, mask=mask, other=0.0) + value, mask=mask)
+    # The next visit may read through another thread of this program.
+    tl.debug_barrier()
+
+
+@triton.jit
+def reduce_tile(
+    b_h,
+    p_a,
+    p_b,
+    p_gamma,
+    p_Q,
+    p_P,
+    p_sums,
+    o_o,
+    o_k,
+    m_o,
+    m_k,
+    first_o,
+    first_k,
+    r,
+    O,
+    K,
+    stride_ar,
+    stride_ak,
+    stride_bo,
+    stride_br,
+    NEED_Q: tl.constexpr,
+    NEED_P: tl.constexpr,
+    NEED_SUMS: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    BR: tl.constexpr,
+    THIN: tl.constexpr,
+):
+    """Adds one tile of `H0 = G * W0`, `[BO, BK]` float32, to this program's Q, P and row sums.
+
+    low_rank:  `P = H0 A^T`, `Q = (gamma B)^T H0`.
+    two_sided: `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`, `Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]`;
+    the sums over groups are products with one-hot tiles.
+
+    p_Q: `[r, K]`, p_P: `[O, r]`, p_sums: `[O]`, this program's own partials, contiguous float32.
+    """
+    o_r = tl.arange(0, BR)
+    m_r = o_r < r
+    if NEED_SUMS:
+        accumulate(p_sums + o_o, m_o, tl.sum(b_h, 1), first_k)
+    if NEED_P:
+        if TWO_SIDED:
+            b_a = load_2d(p_a, group_of(o_o, r, O), stride_ar, o_k, stride_ak, m_o, m_k)
+            b_left = b_h * b_a.to(tl.float32)  # [BO, BK]
+            b_right = (group_of(o_k, r, K)[:, None] == o_r[None, :]).to(tl.float32)  # [BK, BR]
+        else:
+            b_left = b_h
+            b_right = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r).to(tl.float32)
+        b_P = tl.dot(b_left, b_right, input_precision=THIN)  # [BO, BR]
+        o_P = o_o.to(tl.int64)[:, None] * r + o_r[None, :]
+        accumulate(p_P + o_P, m_o[:, None] & m_r[None, :], b_P, first_k)
+    if NEED_Q:
+        if HAS_GAMMA:
+            gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)
+            b_h = b_h * gamma[:, None]
+        if TWO_SIDED:
+            b_b = load_2d(p_b, o_o, stride_bo, group_of(o_k, r, K), stride_br, m_o, m_k)
+            b_right = b_h * b_b.to(tl.float32)  # [BO, BK]
+            b_left = (group_of(o_o, r, O)[None, :] == o_r[:, None]).to(tl.float32)  # [BR, BO]
+        else:
+            b_left = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o).to(tl.float32)
+            b_right = b_h
+        b_Q = tl.dot(b_left, b_right, input_precision=THIN)  # [BR, BK]
+        o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
+        accumulate(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, first_o)

@@ -1,0 +1,107 @@
+"""The weight kernel: `gamma (W0 * (T - minus))` into memory, for the staged path and for merging."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..definition import Spec
+from .launch import Row, cdiv, multiplier_options, on_device, optional
+from .tiles import factor_tile, load_2d, modulate, multiplier_tile, ordered_tile
+
+
+@triton.jit
+def hut_weight_kernel(
+    p_w,
+    p_a,
+    p_b,
+    p_gamma,
+    p_out,
+    K,
+    O,
+    r,
+    stride_wo,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bo,
+    stride_br,
+    stride_oo,
+    stride_ok,
+    constant,
+    scaling,
+    HAS_GAMMA: tl.constexpr,
+    TWO_SIDED: tl.constexpr,
+    UNIFORM_P: tl.constexpr,
+    UNIFORM_Q: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FACTOR: tl.constexpr,
+    THIN: tl.constexpr,
+    BO: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    pid_o, pid_k = ordered_tile(tl.program_id(0), tl.cdiv(O, BO), tl.cdiv(K, BK), GROUP)
+    o_o = pid_o * BO + tl.arange(0, BO)
+    o_k = pid_k * BK + tl.arange(0, BK)
+    m_o = o_o < O
+    m_k = o_k < K
+    dtype: tl.constexpr = p_out.dtype.element_ty
+
+    b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
+    b_b = factor_tile(p_b, o_o, r, O, stride_bo, stride_br, scaling, BR, FACTOR)  # [BO, BR]
+    b_t = multiplier_tile(
+        b_b, p_a, p_b, o_o, o_k, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
+        TWO_SIDED, UNIFORM_P, UNIFORM_Q, BR, THIN,
+    )  # fmt: skip
+    if HAS_GAMMA:
+        gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)
+        b_t = (constant + b_t) * gamma[:, None]
+        b_W = modulate(b_w, b_t, 0.0, False, dtype)
+    else:
+        b_W = modulate(b_w, b_t, constant, RESIDUAL, dtype)
+    offsets = o_o.to(tl.int64)[:, None] * stride_oo + o_k.to(tl.int64)[None, :] * stride_ok
+    tl.store(p_out + offsets, b_W, mask=m_o[:, None] & m_k[None, :])
+
+
+def weight(
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    spec: Spec,
+    dtype: torch.dtype,
+    row: Row,
+    minus: float = 0.0,
+) -> Tensor:
+    """`gamma (W0 * (T - minus))`, `[O, K]`, rounded once to `dtype`, with weight's strides.
+
+    `minus` is 0 for the merged weight and 1 for the second matrix of `split`.
+    """
+    O, K = weight.shape
+    out = torch.empty_like(weight, dtype=dtype)
+    grid = (cdiv(O, row.BO) * cdiv(K, row.BK),)
+    residual = gamma is None and minus == 0.0
+    with on_device(weight):
+        hut_weight_kernel[grid](
+            weight,
+            hut_A,
+            hut_B,
+            optional(gamma, weight),
+            out,
+            K,
+            O,
+            len(hut_A),
+            *weight.stride(),
+            *hut_A.stride(),
+            *hut_B.stride(),
+            *out.stride(),
+            spec.constant - minus,
+            spec.scaling,
+            HAS_GAMMA=gamma is not None,
+            GROUP=row.GROUP,
+            **multiplier_options(weight, hut_A, spec, dtype, row, residual),
+            **row.meta(),
+        )
+    return out
