@@ -1,0 +1,83 @@
+# Every target first sets up what it needs in a virtual environment; the next call finds it ready.
+#
+#   make test VENV=DIR             another virtual environment, made if it is not there
+#   make test PY=python            an environment of your own, used as it stands
+#   make demo ARGS="--help"        arguments for the command behind the target
+#   make test CONSTRAINTS=FILE     other versions than the pinned ones
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+ifeq ($(origin PY),command line)
+ready =
+else
+PY := $(VENV)/bin/python
+ready = $(VENV)/.ready-$(1)
+endif
+
+# Two pip calls at once would spoil the environment.
+.NOTPARALLEL:
+.PHONY: help venv demo test test-cpu test-kernels lint types mutants bench-cpu gate docs clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
+
+venv: $(call ready,dev) ## a virtual environment with all that developing needs
+	@echo "ready: $(PY)"
+
+demo: $(call ready,demo) ## benchmark a layer, then train with HUT and LoRA, on this machine
+	$(PY) -m benchmarks.demo $(ARGS)
+
+test: $(call ready,test) ## the whole test suite: test-cpu, then test-kernels
+	@$(MAKE) --no-print-directory --keep-going test-cpu test-kernels \
+	    && echo "make test: passed" || { echo "make test: FAILED"; exit 1; }
+
+test-cpu: $(call ready,test) ## the tests that run on any machine (and, with one, on the GPU)
+	$(PY) -m pytest tests $(ARGS)
+
+# The variable must stand before triton is imported, hence a process of its own. The interpreter
+# runs on one core: its tests are dealt to JOBS processes, and the timed ones above are not.
+test-kernels: $(call ready,test) ## the Triton kernels, in Triton's interpreter on the CPU
+ifeq ($(shell uname -s),Linux)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/triton -n $(JOBS) --benchmark-disable $(ARGS)
+else
+	@echo "Triton is for Linux: the tests of its kernels are left out here"
+endif
+
+lint: $(call ready,dev) ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(call ready,dev) ## mypy on the package
+	$(PY) -m mypy
+
+mutants: $(call ready,test) ## plant known defects, and see the suite fail on each
+	$(PY) -m tests.mutants $(ARGS)
+
+bench-cpu: $(call ready,bench) ## times of the CPU fallback as ratios to its plain products
+	$(PY) -m benchmarks.cpu_ratios $(ARGS)
+
+gate: $(call ready,test) ## compile every kernel for every architecture, and check the machine code
+	$(PY) -m hut_kernels.triton.gate $(ARGS)
+
+docs: $(call ready,docs) ## the API reference as HTML, in build/docs
+	$(PY) -m pdoc --docformat google --output-directory build/docs hut_kernels
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# torch goes first and alone: whichever build of it pip is set up to find is then kept.
+$(VENV)/.ready-torch: $(CONSTRAINTS)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	@touch $@
+
+$(VENV)/.ready-%: $(VENV)/.ready-torch pyproject.toml setup.py
+	$(PY) -m pip install -c $(CONSTRAINTS) -e ".[$*]"
+	@touch $@
