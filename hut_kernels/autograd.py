@@ -71,7 +71,7 @@ class HUTLinearFunction(torch.autograd.Function):
             d_A if need_A else None,
             d_B if need_B else None,
             d_bias,
-            d_gamma.to(gamma.dtype) if need_gamma else None,
+            d_gamma.to(gamma.dtype) if need_gamma and d_gamma is not None else None,
             d_beta,
             None,
             None,
@@ -93,18 +93,17 @@ class _Positional(inspect.Signature):
     """
 
     class _Bound:
-        kwargs: dict[str, Any] = {}
-
         def __init__(self, args: tuple) -> None:
             self.args = args
+            self.kwargs: dict[str, Any] = {}
 
         def apply_defaults(self) -> None:
             pass
 
-    def bind(self, *args: Any) -> Any:  # type: ignore[override]
+    def bind(self, *args: Any) -> Any:
         return self._Bound(args)
 
 
 HUTLinearFunction.forward.__signature__ = _Positional(  # type: ignore[attr-defined]
-    inspect.signature(HUTLinearFunction.forward).parameters.values()
+    list(inspect.signature(HUTLinearFunction.forward).parameters.values())
 )

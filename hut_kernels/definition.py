@@ -1,6 +1,6 @@
-"""What a HUT layer computes, in plain differentiable PyTorch: the oracle, and `fused=False`.
+"""What a HUT layer computes in plain differentiable PyTorch: the oracle, and `fused=False`.
 
-The formulas are those of docs/definition.md; every other implementation is checked against this one.
+The formulas are those of docs/definition.md; every other implementation is checked against it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 TRANSFORMS = ("low_rank", "two_sided")
 PRECISIONS = ("merged", "split")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Spec(NamedTuple):
@@ -21,7 +22,7 @@ class Spec(NamedTuple):
     Attributes:
         transform: `"low_rank"` (`T = offset + scaling * hut_B @ hut_A`) or `"two_sided"`
             (`T[o, i] = hut_B[o, q(i)] * hut_A[p(o), i]`).
-        offset: 1 for the residual form, 0 for the direct one; 1 with `two_sided`, where it has no part.
+        offset: 1 for the residual form, 0 for the direct one; 1, without effect, in `two_sided`.
         scaling: factor of the product; 1 with `two_sided`.
         precision: `"merged"` rounds W once; `"split"` keeps `W0 * (T - 1)` apart from W0.
     """
@@ -38,7 +39,7 @@ class Spec(NamedTuple):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which multipliers are formed and sums accumulated: float64 for float64, else float32."""
+    """The type of multipliers and sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -48,7 +49,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def group_starts(size: int, r: int) -> list[int]:
-    """Where each of the r contiguous, balanced groups of `size` indices begins, and `size` at the end.
+    """Where each of the r balanced groups of `size` indices begins, and `size` at the end.
 
     Group k holds the indices i with `i * r // size == k`.
     """
@@ -56,7 +57,7 @@ def group_starts(size: int, r: int) -> list[int]:
 
 
 def group_index(size: int, r: int, device: torch.device | None = None) -> Tensor:
-    """`q(i)` (or `p(o)`): the group of each index, `floor(i * r / size)`, as an int64 tensor `[size]`."""
+    """`q(i)` (or `p(o)`): the group of each index, `floor(i * r / size)`, int64 `[size]`."""
     return torch.arange(size, device=device) * r // size
 
 
@@ -85,7 +86,7 @@ def _two_sided(hut_A: Tensor, hut_B: Tensor) -> Tensor:
 def merged_weight(
     weight: Tensor, hut_A: Tensor, hut_B: Tensor, spec: Spec, gamma: Tensor | None = None
 ) -> Tensor:
-    """`gamma[:, None] * (W0 * T)`, `[out, in]`, float32 (float64 where any tensor is), not rounded."""
+    """`gamma[:, None] * (W0 * T)`, `[out, in]`, not rounded: float32, or float64 where one is."""
     dtype = common_type(weight, hut_A, hut_B)
     merged = weight.to(dtype) * multiplier(hut_A.to(dtype), hut_B.to(dtype), spec)
     return merged if gamma is None else gamma.to(dtype)[:, None] * merged

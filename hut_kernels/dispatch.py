@@ -145,7 +145,7 @@ def gpu(device: torch.device) -> planner.Device:
         found.name,
         f"sm_{found.major}{found.minor}",
         found.multi_processor_count,
-        found.shared_memory_per_block_optin,
+        getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
         found.L2_cache_size,
     )
 

@@ -2,4 +2,4 @@
 
 
 class HUTBackendError(RuntimeError):
-    """A backend, or a kind of weight, that cannot be used here; the message names what is missing."""
+    """A backend or a kind of weight that cannot be used here; the message names what is missing."""

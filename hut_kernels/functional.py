@@ -1,4 +1,4 @@
-"""`hut_linear` and `hut_weight`: arguments checked, backend chosen, the autograd function called."""
+"""`hut_linear` and `hut_weight`: arguments checked, a backend chosen, the function called."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from torch import Tensor
 
 from . import definition, dispatch, ops
 from .autograd import HUTLinearFunction
-from .definition import PRECISIONS, TRANSFORMS, Spec
+from .definition import FLOATS, PRECISIONS, TRANSFORMS, Spec
 from .errors import HUTBackendError
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def hut_linear(
@@ -117,8 +115,8 @@ def hut_weight(
     _check_options(spec)
     _check_tensors(None, weight, hut_A, hut_B, None, gamma, None, transform)
     dtype = weight.dtype if dtype is None else dtype
-    if dtype not in _FLOATS:
-        raise TypeError(f"dtype must be one of {_names(_FLOATS)}; got {dtype}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be one of {_names(FLOATS)}; got {dtype}")
     chosen = dispatch.choose("auto", (weight, hut_A, hut_B))
     return ops.weight(weight, hut_A, hut_B, gamma, transform, offset, scaling, dtype, chosen)
 
@@ -132,7 +130,9 @@ def check_weight(weight: Tensor) -> None:
     kind = type(weight)
     if kind is Tensor or kind is torch.nn.Parameter:
         if weight.is_quantized:
-            raise HUTBackendError(f"weight is quantised ({weight.dtype}); a HUT layer needs {_names(_FLOATS)}")
+            raise HUTBackendError(
+                f"weight is quantised ({weight.dtype}); a HUT layer needs {_names(FLOATS)}"
+            )
         return
     if hasattr(weight, "_local_tensor"):
         raise HUTBackendError(
@@ -144,9 +144,13 @@ def check_weight(weight: Tensor) -> None:
 
 def _check_options(spec: Spec) -> None:
     if spec.transform not in TRANSFORMS:
-        raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}; got {spec.transform!r}")
+        raise ValueError(
+            f"transform must be one of {', '.join(TRANSFORMS)}; got {spec.transform!r}"
+        )
     if spec.precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {spec.precision!r}")
+        raise ValueError(
+            f"precision must be one of {', '.join(PRECISIONS)}; got {spec.precision!r}"
+        )
     if spec.transform == "two_sided" and (spec.offset != 1.0 or spec.scaling != 1.0):
         raise ValueError(
             "two_sided has no offset and no scaling: both must be 1; "
@@ -181,8 +185,8 @@ def _check_tensors(
     for name, tensor in named:
         if tensor is None:
             continue
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be one of {_names(_FLOATS)}; got {tensor.dtype}")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(
                 f"all tensors must be on one device: {'weight' if x is None else 'x'} is on "

@@ -16,8 +16,6 @@ from .functional import hut_linear, hut_weight
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
 """The paper's layer, `HUTLinear(..., **PAPER)`: one multiplication per side, scale and shift."""
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 class HUTLinear(nn.Module):
     """A linear layer whose frozen weight is multiplied, element by element, by a trainable `T`.
@@ -339,8 +337,8 @@ def _check_run_options(precision: str, dropout: float) -> None:
 
 def _check_types(**dtypes: torch.dtype) -> None:
     for name, dtype in dtypes.items():
-        if dtype not in _FLOATS:
-            names = ", ".join(str(d).removeprefix("torch.") for d in _FLOATS)
+        if dtype not in definition.FLOATS:
+            names = ", ".join(str(d).removeprefix("torch.") for d in definition.FLOATS)
             raise TypeError(f"{name} must be one of {names}, got {dtype}")
 
 
@@ -353,7 +351,7 @@ def _check_base(linear: nn.Module) -> None:
         if "Linear" in kind and not (isinstance(weight, Tensor) and weight.is_floating_point()):
             raise HUTBackendError(f"{kind} keeps no plain weight (quantised?); dequantise it first")
         raise TypeError(f"expected an nn.Linear or a Conv1D, got {kind}")
-    if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+    if type(weight) is not nn.Parameter or weight.dtype not in definition.FLOATS:
         dtype = getattr(weight, "dtype", None)
         raise HUTBackendError(
             f"the weight of {kind} is a {type(weight).__name__} of {dtype}, but HUT needs an "

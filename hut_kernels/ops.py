@@ -143,7 +143,9 @@ def grad_factors(
     """`d hut_A`, `d hut_B` and `sum_i W[o, i] G[o, i]` (float32); empty where not needed."""
     spec = Spec(transform, offset, scaling)
     needs = Needs(need_A, need_B, need_gamma)
-    d_A, d_B, d_gamma = _backend(backend).grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
+    d_A, d_B, d_gamma = _backend(backend).grad_factors(
+        grad, x, weight, hut_A, hut_B, gamma, spec, needs
+    )
     return (
         hut_A.new_empty(0) if d_A is None else d_A,
         hut_B.new_empty(0) if d_B is None else d_B,

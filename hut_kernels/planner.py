@@ -139,18 +139,19 @@ class Plan:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """The fewest bytes each part moves: inputs read once, outputs and workspaces written once."""
+        """The fewest bytes each part moves: everything read once and written once."""
         p, item = self.problem, _BYTES[self.problem.dtype]
         weight = p.O * p.K * _BYTES[p.weight_dtype]
         factors = 4 * p.r * (p.O + p.K)
         activations = p.N * (p.O + p.K) * item
         staging = 2 * p.O * p.K * item  # written by the weight kernel, read by the product
-        split = weight if p.precision == "split" else 0
+        twice = weight if p.precision == "split" else 0
+        forward = grad_input = weight + twice + factors + activations
         return {
-            "forward": weight + factors + activations + (staging if self.forward == STAGED else 0) + split,
-            "grad_input": weight + factors + activations + (staging if self.grad_input == STAGED else 0) + split,
+            "forward": forward + (staging if self.forward == STAGED else 0),
+            "grad_input": grad_input + (staging if self.grad_input == STAGED else 0),
             "grad_factors": weight + 2 * factors + activations,
-        }  # fmt: skip
+        }
 
     @property
     def workspace(self) -> dict[str, int]:
@@ -170,7 +171,8 @@ class Plan:
         lines = [
             f"HUT {p.transform}, r = {p.r}, {p.precision}, {p.dtype} over {p.weight_dtype}: "
             f"{p.N} tokens, {p.K} -> {p.O}",
-            f"on {self.device.name} ({self.device.arch}), backend {self.backend}; break-evens: {self.source}",
+            f"on {self.device.name} ({self.device.arch}), backend {self.backend}; "
+            f"break-evens: {self.source}",
             f"{'':14}{'strategy':10}{'GFLOP':>10}{'MB moved':>10}{'MB workspace':>14}",
         ]  # fmt: skip
         operations, moved, workspace = self.operations, self.bytes, self.workspace
@@ -196,7 +198,9 @@ def force(**strategies: str) -> Iterator[None]:
     allowed = {"forward": STAGED, "grad_input": STAGED, "grad_factors": CHUNKED}
     for part, strategy in strategies.items():
         if part not in allowed or strategy not in (FUSED, allowed[part]):
-            raise ValueError(f"cannot force {part}={strategy!r}; parts and strategies: {allowed} or fused")
+            raise ValueError(
+                f"cannot force {part}={strategy!r}; parts and strategies: {allowed} or fused"
+            )
     before = dict(_forced)
     _forced.update(strategies)
     try:
@@ -237,9 +241,15 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
 def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
     if made.backend == "torch":
         return made
+    wanted = dict(forced)
     split = made.problem.precision == "split"
-    possible = {part: how for part, how in forced if not (split and part != "grad_factors")}
-    return dataclasses.replace(made, **possible, source="forced")
+    return dataclasses.replace(
+        made,
+        forward=made.forward if split else wanted.get("forward", made.forward),
+        grad_input=made.grad_input if split else wanted.get("grad_input", made.grad_input),
+        grad_factors=wanted.get("grad_factors", made.grad_factors),
+        source="forced",
+    )
 
 
 def _chunk_rows(problem: Problem, device: Device) -> int:

@@ -7,6 +7,7 @@ block of rows at a time, so that beside W no more than `_BLOCK` elements are ali
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ def _reduce_two_sided(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]` and `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`."""
     r, in_features = A.shape
-    p, q = _groups(rows, out_features, in_features, r, A.device)
+    p, q = _groups(rows, out_features, A)
     Q = P = None
     acc = definition.wide(A.dtype)
     if needs.A:
@@ -143,15 +144,15 @@ def _reduce_two_sided(
         Q.index_add_(0, p, (H0 * gamma_B.index_select(1, q)).to(acc))
     if needs.B or needs.gamma:
         product = H0 * A.index_select(0, p)
-        starts = definition.group_starts(in_features, r)
-        groups = zip(starts, starts[1:], strict=False)
+        groups = pairwise(definition.group_starts(in_features, r))
         P = torch.stack([product[:, a:b].sum(1, dtype=acc) for a, b in groups], dim=1)
     return Q, P
 
 
 def _join(parts: list, dtype: torch.dtype) -> FactorGrads:
     """The row blocks' Q added, in order; their P and row sums one below the other."""
-    Q, P, row_sums = ([part for part in column if part is not None] for column in zip(*parts))
+    columns = zip(*parts, strict=True)
+    Q, P, row_sums = ([part for part in column if part is not None] for column in columns)
     return (
         torch.stack(Q).sum(0, dtype=dtype) if Q else None,
         torch.cat(P) if P else None,
@@ -172,7 +173,7 @@ def _maker(
     spec: Spec,
     dtype: torch.dtype,
 ) -> Maker:
-    """How `gamma (W0 * (T - minus))` is made here: in the residual form `W0 + W0 * m` in m's buffer.
+    """How `gamma (W0 * (T - minus))` is made; the residual form as `W0 + W0 * m` in m's buffer.
 
     The increment m may be formed in bf16 (its error stays relative to itself), but not in fp16,
     where small factors would underflow.
@@ -207,7 +208,7 @@ def _blockwise(
         if spec.transform == "low_rank":
             T = torch.mm(_take(B, rows), A).mul_(spec.scaling)
         else:
-            p, q = _groups(rows, *weight.shape, len(A), A.device)
+            p, q = _groups(rows, len(weight), A)
             T = _take(B, rows).index_select(1, q).mul_(A.index_select(0, p))
         if spec.constant != minus:
             T += spec.constant - minus
@@ -217,12 +218,11 @@ def _blockwise(
     return out
 
 
-def _groups(
-    rows: slice | None, out_features: int, in_features: int, r: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _groups(rows: slice | None, out_features: int, A: Tensor) -> tuple[Tensor, Tensor]:
     """The group p of each of `rows`, and the group q of each column."""
-    p = definition.group_index(out_features, r, device)
-    return _take(p, rows), definition.group_index(in_features, r, device)
+    r, in_features = A.shape
+    p = definition.group_index(out_features, r, A.device)
+    return _take(p, rows), definition.group_index(in_features, r, A.device)
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice | None]:
