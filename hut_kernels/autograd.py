@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .definition import Spec, wide
+from .definition import Spec, as_rows, wide
 
 
 class HUTLinearFunction(torch.autograd.Function):
@@ -43,39 +43,9 @@ class HUTLinearFunction(torch.autograd.Function):
         ctx.beta_dtype = None if inputs[6] is None else inputs[6].dtype
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, hut_A, hut_B, bias, gamma = ctx.saved_tensors
-        need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, *_ = ctx.needs_input_grad
-        transform, offset, scaling, precision = ctx.spec
-        factors = weight, hut_A, hut_B
-        options = transform, offset, scaling
-        d_x = d_A = d_B = d_bias = d_gamma = d_beta = None
-        if need_x:
-            d_x = ops.grad_input(grad, *factors, gamma, *options, precision, ctx.backend)
-        if need_A or need_B or need_gamma:
-            d_A, d_B, d_gamma = ops.grad_factors(
-                grad, x, *factors, gamma, *options, need_A, need_B, need_gamma, ctx.backend
-            )
-        if need_bias or need_beta or (need_gamma and bias is not None):
-            sums = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide(grad.dtype))
-            if need_gamma and bias is not None:
-                d_gamma = d_gamma + bias * sums
-            if need_beta:
-                d_beta = sums.to(ctx.beta_dtype)
-            if need_bias:
-                d_bias = (sums if gamma is None else gamma * sums).to(bias.dtype)
-        return (
-            d_x,
-            None,
-            d_A if need_A else None,
-            d_B if need_B else None,
-            d_bias,
-            d_gamma.to(gamma.dtype) if need_gamma and d_gamma is not None else None,
-            d_beta,
-            None,
-            None,
-        )
+        # Gradients are differentiable only under create_graph; elsewhere the guard is spared.
+        return _guarded_gradients(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
@@ -83,6 +53,40 @@ class HUTLinearFunction(torch.autograd.Function):
             "vmap over the fused hut_linear is not supported: stack the batch into x's leading "
             "dimensions, or use fused=False"
         )
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that are asked for, one for each argument of forward."""
+    x, weight, hut_A, hut_B, bias, gamma = ctx.saved_tensors
+    need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
+    (transform, offset, scaling, precision), backend = ctx.spec, ctx.backend
+    d_x = d_A = d_B = d_bias = d_gamma = d_beta = None
+    if need_x:
+        d_x = ops.grad_input(
+            grad, weight, hut_A, hut_B, gamma, transform, offset, scaling, precision, backend
+        )
+    if need_A or need_B or need_gamma:
+        grads = ops.grad_factors(
+            grad, x, weight, hut_A, hut_B, gamma,
+            transform, offset, scaling, need_A, need_B, need_gamma, backend,
+        )  # fmt: skip
+        d_A = grads[0] if need_A else None
+        d_B = grads[int(need_A)] if need_B else None
+        d_gamma = grads[-1] if need_gamma else None
+    if need_bias or need_beta or (need_gamma and bias is not None):
+        sums = as_rows(grad).sum(0, dtype=wide(grad.dtype))
+        if d_gamma is not None and bias is not None:
+            d_gamma = d_gamma + bias * sums
+        if need_beta:
+            d_beta = sums.to(ctx.beta_dtype)
+        if need_bias:
+            d_bias = (sums if gamma is None else gamma * sums).to(bias.dtype)
+    if d_gamma is not None:
+        d_gamma = d_gamma.to(gamma.dtype)
+    return d_x, None, d_A, d_B, d_bias, d_gamma, d_beta, None, None
+
+
+_guarded_gradients = once_differentiable(_gradients)
 
 
 class _Positional(inspect.Signature):

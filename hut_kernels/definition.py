@@ -5,6 +5,7 @@ The formulas are those of docs/definition.md; every other implementation is chec
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor.to(dtype)`; a tenth of its host time where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """`[..., size]` as `[N, size]`; unlike `reshape(-1, size)` also where size is 0."""
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def group_starts(size: int, r: int) -> list[int]:
@@ -134,7 +142,7 @@ def merged_bias(
         return bias if bias is None else cast(bias, dtype)
     if bias is None:
         return beta if beta is None else cast(beta, dtype)
-    acc = common_type(bias)
+    acc = common_type(bias) if dtype != torch.float64 else dtype
     shifted = bias.to(acc)
     if gamma is not None:
         shifted = gamma.to(acc) * shifted
@@ -180,7 +188,7 @@ def finish_factor_grads(
     if Q is not None and needs.A:
         d_A = cast(_scaled(Q, spec.scaling), hut_A.dtype)
     if P is not None and needs.gamma:
-        d_gamma = _scaled((P * hut_B).sum(1), spec.scaling)
+        d_gamma = _scaled((cast(P, common_type(P)) * hut_B).sum(1), spec.scaling)
         if row_sums is not None:
             d_gamma = d_gamma + spec.constant * row_sums
     if P is not None and needs.B:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -72,12 +74,13 @@ def hut_linear(
     if not fused and backend not in ("auto", "torch"):
         raise ValueError(f'fused=False needs backend "auto" or "torch"; got {backend!r}')
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     if fused:
         chosen = dispatch.choose(backend, (x, weight, hut_A, hut_B))
         return HUTLinearFunction.apply(x, weight, hut_A, hut_B, bias, gamma, beta, spec, chosen)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         return definition.linear(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
 
 
@@ -171,28 +174,13 @@ def _check_tensors(
     """Kinds, types, devices and shapes, in this order; nothing is computed."""
     check_weight(weight)
     device = weight.device if x is None else x.device
-    if weight.is_meta and device.type != "meta":
-        raise HUTBackendError("weight is on the meta device: it has no data to multiply with")
-    named = (
-        ("x", x),
-        ("weight", weight),
-        ("hut_A", hut_A),
-        ("hut_B", hut_B),
-        ("bias", bias),
-        ("gamma", gamma),
-        ("beta", beta),
-    )
-    for name, tensor in named:
-        if tensor is None:
-            continue
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(
-                f"all tensors must be on one device: {'weight' if x is None else 'x'} is on "
-                f"{device}, {name} on {tensor.device}"
+    given = (x, weight, hut_A, hut_B, bias, gamma, beta)
+    for index, tensor in enumerate(given):
+        if tensor is not None and (tensor.dtype not in FLOATS or tensor.device != device):
+            _refuse(
+                ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta")[index], tensor, device
             )
-    _check_shapes(x, weight, hut_A, hut_B, (("bias", bias), ("gamma", gamma), ("beta", beta)))
+    _check_shapes(x, weight, hut_A, hut_B, bias, gamma, beta)
     if transform == "two_sided" and hut_A.shape[0] > min(weight.shape):
         raise ValueError(
             f"two_sided needs r <= min(in_features, out_features) = {min(weight.shape)}; "
@@ -200,22 +188,35 @@ def _check_tensors(
         )
 
 
+def _refuse(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {tensor.dtype}")
+    if name == "weight" and tensor.is_meta:
+        raise HUTBackendError("weight is on the meta device: it has no data to multiply with")
+    raise ValueError(
+        f"all tensors must be on one device, x's (or weight's): {device}; "
+        f"got {name} on {tensor.device}"
+    )
+
+
 def _check_shapes(
     x: Tensor | None,
     weight: Tensor,
     hut_A: Tensor,
     hut_B: Tensor,
-    vectors: tuple[tuple[str, Tensor | None], ...],
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
 ) -> None:
     for name, tensor in (("weight", weight), ("hut_A", hut_A), ("hut_B", hut_B)):
-        if tensor.dim() != 2:
+        if tensor.ndim != 2:
             raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
     out_features, in_features = weight.shape
     r = hut_A.shape[0]
     if r < 1:
         raise ValueError(f"r must be at least 1; got hut_A of shape {tuple(hut_A.shape)}")
-    if x is not None and (x.dim() < 1 or x.shape[-1] != in_features):
-        given = x.shape[-1] if x.dim() else "a scalar"
+    if x is not None and (x.ndim < 1 or x.shape[-1] != in_features):
+        given = x.shape[-1] if x.ndim else "a scalar"
         raise ValueError(
             f"x's last dimension must be weight's in_features = {in_features}; got {given}"
         )
@@ -231,8 +232,8 @@ def _check_shapes(
         )
     if hut_B.shape[1] != r:
         raise ValueError(f"hut_B's second dimension must be hut_A's r = {r}; got {hut_B.shape[1]}")
-    for name, vector in vectors:
-        if vector is not None and tuple(vector.shape) != (out_features,):
+    for name, vector in (("bias", bias), ("gamma", gamma), ("beta", beta)):
+        if vector is not None and vector.shape != (out_features,):
             raise ValueError(
                 f"{name} must have shape ({out_features},), weight's out_features; "
                 f"got {tuple(vector.shape)}"

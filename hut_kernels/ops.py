@@ -37,7 +37,7 @@ def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Cal
     def register(implementation: Callable[..., Any]) -> Any:
         def detached(*args: Any) -> Any:
             device = args[0].device.type
-            if torch.is_autocast_enabled(device) or torch.is_grad_enabled():
+            if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
                 with torch.no_grad(), torch.autocast(device, enabled=False):
                     return implementation(*args)
             return implementation(*args)
@@ -110,19 +110,22 @@ def grad_input(
 
 def _fake_grad_factors(
     grad: Tensor, x: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     need_A, need_B, need_gamma = rest[4:7]
-    return (
-        hut_A.new_empty(hut_A.shape if need_A else (0,)),
-        hut_B.new_empty(hut_B.shape if need_B else (0,)),
-        hut_B.new_empty((weight.shape[0] if need_gamma else 0,), dtype=wide(x.dtype)),
-    )
+    fakes = []
+    if need_A:
+        fakes.append(hut_A.new_empty(hut_A.shape))
+    if need_B:
+        fakes.append(hut_B.new_empty(hut_B.shape))
+    if need_gamma:
+        fakes.append(hut_B.new_empty((weight.shape[0],), dtype=wide(x.dtype)))
+    return fakes
 
 
 @_operator(
     "grad_factors",
     f"(Tensor grad, Tensor x, {_FACTORS}, Tensor? gamma, {_SPEC}, "
-    "bool need_A, bool need_B, bool need_gamma, str backend) -> (Tensor, Tensor, Tensor)",
+    "bool need_A, bool need_B, bool need_gamma, str backend) -> Tensor[]",
     _fake_grad_factors,
 )
 def grad_factors(
@@ -139,18 +142,12 @@ def grad_factors(
     need_B: bool,
     need_gamma: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`d hut_A`, `d hut_B` and `sum_i W[o, i] G[o, i]` (float32); empty where not needed."""
+) -> list[Tensor]:
+    """Those asked for of `d hut_A`, `d hut_B` and `sum_i W[o, i] G[o, i]` (float32), in order."""
     spec = Spec(transform, offset, scaling)
     needs = Needs(need_A, need_B, need_gamma)
-    d_A, d_B, d_gamma = _backend(backend).grad_factors(
-        grad, x, weight, hut_A, hut_B, gamma, spec, needs
-    )
-    return (
-        hut_A.new_empty(0) if d_A is None else d_A,
-        hut_B.new_empty(0) if d_B is None else d_B,
-        hut_B.new_empty(0, dtype=wide(x.dtype)) if d_gamma is None else d_gamma,
-    )
+    grads = _backend(backend).grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
+    return [grad for grad in grads if grad is not None]
 
 
 def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:

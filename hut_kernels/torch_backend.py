@@ -6,7 +6,7 @@ block of rows at a time, so that beside W no more than `_BLOCK` elements are ali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -100,14 +100,14 @@ def grad_factors(
 ) -> FactorGrads:
     """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
     if x.dim() != 2:
-        x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        x, grad = definition.as_rows(x), definition.as_rows(grad)
     # bf16 has the range of float32, so G may be rounded to it once; in fp16 G would overflow.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     acc = definition.wide(dtype)
     x, grad_t = cast(x, dtype), cast(grad, dtype).t()
     A, B = cast(hut_A, dtype), cast(hut_B, dtype)
     if gamma is not None:
-        B = (hut_B * gamma[:, None]).to(dtype)
+        B = (cast(hut_B, acc) * gamma[:, None]).to(dtype)
     reduce = _reduce_low_rank if spec.transform == "low_rank" else _reduce_two_sided
     parts = []
     for rows in _row_blocks(weight):
@@ -127,7 +127,7 @@ def _reduce_low_rank(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`Q = (gamma B)^T H0`, `[r, in]`, and `P = H0 A^T`, `[rows, r]`."""
     Q = torch.mm(gamma_B.t(), H0) if needs.A else None
-    P = torch.mm(H0, A.t()) if needs.B or needs.gamma else None
+    P = F.linear(H0, A) if needs.B or needs.gamma else None
     return Q, P
 
 
@@ -162,7 +162,9 @@ def _join(parts: list, dtype: torch.dtype) -> FactorGrads:
 
 def _scaled_base(weight: Tensor, gamma: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`gamma W0`, the first matrix of `split`: W0 itself where nothing has to change."""
-    return cast(weight, dtype) if gamma is None else (weight * gamma[:, None]).to(dtype)
+    if gamma is None:
+        return cast(weight, dtype)
+    return (cast(weight, definition.wide(dtype)) * gamma[:, None]).to(dtype)
 
 
 def _maker(
@@ -201,7 +203,7 @@ def _blockwise(
     minus: float,
 ) -> Tensor:
     """`gamma (W0 * (T - minus))` formed in float32 or float64, rounded once to `dtype`."""
-    acc = definition.common_type(weight, hut_A, hut_B)
+    acc = dtype if dtype == torch.float64 else definition.common_type(weight, hut_A, hut_B)
     A, B = cast(hut_A, acc), cast(hut_B, acc)
     out = torch.empty_like(weight, dtype=dtype)
     for rows in _row_blocks(weight):
@@ -225,14 +227,13 @@ def _groups(rows: slice | None, out_features: int, A: Tensor) -> tuple[Tensor, T
     return _take(p, rows), definition.group_index(in_features, r, A.device)
 
 
-def _row_blocks(weight: Tensor) -> Iterator[slice | None]:
+def _row_blocks(weight: Tensor) -> Sequence[slice | None]:
     """Row slices of `_BLOCK` elements; None, "all rows", where one block is enough."""
+    if weight.numel() <= _BLOCK:
+        return (None,)
     rows, columns = weight.shape
-    step = max(1, _BLOCK // max(1, columns))
-    if rows <= step:
-        yield None
-    else:
-        yield from (slice(start, start + step) for start in range(0, rows, step))
+    step = max(1, _BLOCK // columns)
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def _take(tensor: Tensor, rows: slice | None) -> Tensor:
