@@ -158,6 +158,11 @@ class Needs(NamedTuple):
     B: bool
     gamma: bool
 
+    @property
+    def P(self) -> bool:
+        """Whether P is needed, from which both d hut_B and d gamma come."""
+        return self.B or self.gamma
+
 
 FactorGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -188,7 +193,8 @@ def finish_factor_grads(
     if Q is not None and needs.A:
         d_A = cast(_scaled(Q, spec.scaling), hut_A.dtype)
     if P is not None and needs.gamma:
-        d_gamma = _scaled((cast(P, common_type(P)) * hut_B).sum(1), spec.scaling)
+        acc = common_type(P)
+        d_gamma = _scaled((cast(P, acc) * cast(hut_B, acc)).sum(1), spec.scaling)
         if row_sums is not None:
             d_gamma = d_gamma + spec.constant * row_sums
     if P is not None and needs.B:

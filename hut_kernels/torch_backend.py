@@ -6,7 +6,7 @@ block of rows at a time, so that beside W no more than `_BLOCK` elements are ali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -20,8 +20,6 @@ from .definition import FactorGrads, Needs, Spec, cast
 # 4096 x 4096 layer to need a quarter of a weight beside W.
 _BLOCK = 1 << 22
 
-Maker = Callable[[float], Tensor]
-
 
 def forward(
     x: Tensor,
@@ -34,46 +32,33 @@ def forward(
     spec: Spec,
 ) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
-    make = _maker(weight, hut_A, hut_B, gamma, spec, x.dtype)
-    return staged_forward(x, weight, bias, gamma, beta, spec, make)
+    shift = definition.merged_bias(bias, gamma, beta, x.dtype)
+    if spec.precision == "split":
+        update = _blockwise(weight, hut_A, hut_B, gamma, spec, x.dtype, minus=1.0)
+        return split_forward(x, weight, gamma, update, shift)
+    return F.linear(x, _merged(weight, hut_A, hut_B, gamma, spec, x.dtype), shift)
 
 
 def grad_input(
     grad: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, gamma: Tensor | None, spec: Spec
 ) -> Tensor:
     """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
-    make = _maker(weight, hut_A, hut_B, gamma, spec, grad.dtype)
-    return staged_grad_input(grad, weight, gamma, spec, make)
-
-
-def staged_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    spec: Spec,
-    make: Maker,
-) -> Tensor:
-    """The forward as products with stored matrices: `x (gamma W)^T + (gamma bias + beta)`.
-
-    `make(minus)` gives `gamma (W0 * (T - minus))` in x's type.
-    """
-    shift = definition.merged_bias(bias, gamma, beta, x.dtype)
     if spec.precision == "split":
-        y = F.linear(x, _scaled_base(weight, gamma, x.dtype), shift)
-        return y.add_(F.linear(x, make(1.0)))
-    return F.linear(x, make(0.0), shift)
+        update = _blockwise(weight, hut_A, hut_B, gamma, spec, grad.dtype, minus=1.0)
+        return split_grad_input(grad, weight, gamma, update)
+    return grad @ _merged(weight, hut_A, hut_B, gamma, spec, grad.dtype)
 
 
-def staged_grad_input(
-    grad: Tensor, weight: Tensor, gamma: Tensor | None, spec: Spec, make: Maker
+def split_forward(
+    x: Tensor, weight: Tensor, gamma: Tensor | None, update: Tensor, shift: Tensor | None
 ) -> Tensor:
-    """The input gradient as products with stored matrices: `grad (gamma W)`."""
-    if spec.precision == "split":
-        dx = grad @ _scaled_base(weight, gamma, grad.dtype)
-        return dx.add_(grad @ make(1.0))
-    return grad @ make(0.0)
+    """`x (gamma W0)^T + x update^T + shift` with the update `gamma (W0 * (T - 1))`."""
+    return F.linear(x, _scaled_base(weight, gamma, x.dtype), shift).add_(F.linear(x, update))
+
+
+def split_grad_input(grad: Tensor, weight: Tensor, gamma: Tensor | None, update: Tensor) -> Tensor:
+    """`grad (gamma W0) + grad update` with the update `gamma (W0 * (T - 1))`."""
+    return (grad @ _scaled_base(weight, gamma, grad.dtype)).add_(grad @ update)
 
 
 def weight(
@@ -127,25 +112,29 @@ def _reduce_low_rank(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`Q = (gamma B)^T H0`, `[r, in]`, and `P = H0 A^T`, `[rows, r]`."""
     Q = torch.mm(gamma_B.t(), H0) if needs.A else None
-    P = F.linear(H0, A) if needs.B or needs.gamma else None
+    P = F.linear(H0, A) if needs.P else None
     return Q, P
 
 
 def _reduce_two_sided(
     H0: Tensor, A: Tensor, gamma_B: Tensor, rows: slice | None, out_features: int, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]` and `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`."""
+    """`Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]` and `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`.
+
+    Within the rows of one group p both are thin products: `P = H0 E` with `E[i, q(i)] = A[p, i]`,
+    and Q's row is `(gamma B)^T H0`, of which column i keeps entry q(i).
+    """
     r, in_features = A.shape
-    p, q = _groups(rows, out_features, A)
-    Q = P = None
-    acc = definition.wide(A.dtype)
-    if needs.A:
-        Q = torch.zeros_like(A, dtype=acc)
-        Q.index_add_(0, p, (H0 * gamma_B.index_select(1, q)).to(acc))
-    if needs.B or needs.gamma:
-        product = H0 * A.index_select(0, p)
-        groups = pairwise(definition.group_starts(in_features, r))
-        P = torch.stack([product[:, a:b].sum(1, dtype=acc) for a, b in groups], dim=1)
+    q = definition.group_index(in_features, r, A.device)
+    Q = torch.zeros(A.shape, dtype=A.dtype, device=A.device) if needs.A else None
+    P = torch.empty(gamma_B.shape, dtype=A.dtype, device=A.device) if needs.P else None
+    for k, group in _row_groups(rows, out_features, r):
+        if Q is not None:
+            Q[k] = torch.mm(gamma_B[group].t(), H0[group]).gather(0, q[None])[0]
+        if P is not None:
+            spread = torch.zeros((in_features, r), dtype=A.dtype, device=A.device)
+            spread.scatter_(1, q[:, None], A[k, :, None])  # [in, r]
+            P[group] = torch.mm(H0[group], spread)
     return Q, P
 
 
@@ -167,30 +156,26 @@ def _scaled_base(weight: Tensor, gamma: Tensor | None, dtype: torch.dtype) -> Te
     return (cast(weight, definition.wide(dtype)) * gamma[:, None]).to(dtype)
 
 
-def _maker(
+def _merged(
     weight: Tensor,
     hut_A: Tensor,
     hut_B: Tensor,
     gamma: Tensor | None,
     spec: Spec,
     dtype: torch.dtype,
-) -> Maker:
-    """How `gamma (W0 * (T - minus))` is made; the residual form as `W0 + W0 * m` in m's buffer.
+) -> Tensor:
+    """`gamma W` for a product in `dtype`; in the residual form `W0 + W0 * m` in m's own buffer.
 
     The increment m may be formed in bf16 (its error stays relative to itself), but not in fp16,
     where small factors would underflow.
     """
-
-    def make(minus: float) -> Tensor:
-        residual = spec.constant == 1.0 and minus == 0.0 and gamma is None
-        if not residual or weight.dtype != dtype or dtype == torch.float16:
-            return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus)
-        A, B = cast(hut_A, dtype), cast(hut_B, dtype)
-        # m gets weight's strides: a transposed weight (Conv1D) is met by a transposed product.
-        m = torch.mm(B, A) if weight.stride(1) == 1 else torch.mm(A.t(), B.t()).t()
-        return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
-
-    return make
+    residual = spec.constant == 1.0 and gamma is None
+    if not residual or weight.dtype != dtype or dtype == torch.float16:
+        return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=0.0)
+    A, B = cast(hut_A, dtype), cast(hut_B, dtype)
+    # m gets weight's strides: a transposed weight (Conv1D) is met by a transposed product.
+    m = torch.mm(B, A) if weight.stride(1) == 1 else torch.mm(A.t(), B.t()).t()
+    return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
 
 
 def _blockwise(
@@ -207,24 +192,39 @@ def _blockwise(
     A, B = cast(hut_A, acc), cast(hut_B, acc)
     out = torch.empty_like(weight, dtype=dtype)
     for rows in _row_blocks(weight):
+        W0, B_rows = _take(weight, rows), _take(B, rows)
         if spec.transform == "low_rank":
-            T = torch.mm(_take(B, rows), A).mul_(spec.scaling)
+            T = torch.mm(B_rows, A).mul_(spec.scaling)
+            if spec.constant != minus:
+                T += spec.constant - minus
         else:
-            p, q = _groups(rows, len(weight), A)
-            T = _take(B, rows).index_select(1, q).mul_(A.index_select(0, p))
-        if spec.constant != minus:
-            T += spec.constant - minus
+            T = _two_sided(A, B_rows, rows, len(weight))
+            if minus:
+                T -= minus
         if gamma is not None:
             T *= _take(gamma, rows)[:, None]
-        torch.mul(_take(weight, rows), T, out=_take(out, rows))
+        torch.mul(W0, T, out=_take(out, rows))
     return out
 
 
-def _groups(rows: slice | None, out_features: int, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The group p of each of `rows`, and the group q of each column."""
+def _two_sided(A: Tensor, B_rows: Tensor, rows: slice | None, out_features: int) -> Tensor:
+    """`T[o, i] = B[o, q(i)] A[p(o), i]` for a block of rows, group by group."""
     r, in_features = A.shape
-    p = definition.group_index(out_features, r, A.device)
-    return _take(p, rows), definition.group_index(in_features, r, A.device)
+    T = torch.empty((len(B_rows), in_features), dtype=A.dtype, device=A.device)
+    for k, (start, end) in enumerate(pairwise(definition.group_starts(in_features, r))):
+        T[:, start:end] = B_rows[:, k : k + 1]
+    for k, group in _row_groups(rows, out_features, r):
+        T[group] *= A[k]
+    return T
+
+
+def _row_groups(rows: slice | None, out_features: int, r: int) -> Iterator[tuple[int, slice]]:
+    """Each group p that meets a block of rows, with its rows counted from the block's first."""
+    first, last = (0, out_features) if rows is None else (rows.start, rows.stop)
+    for k, (start, end) in enumerate(pairwise(definition.group_starts(out_features, r))):
+        start, end = max(start, first), min(end, last)
+        if start < end:
+            yield k, slice(start - first, end - first)
 
 
 def _row_blocks(weight: Tensor) -> Sequence[slice | None]:
@@ -233,7 +233,7 @@ def _row_blocks(weight: Tensor) -> Sequence[slice | None]:
         return (None,)
     rows, columns = weight.shape
     step = max(1, _BLOCK // columns)
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _take(tensor: Tensor, rows: slice | None) -> Tensor:

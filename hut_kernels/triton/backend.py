@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import planner, torch_backend
-from ..definition import FactorGrads, Needs, Spec
+from ..definition import FactorGrads, Needs, Spec, merged_bias
 from ..dispatch import dtype_name, gpu
 from ..planner import FUSED, Device, Plan, Problem
 from . import forward as fused_forward
@@ -43,8 +42,11 @@ def forward(
             x2d, weight, hut_A, hut_B, bias, gamma, beta, spec, _row("forward", plan)
         )
         return y.view(*x.shape[:-1], len(weight))
-    make = _maker(plan, weight, hut_A, hut_B, gamma, spec, x.dtype)
-    return torch_backend.staged_forward(x, weight, bias, gamma, beta, spec, make)
+    shift = merged_bias(bias, gamma, beta, x.dtype)
+    staged = _stage(plan, weight, hut_A, hut_B, gamma, spec, x.dtype)
+    if spec.precision == "split":
+        return torch_backend.split_forward(x, weight, gamma, staged, shift)
+    return F.linear(x, staged, shift)
 
 
 def grad_input(
@@ -60,8 +62,10 @@ def grad_input(
             grad2d, weight, hut_A, hut_B, gamma, spec, _row("grad_input", plan)
         )
         return dx.view(*grad.shape[:-1], weight.shape[1])
-    make = _maker(plan, weight, hut_A, hut_B, gamma, spec, grad.dtype)
-    return torch_backend.staged_grad_input(grad, weight, gamma, spec, make)
+    staged = _stage(plan, weight, hut_A, hut_B, gamma, spec, grad.dtype)
+    if spec.precision == "split":
+        return torch_backend.split_grad_input(grad, weight, gamma, staged)
+    return grad @ staged
 
 
 def weight(
@@ -76,7 +80,7 @@ def weight(
     plan = _plan(weight[:1], weight[:1], weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.weight(weight, hut_A, hut_B, gamma, spec, dtype)
-    return _maker(plan, weight, hut_A, hut_B, gamma, spec, dtype)(0.0)
+    return _stage(plan, weight, hut_A, hut_B, gamma, spec, dtype)
 
 
 def grad_factors(
@@ -105,7 +109,7 @@ def grad_factors(
     return chunked_grad_factors.grad_reduce(*arguments, tiles, chunk, spans)
 
 
-def _maker(
+def _stage(
     plan: Plan,
     weight: Tensor,
     hut_A: Tensor,
@@ -113,16 +117,15 @@ def _maker(
     gamma: Tensor | None,
     spec: Spec,
     dtype: torch.dtype,
-) -> torch_backend.Maker:
-    """How the staged products get their matrices: the weight kernel, into the shared workspace.
+) -> Tensor:
+    """`gamma W`, or under `split` `gamma (W0 * (T - 1))`, in the shared workspace.
 
     The workspace is a block of torch's caching allocator, free again when the product has been
     enqueued: every layer's W lands in the same memory, also inside a CUDA graph.
     """
+    minus = 1.0 if spec.precision == "split" else 0.0
     tiles = _row("weight", plan)
-    return functools.partial(
-        weight_kernel.weight, weight, hut_A, hut_B, gamma, spec, dtype, tiles
-    )
+    return weight_kernel.weight(weight, hut_A, hut_B, gamma, spec, dtype, tiles, minus)
 
 
 def _row(kernel: str, plan: Plan) -> Row:

@@ -22,7 +22,7 @@ class Partials:
         spans_o, spans_k = spans
         self.needs = needs
         self.NEED_Q = needs.A
-        self.NEED_P = needs.B or needs.gamma
+        self.NEED_P = needs.P
         self.NEED_SUMS = needs.gamma and spec.constant != 0.0
 
         def buffer(needed: bool, *shape: int) -> Tensor:
