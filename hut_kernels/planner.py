@@ -287,7 +287,7 @@ def spans(
 
 def _fewer(tiles: int, spans_now: int) -> int:
     """The next smaller number of equal spans over `tiles` that leaves no span empty."""
-    length = -(-tiles // spans_now) + 1
+    length = -(-tiles // (spans_now - 1))
     return -(-tiles // length)
 
 

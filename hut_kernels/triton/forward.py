@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition import Spec
-from .launch import Row, cdiv, hopper, multiplier_options, on_device, optional, product_precision
+from .launch import Row, cdiv, multiplier_options, on_device, optional, product_precision
 from .tiles import factor_tile, load_2d, modulate, multiplier_tile, ordered_tile, settle
 
 
@@ -44,7 +44,7 @@ def hut_forward_kernel(
     FACTOR: tl.constexpr,
     THIN: tl.constexpr,
     PRECISION: tl.constexpr,
-    HOPPER: tl.constexpr,
+    SETTLE: tl.constexpr,
     W_FIRST: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
@@ -76,7 +76,7 @@ def hut_forward_kernel(
         else:
             b_x = load_2d(p_x, o_n, stride_xn, o_k, stride_xk, m_n, m_k)  # [BN, BK]
             acc = tl.dot(b_x, tl.trans(b_W), acc, input_precision=PRECISION)
-        acc = settle(acc, HOPPER)
+        acc = settle(acc, SETTLE)
 
     if W_FIRST:
         acc = tl.trans(acc)
@@ -129,7 +129,7 @@ def forward(
             HAS_GAMMA=gamma is not None,
             HAS_BETA=beta is not None,
             PRECISION=product_precision(x.dtype),
-            HOPPER=hopper(x),
+            SETTLE=row.settle,
             W_FIRST=row.W_FIRST,
             BN=row.BN,
             GROUP=row.GROUP,

@@ -8,7 +8,6 @@ from ..definition import FactorGrads, Needs, Spec
 from .launch import (
     Row,
     cdiv,
-    hopper,
     on_device,
     optional,
     padded_rank,
@@ -54,7 +53,7 @@ def hut_grad_factors_kernel(
     TWO_SIDED: tl.constexpr,
     PRECISION: tl.constexpr,
     THIN: tl.constexpr,
-    HOPPER: tl.constexpr,
+    SETTLE: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
@@ -80,7 +79,7 @@ def hut_grad_factors_kernel(
             b_g = load_2d(p_g, o_o, stride_go, o_n, stride_gn, m_o, m_n)  # [BO, BN]
             b_x = load_2d(p_x, o_n, stride_xn, o_k, stride_xk, m_n, m_k)  # [BN, BK]
             acc = tl.dot(b_g, b_x, acc, input_precision=PRECISION)
-            acc = settle(acc, HOPPER)
+            acc = settle(acc, SETTLE)
         b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
         reduce_tile(
             acc * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k, m_o, m_k,
@@ -139,7 +138,7 @@ def grad_factors(
             TWO_SIDED=spec.transform == "two_sided",
             PRECISION=product_precision(x.dtype),
             THIN=thin_precision(x.dtype),
-            HOPPER=hopper(x),
+            SETTLE=row.settle,
             BN=row.BN,
             BO=row.BO,
             BK=row.BK,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition import Spec
-from .launch import Row, cdiv, hopper, multiplier_options, on_device, optional, product_precision
+from .launch import Row, cdiv, multiplier_options, on_device, optional, product_precision
 from .tiles import factor_tile, load_2d, modulate, multiplier_tile, ordered_tile, settle
 
 
@@ -40,7 +40,7 @@ def hut_grad_input_kernel(
     FACTOR: tl.constexpr,
     THIN: tl.constexpr,
     PRECISION: tl.constexpr,
-    HOPPER: tl.constexpr,
+    SETTLE: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
@@ -73,7 +73,7 @@ def hut_grad_input_kernel(
         else:
             b_W = modulate(b_w, b_t, constant, RESIDUAL, dtype)
         acc = tl.dot(b_g, b_W, acc, input_precision=PRECISION)
-        acc = settle(acc, HOPPER)
+        acc = settle(acc, SETTLE)
 
     o_dx = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
     tl.store(p_dx + o_dx, acc.to(dtype), mask=m_n[:, None] & m_k[None, :])
@@ -112,7 +112,7 @@ def grad_input(
             spec.scaling,
             HAS_GAMMA=gamma is not None,
             PRECISION=product_precision(grad.dtype),
-            HOPPER=hopper(grad),
+            SETTLE=row.settle,
             BN=row.BN,
             GROUP=row.GROUP,
             **multiplier_options(weight, hut_A, spec, grad.dtype, row, residual=gamma is None),

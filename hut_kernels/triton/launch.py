@@ -1,4 +1,4 @@
-"""What the launchers share on the host: a table row, and the constexprs that follow from arguments."""
+"""What the launchers share on the host: a table row, and constexprs that follow from arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition import Spec
-from ..dispatch import interpreting
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Row:
         warps: Warps a program.
         stages: Depth of the software pipeline.
         W_FIRST: The modulated weight tile is the left operand of the product.
+        settle: Keep wgmma's from being serialised (`tiles.settle`); sm_90 alone.
         GROUP: Tile rows that share a sweep over the columns (L2 reuse).
         maxnreg: Register limit a thread, or None.
     """
@@ -34,6 +34,7 @@ class Row:
     warps: int
     stages: int
     W_FIRST: bool = False
+    settle: bool = False
     GROUP: int = 8
     maxnreg: int | None = None
 
@@ -98,13 +99,6 @@ def product_precision(dtype: torch.dtype) -> str:
 def thin_precision(dtype: torch.dtype) -> str:
     """`input_precision` of thin float32 products: tf32 is enough beside 16-bit products."""
     return "tf32" if dtype != torch.float32 else product_precision(dtype)
-
-
-def hopper(tensor: Tensor) -> bool:
-    """Whether the kernel is compiled for sm_90."""
-    if interpreting() or not tensor.is_cuda:
-        return False
-    return torch.cuda.get_device_capability(tensor.device)[0] == 9
 
 
 def optional(vector: Tensor | None, stand_in: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The two-stage reduction of the factor gradients: partial sums a program owns, then their sum.
 
-Programs that share O and K in `spans_o x spans_k` rectangles write partials of d hut_A (one for each
-span of O) and of d hut_B (one for each span of K). Adding them in order makes two runs bit-equal.
+Programs that share O and K in `spans_o x spans_k` rectangles write partials of d hut_A, one for
+each span of O, and of d hut_B, one for each span of K. Added in order, two runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class Partials:
         self.P = buffer(self.NEED_P, spans_k, O, r)
         self.sums = buffer(self.NEED_SUMS, spans_k, O)
 
-    def finish(
-        self, hut_A: Tensor, hut_B: Tensor, gamma: Tensor | None, spec: Spec
-    ) -> FactorGrads:
+    def finish(self, hut_A: Tensor, hut_B: Tensor, gamma: Tensor | None, spec: Spec) -> FactorGrads:
         """The second stage: the partials added in order, then the gradients."""
         Q = _add(self.Q) if self.NEED_Q else None
         P = _add(self.P) if self.NEED_P else None

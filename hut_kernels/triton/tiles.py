@@ -1,4 +1,4 @@
-"""What the kernels share on the device: groups, multiplier tiles, modulated weight tiles, tile order.
+"""What the kernels share on the device: groups, multiplier and weight tiles, the reduction.
 
 Sizes: N tokens, K in_features, O out_features, r the rank and BR its padding to a power of two of
 at least 16 (the least inner size of `tl.dot`). Names: `p_` pointer, `b_` block value, `o_` offsets,
@@ -27,7 +27,9 @@ def ordered_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 @triton.jit
 def load_2d(p, o_rows, stride_row, o_columns, stride_column, m_rows, m_columns):
     """A tile `[len(o_rows), len(o_columns)]`, zero outside the masks."""
-    offsets = o_rows.to(tl.int64)[:, None] * stride_row + o_columns.to(tl.int64)[None, :] * stride_column
+    o_rows = o_rows.to(tl.int64)
+    o_columns = o_columns.to(tl.int64)
+    offsets = o_rows[:, None] * stride_row + o_columns[None, :] * stride_column
     return tl.load(p + offsets, mask=m_rows[:, None] & m_columns[None, :], other=0.0)
 
 
@@ -53,8 +55,8 @@ def multiplier_tile(
 ):
     """The product part of T, `[BO, BK]` in float32: `b_b @ A` or `B[o, q(i)] * A[p(o), i]`.
 
-    b_b: the B tile of this tile's rows `[BO, BR]` with scaling in it (low_rank; unused in two_sided).
-    UNIFORM_P, UNIFORM_Q: all rows (columns) of every tile lie in one group, so that a vector serves.
+    b_b: the B tile of this tile's rows, `[BO, BR]`, with scaling in it (unused in two_sided).
+    UNIFORM_P, UNIFORM_Q: all rows (columns) of each tile lie in one group: a vector serves.
     """
     m_o = o_o < O
     m_k = o_k < K
@@ -80,7 +82,9 @@ def multiplier_tile(
 
 
 @triton.jit
-def factor_tile(p_b, o_o, r, O, stride_bo, stride_br, scaling, BR: tl.constexpr, dtype: tl.constexpr):
+def factor_tile(
+    p_b, o_o, r, O, stride_bo, stride_br, scaling, BR: tl.constexpr, dtype: tl.constexpr
+):
     """The B tile of a low-rank product, `[BO, BR]` in `dtype`, scaling folded in."""
     o_r = tl.arange(0, BR)
     b_b = load_2d(p_b, o_o, stride_bo, o_r, stride_br, o_o < O, o_r < r)
@@ -104,13 +108,13 @@ def modulate(b_w, b_t, constant, RESIDUAL: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def settle(acc, HOPPER: tl.constexpr):
+def settle(acc, SETTLE: tl.constexpr):
     """A use of the accumulator right behind `tl.dot`, without effect.
 
     With a register operand computed in the loop, ptxas for sm_90 otherwise serialises the wgmma's
     (C7515). The interpreter has no inline assembly, hence the switch.
     """
-    if HOPPER:
+    if SETTLE:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
         )

@@ -1,4 +1,4 @@
-"""The weight kernel: `gamma (W0 * (T - minus))` into memory, for the staged path and for merging."""
+"""The weight kernel: `gamma (W0 * (T - minus))` into memory, for staged products and merging."""
 
 import torch
 import triton

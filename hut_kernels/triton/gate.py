@@ -1,0 +1,437 @@
+"""The gate: every row of the launch tables compiled for its architecture, its machine code checked.
+
+`python -m hut_kernels.triton.gate [--arch sm_90 ...] [--kernel forward ...] [--json FILE] [--dump DIR]`
+
+No GPU is needed: Triton compiles for any architecture, given a driver that says which. The gate
+calls the launchers themselves with CPU tensors and stops each launch after compilation, so what it
+reads is what a real launch runs. It exits with 1 and names each broken rule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from .. import planner
+from ..definition import Needs, Spec
+from ..dispatch import interpreting
+from . import forward, grad_factors, grad_input, grad_reduce, weight
+from .launch import Row, padded_rank
+from .tables import ARCHITECTURES, row
+
+KERNELS = {
+    "forward": forward.hut_forward_kernel,
+    "grad_input": grad_input.hut_grad_input_kernel,
+    "grad_factors": grad_factors.hut_grad_factors_kernel,
+    "grad_reduce": grad_reduce.hut_grad_reduce_kernel,
+    "weight": weight.hut_weight_kernel,
+}
+PRODUCTS = ("forward", "grad_input", "grad_factors")  # the kernels with a main loop
+RANKS = (16, 32, 64, 128)
+TOKENS = (16, 64, 4096)  # one number of tokens of each class in the tables
+TYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
+_TENSOR_CORES = {"sm_90": "HGMMA", "sm_100": "UTC*MMA"}  # HMMA elsewhere
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One compilation: a row of the tables, and the variant of the kernel.
+
+    Attributes:
+        arch: `"sm_90"` and the like.
+        kernel: A key of `KERNELS`.
+        dtype: A key of `TYPES`.
+        r: The rank.
+        N: Tokens, for the class of the row.
+        row: The launch row.
+        transform: `"low_rank"` or `"two_sided"`.
+        aligned: Whether strides and pointers are multiples of 16 elements.
+    """
+
+    arch: str
+    kernel: str
+    dtype: str
+    r: int
+    N: int
+    row: Row
+    transform: str = "low_rank"
+    aligned: bool = True
+
+    @property
+    def name(self) -> str:
+        """As the dumped files are called."""
+        variant = "" if self.transform == "low_rank" else "-two_sided"
+        tail = "" if self.aligned else "-unaligned"
+        return (
+            f"{self.arch.replace('_', '')}-{self.kernel}-{self.dtype}-r{self.r}-n{self.N}"
+            f"{variant}{tail}"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code of a configuration says, and the rules it breaks."""
+
+    config: Config
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    loop: dict[str, int]
+    occupancy: int
+    broken: tuple[str, ...]
+
+
+def configurations(
+    archs: Sequence[str] = ARCHITECTURES, kernels: Sequence[str] = tuple(KERNELS)
+) -> list[Config]:
+    """Every row in use: each r class, token class and type; and unaligned and two_sided variants."""
+    found: dict[tuple, Config] = {}
+    for arch in archs:
+        for kernel in kernels:
+            for config in _of_kernel(arch, kernel):
+                # Rows shared by several classes are compiled once.
+                key = dataclasses.replace(config, N=0)
+                found.setdefault((key, _small(config)), config)
+    return list(found.values())
+
+
+def _small(config: Config) -> bool:
+    """Whether 16 tokens make the kernel another one: N = 16 alone meets an even tile."""
+    return False
+
+
+def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
+    tokens = TOKENS if kernel in PRODUCTS else TOKENS[-1:]
+    for dtype in TYPES:
+        for r in RANKS:
+            for N in tokens:
+                tiles = row(kernel, arch, N, r, dtype)
+                yield Config(arch, kernel, dtype, r, N, tiles)
+                if N == tokens[-1] and dtype in ("bf16", "fp16"):
+                    yield Config(arch, kernel, dtype, r, N, tiles, aligned=False)
+                if N == tokens[-1] and dtype == "bf16":
+                    yield Config(arch, kernel, dtype, r, N, tiles, transform="two_sided")
+
+
+def inspect(config: Config, dump: Path | None = None) -> Report:
+    """Compiles one configuration and reads its machine code."""
+    try:
+        compiled = compile_config(config)
+    except Exception as error:  # whatever the compiler raises is the finding
+        message = f"does not compile: {type(error).__name__}: {str(error).strip()[:200]}"
+        return Report(config, 0, 0, 0, 0, {}, 0, (message,))
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    if dump is not None:
+        (dump / f"{config.name}.cubin").write_bytes(cubin)
+        (dump / f"{config.name}.ptx").write_text(ptx)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        usage = _run("cuobjdump", "--dump-resource-usage", file)
+        code = _instructions(_run("nvdisasm", "-c", file))
+        warnings = _serialised(ptx, Path(folder)) if config.arch == "sm_90" else []
+    registers, stack = (
+        int(re.search(rf"{key}:(\d+)", usage).group(1))  # type: ignore[union-attr]
+        for key in ("REG", "STACK")
+    )
+    shared = compiled.metadata.shared
+    spills = sum(_opcode(line) in ("STL", "LDL") for line in code.lines)
+    loop = _main_loop(code)
+    broken = _broken_rules(config, stack, shared, spills, loop, warnings)
+    occupancy = _occupancy(config, registers, shared)
+    return Report(config, registers, stack, shared, spills, dict(loop), occupancy, broken)
+
+
+def compile_config(config: Config) -> Any:
+    """The compiled kernel of the launch that `config` describes."""
+    _switch_to(config.arch)
+    kernel = KERNELS[config.kernel]
+    compiled: list[Any] = []
+    run = kernel.run
+
+    def stop_after_compiling(*args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(run(*args, grid=grid, warmup=True, **options))
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if config.dtype == "tf32" else "ieee"
+    kernel.run = stop_after_compiling
+    try:
+        _launch(config)
+    finally:
+        del kernel.run
+        torch.backends.cuda.matmul.fp32_precision = before
+    return compiled[0]
+
+
+def _launch(config: Config) -> None:
+    """Calls the launcher with tensors of one real layer's size and strides."""
+    dtype, N, r, tiles = TYPES[config.dtype], config.N, config.r, config.row
+    size = 4096 if config.aligned else 4099
+    weight_ = torch.empty(size, size, dtype=dtype)
+    hut_A, hut_B = torch.empty(r, size), torch.empty(size, r)
+    x, grad = torch.empty(N, size, dtype=dtype), torch.empty(N, size, dtype=dtype)
+    spec = Spec(config.transform)
+    needs = Needs(True, True, False)
+    if config.kernel == "forward":
+        forward.forward(x, weight_, hut_A, hut_B, None, None, None, spec, tiles)
+    elif config.kernel == "grad_input":
+        grad_input.grad_input(grad, weight_, hut_A, hut_B, None, spec, tiles)
+    elif config.kernel == "grad_factors":
+        grad_factors.grad_factors(
+            grad, x, weight_, hut_A, hut_B, None, spec, needs, tiles, (8, 8)
+        )
+    elif config.kernel == "grad_reduce":
+        grad_reduce.grad_reduce(
+            grad[:1], x[:1], weight_, hut_A, hut_B, None, spec, needs, tiles, size, (8, 8)
+        )
+    else:
+        weight.weight(weight_, hut_A, hut_B, None, spec, dtype, tiles)
+
+
+class _StandIn:
+    """A driver without a GPU: it only says which architecture is the current device."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability  # a device of its own, so that the JIT's caches stay apart
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def _switch_to(arch: str) -> None:
+    triton.runtime.driver.set_active(_StandIn(int(arch.removeprefix("sm_"))))
+
+
+# Reading machine code
+
+
+@dataclass(frozen=True)
+class _Code:
+    lines: list[str]
+    loops: list[tuple[int, int]]  # first and last line of each, by backward branches
+
+
+def _instructions(listing: str) -> _Code:
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            labels[label.group(1)] = len(lines)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction.group(1))
+    loops = []
+    for number, line in enumerate(lines):
+        branch = re.search(r"BRA.*`\(\.(L_x_\d+)\)", line)
+        if branch and labels.get(branch.group(1), number + 1) <= number:
+            loops.append((labels[branch.group(1)], number))
+    return _Code(lines, loops)
+
+
+def _opcode(line: str, parts: int = 1) -> str:
+    """`HMMA` of `@P0 HMMA.16816.F32.BF16 R4, ...`."""
+    return ".".join(re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].split(".")[:parts])
+
+
+def _is_product(opcode: str) -> bool:
+    return opcode in ("HMMA", "HGMMA", "FFMA") or re.fullmatch(r"UTC\w*MMA", opcode) is not None
+
+
+def _main_loop(code: _Code) -> collections.Counter[str]:
+    """The opcodes of the innermost loop that does most of the products."""
+    counts = []
+    for first, last in code.loops:
+        if any(first <= a and b <= last and (a, b) != (first, last) and
+               any(_is_product(_opcode(x)) for x in code.lines[a : b + 1])
+               for a, b in code.loops):  # fmt: skip
+            continue  # an outer loop: what matters is within
+        counts.append(collections.Counter(_opcode(x) for x in code.lines[first : last + 1]))
+    products = [sum(n for op, n in count.items() if _is_product(op)) for count in counts]
+    best = max(range(len(counts)), key=products.__getitem__, default=None)
+    return counts[best] if best is not None and products[best] else collections.Counter()
+
+
+def _serialised(ptx: str, folder: Path) -> list[str]:
+    """ptxas' own words where it gave up overlapping wgmma's (C75xx)."""
+    file = folder / "kernel.ptx"
+    file.write_text(ptx)
+    options = ["--gpu-name=sm_90a", "-v", "-o", os.devnull]
+    log = subprocess.run([_BIN / "ptxas", *options, file], capture_output=True, text=True)
+    return sorted(set(re.findall(r"C75\d\d", log.stderr + log.stdout)))
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    done = subprocess.run([_BIN / tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+# The rules
+
+
+def _broken_rules(
+    config: Config,
+    stack: int,
+    shared: int,
+    spills: int,
+    loop: collections.Counter[str],
+    warnings: list[str],
+) -> tuple[str, ...]:
+    broken = []
+    limit = shared_memory_limit(config.arch)
+    if spills or stack:
+        broken.append(f"spills: {spills} local loads and stores, {stack} bytes of stack")
+    if shared > limit:
+        broken.append(f"shared memory: {shared} bytes, the device has {limit}")
+    broken += [f"serialised wgmma: ptxas {warning}" for warning in warnings]
+    strict = config.aligned and config.transform == "low_rank" and config.dtype != "fp32"
+    if strict and config.kernel in PRODUCTS:
+        broken += _broken_loop_rules(config, loop)
+    return tuple(broken)
+
+
+def _broken_loop_rules(config: Config, loop: collections.Counter[str]) -> Iterator[str]:
+    wanted = _TENSOR_CORES.get(config.arch, "HMMA")
+    if not any(re.fullmatch(wanted.replace("*", r"\w*"), opcode) for opcode in loop):
+        yield f"no {wanted} in the main loop"
+    if not (loop["LDGSTS"] or loop["UTMALDG"]):
+        yield "no asynchronous copy in the main loop"
+    if loop["LDG"]:
+        yield f"{loop['LDG']} plain global loads in the main loop"
+
+
+def shared_memory_limit(arch: str) -> int:
+    """Bytes a program may use, by the planner's table of devices."""
+    return min(d.shared_memory for d in planner.DEVICES if d.arch == arch)
+
+
+def _occupancy(config: Config, registers: int, shared: int) -> int:
+    """Warps a multiprocessor holds at once, by registers and shared memory."""
+    limit = shared_memory_limit(config.arch) + 1024
+    by_registers = 65536 // (32 * config.row.warps * max(registers, 1))
+    by_shared = limit // (shared + 1024)
+    most = {"sm_80": 64, "sm_90": 64, "sm_100": 64}.get(config.arch, 48)
+    return min(by_registers, by_shared, most // config.row.warps) * config.row.warps
+
+
+# The command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the gate; 0 where no rule is broken."""
+    options = _parse(arguments)
+    if interpreting():
+        print("TRITON_INTERPRET is set: there is no machine code to read under the interpreter")
+        return 2
+    configs = configurations(options.arch, options.kernel)
+    if options.dump is not None:
+        options.dump.mkdir(parents=True, exist_ok=True)
+    reports = _inspect_all(configs, options.dump, options.jobs)
+    print(_table(reports))
+    failed = [report for report in reports if report.broken]
+    for report in failed:
+        for rule in report.broken:
+            print(f"BROKEN {report.config.name}: {rule}")
+    print(
+        f"{len(reports)} configurations on Triton {triton.__version__}: "
+        f"{len(reports) - len(failed)} passed, {len(failed)} failed"
+    )
+    if options.json is not None:
+        options.json.write_text(json.dumps([_as_dict(r) for r in reports], indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m hut_kernels.triton.gate")
+    add = parser.add_argument
+    several = {"nargs": "+", "action": "extend"}
+    add("--arch", choices=ARCHITECTURES, help="architectures (all)", **several)
+    add("--kernel", choices=tuple(KERNELS), help="kernels (all)", **several)
+    add("--json", type=Path, help="write the findings there")
+    add("--dump", type=Path, help="write each cubin and ptx into this folder")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="processes (one a core)")
+    options = parser.parse_args(arguments)
+    options.arch = options.arch or ARCHITECTURES
+    options.kernel = options.kernel or tuple(KERNELS)
+    return options
+
+
+def _inspect_all(configs: list[Config], dump: Path | None, jobs: int) -> list[Report]:
+    work = [(config, dump) for config in configs]
+    # Fresh processes: a fork of one that has torch's threads running may hang.
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(work))) as pool:
+        reports = []
+        for report in pool.imap(_inspect_one, work, chunksize=4):
+            reports.append(report)
+            if sys.stderr.isatty():
+                print(f"\r{len(reports)}/{len(work)}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return reports
+
+
+def _inspect_one(work: tuple[Config, Path | None]) -> Report:
+    return inspect(*work)
+
+
+def _table(reports: list[Report]) -> str:
+    lines = [f"{'configuration':46}{'tile':>13}{'w':>3}{'st':>3}{'reg':>5}{'smem':>8}{'warps':>6}  loop"]
+    for report in reports:
+        tiles = report.config.row
+        loop = {op: n for op, n in report.loop.items() if _is_product(op) or op in _SHOWN}
+        mix = " ".join(f"{op}:{n}" for op, n in sorted(loop.items()))
+        lines.append(
+            f"{report.config.name:46}{f'{tiles.BN}x{tiles.BO}x{tiles.BK}':>13}{tiles.warps:3}"
+            f"{tiles.stages:3}{report.registers:5}{report.shared:8}{report.occupancy:6}  {mix}"
+        )
+    return "\n".join(lines)
+
+
+_SHOWN = ("LDGSTS", "UTMALDG", "LDG", "LDSM", "LDS", "STS", "STSM", "BAR")
+
+
+def _as_dict(report: Report) -> dict[str, Any]:
+    return {
+        "name": report.config.name,
+        "triton": triton.__version__,
+        "BR": padded_rank(report.config.r),
+        **dataclasses.asdict(report),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
