@@ -291,6 +291,16 @@ def _fewer(tiles: int, spans_now: int) -> int:
     return -(-tiles // length)
 
 
+def split(tiles: int, steps: int, sms: int) -> int:
+    """How many programs share K for each tile of a fused forward.
+
+    As many as fill the device where the tiles alone do not, but each with 4 of the `steps` over K
+    at least, or its pipeline never runs full.
+    """
+    wanted = -(-sms // max(1, tiles)) if 2 * tiles <= sms else 1
+    return max(1, min(wanted, steps // 4, 16))
+
+
 def find_device(name: str) -> Device:
     """A known device by (part of) its name, or `"cpu"`.
 

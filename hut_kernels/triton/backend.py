@@ -15,7 +15,7 @@ from . import grad_factors as fused_grad_factors
 from . import grad_input as fused_grad_input
 from . import grad_reduce as chunked_grad_factors
 from . import weight as weight_kernel
-from .launch import Row, cdiv
+from .launch import Row, cdiv, kind
 from .tables import row
 
 # Stands for the device under the interpreter: small limits, so that small shapes meet them.
@@ -38,9 +38,13 @@ def forward(
     if plan.backend == "torch":
         return torch_backend.forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
     if plan.forward == FUSED:
-        y = fused_forward.forward(
-            x2d, weight, hut_A, hut_B, bias, gamma, beta, spec, _row("forward", plan)
+        tiles = _row("forward", plan, x.dtype)
+        parts = planner.split(
+            cdiv(len(x2d), tiles.BN) * cdiv(len(weight), tiles.BO),
+            cdiv(x2d.shape[1], tiles.BK),
+            plan.device.sms,
         )
+        y = fused_forward.forward(x2d, weight, hut_A, hut_B, bias, gamma, beta, spec, tiles, parts)
         return y.view(*x.shape[:-1], len(weight))
     shift = merged_bias(bias, gamma, beta, x.dtype)
     staged = _stage(plan, weight, hut_A, hut_B, gamma, spec, x.dtype)
@@ -59,7 +63,7 @@ def grad_input(
         return torch_backend.grad_input(grad, weight, hut_A, hut_B, gamma, spec)
     if plan.grad_input == FUSED:
         dx = fused_grad_input.grad_input(
-            grad2d, weight, hut_A, hut_B, gamma, spec, _row("grad_input", plan)
+            grad2d, weight, hut_A, hut_B, gamma, spec, _row("grad_input", plan, grad.dtype)
         )
         return dx.view(*grad.shape[:-1], weight.shape[1])
     staged = _stage(plan, weight, hut_A, hut_B, gamma, spec, grad.dtype)
@@ -80,7 +84,8 @@ def weight(
     plan = _plan(weight[:1], weight[:1], weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.weight(weight, hut_A, hut_B, gamma, spec, dtype)
-    return _stage(plan, weight, hut_A, hut_B, gamma, spec, dtype)
+    tiles = _row("weight", plan, torch.float32)
+    return weight_kernel.weight(weight, hut_A, hut_B, gamma, spec, dtype, tiles, exact=True)
 
 
 def grad_factors(
@@ -100,10 +105,10 @@ def grad_factors(
         return torch_backend.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
     arguments = grad2d, x2d, weight, hut_A, hut_B, gamma, spec, needs
     if plan.grad_factors == FUSED:
-        tiles = _row("grad_factors", plan)
+        tiles = _row("grad_factors", plan, x.dtype)
         spans = _spans(len(weight), tiles, plan, weight)
         return fused_grad_factors.grad_factors(*arguments, tiles, spans)
-    tiles = _row("grad_reduce", plan)
+    tiles = _row("grad_reduce", plan, x.dtype)
     chunk = min(plan.chunk, len(weight))
     spans = _spans(chunk, tiles, plan, weight)
     return chunked_grad_factors.grad_reduce(*arguments, tiles, chunk, spans)
@@ -124,13 +129,12 @@ def _stage(
     enqueued: every layer's W lands in the same memory, also inside a CUDA graph.
     """
     minus = 1.0 if spec.precision == "split" else 0.0
-    tiles = _row("weight", plan)
+    tiles = _row("weight", plan, dtype)
     return weight_kernel.weight(weight, hut_A, hut_B, gamma, spec, dtype, tiles, minus)
 
 
-def _row(kernel: str, plan: Plan) -> Row:
-    problem = plan.problem
-    return row(kernel, plan.device.arch, problem.N, problem.r, problem.dtype)
+def _row(kernel: str, plan: Plan, dtype: torch.dtype) -> Row:
+    return row(kernel, plan.device.arch, plan.problem.N, plan.problem.r, kind(dtype))
 
 
 def _spans(rows: int, tiles: Row, plan: Plan, weight: Tensor) -> tuple[int, int]:

@@ -1,4 +1,8 @@
-"""Fused forward: `y = gamma * (x W^T + bias) + beta` with W made tile by tile, never stored."""
+"""Fused forward: `y = gamma * (x W^T + bias) + beta` with W made tile by tile, never stored.
+
+Where few tokens leave most of the device idle, several programs share K: each writes a float32
+partial of its tile, and a second kernel adds them in order, so that two runs agree to the bit.
+"""
 
 import torch
 import triton
@@ -46,13 +50,17 @@ def hut_forward_kernel(
     PRECISION: tl.constexpr,
     SETTLE: tl.constexpr,
     W_FIRST: tl.constexpr,
+    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    pid_n, pid_o = ordered_tile(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(O, BO), GROUP)
+    """One tile of y; with SPLIT > 1 its sum over one of SPLIT parts of K, to p_y [SPLIT, N, O]."""
+    pid = tl.program_id(0) // SPLIT
+    split = tl.program_id(0) % SPLIT
+    pid_n, pid_o = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(O, BO), GROUP)
     o_n = pid_n * BN + tl.arange(0, BN)
     o_o = pid_o * BO + tl.arange(0, BO)
     m_n = o_n < N
@@ -61,7 +69,8 @@ def hut_forward_kernel(
     b_b = factor_tile(p_b, o_o, r, O, stride_bo, stride_br, scaling, BR, FACTOR)  # [BO, BR]
 
     acc = tl.zeros((BO, BN) if W_FIRST else (BN, BO), tl.float32)
-    for k in range(0, K, BK):
+    part = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+    for k in range(split * part, min(K, (split + 1) * part), BK):
         o_k = k + tl.arange(0, BK)
         m_k = o_k < K
         b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
@@ -80,14 +89,63 @@ def hut_forward_kernel(
 
     if W_FIRST:
         acc = tl.trans(acc)
+    if SPLIT == 1:
+        acc = affine(acc, p_bias, p_gamma, p_beta, o_o, m_o, HAS_BIAS, HAS_GAMMA, HAS_BETA)
+    o_y = (split.to(tl.int64) * N + o_n)[:, None] * O + o_o[None, :]
+    tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=m_n[:, None] & m_o[None, :])
+
+
+@triton.jit
+def hut_forward_finish_kernel(
+    p_partial,
+    p_bias,
+    p_gamma,
+    p_beta,
+    p_y,
+    N,
+    O,
+    HAS_BIAS: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
+):
+    """The second stage: the SPLIT partials of a tile added in order, then the epilogue."""
+    tiles_o = tl.cdiv(O, BO)
+    o_n = tl.program_id(0) // tiles_o * BN + tl.arange(0, BN)
+    o_o = tl.program_id(0) % tiles_o * BO + tl.arange(0, BO)
+    m_o = o_o < O
+    mask = (o_n < N)[:, None] & m_o[None, :]
+    o_y = o_n.to(tl.int64)[:, None] * O + o_o[None, :]
+    size = N.to(tl.int64) * O
+    acc = tl.zeros((BN, BO), tl.float32)
+    for split in tl.static_range(SPLIT):
+        acc += tl.load(p_partial + split * size + o_y, mask=mask, other=0.0)
+    acc = affine(acc, p_bias, p_gamma, p_beta, o_o, m_o, HAS_BIAS, HAS_GAMMA, HAS_BETA)
+    tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def affine(
+    acc,
+    p_bias,
+    p_gamma,
+    p_beta,
+    o_o,
+    m_o,
+    HAS_BIAS: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+):
+    """The epilogue `gamma * (acc + bias) + beta` on a tile `[BN, BO]`."""
     if HAS_BIAS:
         acc += tl.load(p_bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
     if HAS_GAMMA:
         acc *= tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
     if HAS_BETA:
         acc += tl.load(p_beta + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
-    o_y = o_n.to(tl.int64)[:, None] * O + o_o[None, :]
-    tl.store(p_y + o_y, acc.to(dtype), mask=m_n[:, None] & m_o[None, :])
+    return acc
 
 
 def forward(
@@ -100,21 +158,29 @@ def forward(
     beta: Tensor | None,
     spec: Spec,
     row: Row,
+    split: int = 1,
 ) -> Tensor:
-    """`[N, O]` from x `[N, K]`, any strides; one launch of `row`'s tiles."""
+    """`[N, O]` from x `[N, K]`, any strides, with `split` programs over K for each tile."""
     (N, K), O = x.shape, len(weight)
     y = torch.empty((N, O), dtype=x.dtype, device=x.device)
-    grid = (cdiv(N, row.BN) * cdiv(O, row.BO),)
+    out = y if split == 1 else torch.empty((split, N, O), dtype=torch.float32, device=x.device)
+    tiles = cdiv(N, row.BN) * cdiv(O, row.BO)
+    vectors = tuple(optional(vector, x) for vector in (bias, gamma, beta))
+    has = {
+        "HAS_BIAS": bias is not None,
+        "HAS_GAMMA": gamma is not None,
+        "HAS_BETA": beta is not None,
+        "SPLIT": split,
+        "BN": row.BN,
+    }
     with on_device(x):
-        hut_forward_kernel[grid](
+        hut_forward_kernel[(tiles * split,)](
             x,
             weight,
             hut_A,
             hut_B,
-            optional(bias, x),
-            optional(gamma, x),
-            optional(beta, x),
-            y,
+            *vectors,
+            out,
             N,
             K,
             O,
@@ -125,15 +191,14 @@ def forward(
             *hut_B.stride(),
             spec.constant,
             spec.scaling,
-            HAS_BIAS=bias is not None,
-            HAS_GAMMA=gamma is not None,
-            HAS_BETA=beta is not None,
             PRECISION=product_precision(x.dtype),
             SETTLE=row.settle,
             W_FIRST=row.W_FIRST,
-            BN=row.BN,
             GROUP=row.GROUP,
+            **has,
             **multiplier_options(weight, hut_A, spec, x.dtype, row, residual=True),
             **row.meta(),
         )
+        if split > 1:
+            hut_forward_finish_kernel[(tiles,)](out, *vectors, y, N, O, BO=row.BO, **has)
     return y

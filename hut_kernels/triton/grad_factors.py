@@ -10,8 +10,8 @@ from .launch import (
     cdiv,
     on_device,
     optional,
-    padded_rank,
     product_precision,
+    reduction_rank,
     thin_precision,
 )
 from .partials import Partials
@@ -142,7 +142,7 @@ def grad_factors(
             BN=row.BN,
             BO=row.BO,
             BK=row.BK,
-            BR=padded_rank(r),
+            BR=reduction_rank(r),
             **row.meta(),
         )
     return partials.finish(hut_A, hut_B, gamma, spec)

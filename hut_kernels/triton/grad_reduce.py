@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition import FactorGrads, Needs, Spec
-from .launch import Row, cdiv, on_device, optional, padded_rank, thin_precision
+from .launch import Row, cdiv, on_device, optional, reduction_rank, thin_precision
 from .partials import Partials
 from .tiles import load_2d, reduce_tile
 
@@ -122,7 +122,7 @@ def grad_reduce(
                 THIN=thin_precision(x.dtype),
                 BO=row.BO,
                 BK=row.BK,
-                BR=padded_rank(r),
+                BR=reduction_rank(r),
                 **row.meta(),
             )
     return partials.finish(hut_A, hut_B, gamma, spec)

@@ -54,6 +54,11 @@ def padded_rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
+def reduction_rank(r: int) -> int:
+    """How many of the r columns `tiles.reduce_tile` makes at a time."""
+    return min(padded_rank(r), 32)
+
+
 def multiplier_options(
     weight: Tensor, hut_A: Tensor, spec: Spec, dtype: torch.dtype, row: Row, residual: bool
 ) -> dict[str, Any]:
@@ -88,6 +93,13 @@ def multiplier_options(
 def _uniform(size: int, r: int, block: int) -> bool:
     """Whether every tile of `block` indices lies within one of the r groups."""
     return r == 1 or size % (r * block) == 0
+
+
+def kind(dtype: torch.dtype) -> str:
+    """The tables' name of a compute type: `"bf16"`, `"fp16"`, `"tf32"` or `"fp32"`."""
+    if dtype == torch.float32:
+        return "tf32" if product_precision(dtype) == "tf32" else "fp32"
+    return "bf16" if dtype == torch.bfloat16 else "fp16"
 
 
 def product_precision(dtype: torch.dtype) -> str:

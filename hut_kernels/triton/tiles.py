@@ -168,35 +168,40 @@ def reduce_tile(
     low_rank:  `P = H0 A^T`, `Q = (gamma B)^T H0`.
     two_sided: `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`, `Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]`;
     the sums over groups are products with one-hot tiles.
+    BR of the r columns of P (rows of Q) are made at a time, which bounds the registers.
 
     p_Q: `[r, K]`, p_P: `[O, r]`, p_sums: `[O]`, this program's own partials, contiguous float32.
     """
-    o_r = tl.arange(0, BR)
-    m_r = o_r < r
     if NEED_SUMS:
         accumulate(p_sums + o_o, m_o, tl.sum(b_h, 1), first_k)
-    if NEED_P:
-        if TWO_SIDED:
-            b_a = load_2d(p_a, group_of(o_o, r, O), stride_ar, o_k, stride_ak, m_o, m_k)
-            b_left = b_h * b_a.to(tl.float32)  # [BO, BK]
-            b_right = (group_of(o_k, r, K)[:, None] == o_r[None, :]).to(tl.float32)  # [BK, BR]
-        else:
-            b_left = b_h
-            b_right = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r).to(tl.float32)
-        b_P = tl.dot(b_left, b_right, input_precision=THIN)  # [BO, BR]
-        o_P = o_o.to(tl.int64)[:, None] * r + o_r[None, :]
-        accumulate(p_P + o_P, m_o[:, None] & m_r[None, :], b_P, first_k)
-    if NEED_Q:
-        if HAS_GAMMA:
-            gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)
-            b_h = b_h * gamma[:, None]
-        if TWO_SIDED:
-            b_b = load_2d(p_b, o_o, stride_bo, group_of(o_k, r, K), stride_br, m_o, m_k)
-            b_right = b_h * b_b.to(tl.float32)  # [BO, BK]
-            b_left = (group_of(o_o, r, O)[None, :] == o_r[:, None]).to(tl.float32)  # [BR, BO]
-        else:
-            b_left = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o).to(tl.float32)
-            b_right = b_h
-        b_Q = tl.dot(b_left, b_right, input_precision=THIN)  # [BR, BK]
-        o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
-        accumulate(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, first_o)
+    b_left = b_h
+    if TWO_SIDED and NEED_P:
+        b_a = load_2d(p_a, group_of(o_o, r, O), stride_ar, o_k, stride_ak, m_o, m_k)
+        b_left = b_h * b_a.to(tl.float32)  # [BO, BK]
+    b_right = b_h
+    if HAS_GAMMA and NEED_Q:
+        gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)
+        b_right = b_right * gamma[:, None]
+    if TWO_SIDED and NEED_Q:
+        b_b = load_2d(p_b, o_o, stride_bo, group_of(o_k, r, K), stride_br, m_o, m_k)
+        b_right = b_right * b_b.to(tl.float32)  # [BO, BK]
+
+    for first_r in tl.range(0, r, BR, num_stages=1):
+        o_r = first_r + tl.arange(0, BR)
+        m_r = o_r < r
+        if NEED_P:
+            if TWO_SIDED:
+                b_q = (group_of(o_k, r, K)[:, None] == o_r[None, :]).to(tl.float32)  # [BK, BR]
+            else:
+                b_q = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r).to(tl.float32)
+            b_P = tl.dot(b_left, b_q, input_precision=THIN)  # [BO, BR]
+            o_P = o_o.to(tl.int64)[:, None] * r + o_r[None, :]
+            accumulate(p_P + o_P, m_o[:, None] & m_r[None, :], b_P, first_k)
+        if NEED_Q:
+            if TWO_SIDED:
+                b_p = (group_of(o_o, r, O)[None, :] == o_r[:, None]).to(tl.float32)  # [BR, BO]
+            else:
+                b_p = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o).to(tl.float32)
+            b_Q = tl.dot(b_p, b_right, input_precision=THIN)  # [BR, BK]
+            o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
+            accumulate(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, first_o)

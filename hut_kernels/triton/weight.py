@@ -74,15 +74,22 @@ def weight(
     dtype: torch.dtype,
     row: Row,
     minus: float = 0.0,
+    exact: bool = False,
 ) -> Tensor:
     """`gamma (W0 * (T - minus))`, `[O, K]`, rounded once to `dtype`, with weight's strides.
 
-    `minus` is 0 for the merged weight and 1 for the second matrix of `split`.
+    `minus` is 0 for the merged weight and 1 for the second matrix of `split`. `exact` forms T in
+    float32 throughout, for weights that outlive the step; a step's own W may take T from tf32, or
+    its increment from bf16.
     """
     O, K = weight.shape
     out = torch.empty_like(weight, dtype=dtype)
     grid = (cdiv(O, row.BO) * cdiv(K, row.BK),)
-    residual = gamma is None and minus == 0.0
+    options = multiplier_options(
+        weight, hut_A, spec, dtype, row, residual=gamma is None and minus == 0.0 and not exact
+    )
+    if exact:
+        options["THIN"] = "ieee"
     with on_device(weight):
         hut_weight_kernel[grid](
             weight,
@@ -101,7 +108,7 @@ def weight(
             spec.scaling,
             HAS_GAMMA=gamma is not None,
             GROUP=row.GROUP,
-            **multiplier_options(weight, hut_A, spec, dtype, row, residual),
+            **options,
             **row.meta(),
         )
     return out

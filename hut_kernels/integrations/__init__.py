@@ -1,0 +1,1 @@
+"""HUT in other libraries: one folder each, imported only on demand."""

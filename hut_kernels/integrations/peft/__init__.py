@@ -1,0 +1,26 @@
+"""HUT in Hugging Face PEFT: a tuner, faster HiRA layers, and adapters of either as the other.
+
+Importing this package registers the tuner with PEFT, so that `get_peft_model(model, HUTConfig(...))`
+and everything around it works; adapters saved with it load once it has been imported.
+"""
+
+from .config import HUTConfig
+from .convert import ConvertedAdapter, from_hira, to_hira
+from .hira import HiraReport, accelerate_hira, restore_hira
+from .layer import HUTLayer
+from .model import HUTModel
+from .registration import register
+
+register()
+
+__all__ = [
+    "ConvertedAdapter",
+    "HUTConfig",
+    "HUTLayer",
+    "HUTModel",
+    "HiraReport",
+    "accelerate_hira",
+    "from_hira",
+    "restore_hira",
+    "to_hira",
+]

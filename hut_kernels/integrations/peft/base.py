@@ -1,0 +1,44 @@
+"""What both integrations ask of a base layer: its weight as a matrix, and whether it is watched."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ...nn import _check_base, is_conv1d
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def check_base(base: nn.Module) -> None:
+    """Refuses a base layer whose weight HUT cannot multiply.
+
+    Raises:
+        TypeError: not an `nn.Linear` or a Conv1D, or a subclass with a `forward` of its own.
+        HUTBackendError: a quantised, sharded or computed weight.
+    """
+    if hasattr(base, "_old_forward"):  # an accelerate hook wraps the class's own forward
+        wrapped = vars(base).pop("forward", None)
+        try:
+            _check_base(base)
+        finally:
+            if wrapped is not None:
+                vars(base)["forward"] = wrapped
+    else:
+        _check_base(base)
+
+
+def is_watched(base: nn.Module) -> bool:
+    """Whether calling `base` does more than its product: hooks, or a `forward` put on it."""
+    state = vars(base)
+    return "forward" in state or any(state.get(name) for name in _HOOKS)
+
+
+def matrix(base: nn.Module) -> Tensor:
+    """The weight of a base layer as `[out_features, in_features]`, a view where it is a Conv1D's."""
+    weight = base.get_parameter("weight")
+    return weight.t() if is_conv1d(base) else weight
+
+
+def bias(base: nn.Module) -> Tensor | None:
+    """The bias of a base layer, or None."""
+    return base._parameters.get("bias")

@@ -1,0 +1,120 @@
+"""`HUTConfig`: the options of a HUT adapter, in PEFT's words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from ...nn import _check_form, _check_run_options
+from .registration import peft_type
+
+
+@dataclass
+class HUTConfig(PeftConfig):
+    """The options of a HUT adapter.
+
+    Args:
+        r: rank of the multiplier T (`low_rank`), or groups per side (`two_sided`).
+        target_modules: names or ends of names of the layers to adapt; a string is a regular
+            expression for the whole name, `"all-linear"` every linear layer but the output layer;
+            None means LoRA's defaults for the architecture.
+        exclude_modules: layers to leave out, by the same rules.
+        hut_alpha: `scaling = hut_alpha / r`; None means scaling 1 for every rank. Only for
+            `low_rank` with offset 1.
+        hut_dropout: probability of dropping an input of the update while training; costs a second
+            product.
+        fan_in_fan_out: whether the weights are stored as `[in, out]`. Told by the layer's class
+            (Conv1D or `nn.Linear`) where it is None; a value that does not fit the class is
+            overruled with a warning.
+        modules_to_save: further modules to train and save as a whole, such as a classifier.
+        init_weights: True starts as the base model; False adds normal noise of 0.1 to every factor,
+            for tests.
+        layers_to_transform: indices of the layers to adapt; an int is one index, 0 included.
+        layers_pattern: name of the `nn.ModuleList` that the indices refer to.
+        rank_pattern: ranks other than `r`, by name or regular expression.
+        alpha_pattern: values other than `hut_alpha`, by name or regular expression.
+        transform: `"low_rank"`, or `"two_sided"`, the paper's.
+        offset: 1 for the residual form `T = 1 + scaling * B A`, 0 for the direct form `T = B A`.
+        scale_shift: whether to train a scale and a shift of the outputs.
+        precision: `"merged"` rounds `W0 * T` once; `"split"` keeps the update apart, for a second
+            product.
+        fused: whether to recompute T tile by tile; False builds it under ordinary autograd.
+
+    Raises:
+        ValueError: an option out of range, or where it has no part; names the option.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the multiplier, or groups per side"})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the layers to adapt, a regex, or 'all-linear'"}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of layers not to adapt, or a regex"}
+    )
+    hut_alpha: float | None = field(
+        default=None, metadata={"help": "scaling = hut_alpha / r; None means scaling 1"}
+    )
+    hut_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter path"})
+    fan_in_fan_out: bool | None = field(
+        default=None, metadata={"help": "Whether weights are [in, out]; None: as the layer's class"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save as a whole"}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: start as the base model; False: random, for tests"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the nn.ModuleList the indices refer to"}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks other than r, by name or regex"}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Values other than hut_alpha, by name or regex"}
+    )
+    transform: str = field(default="low_rank", metadata={"help": "'low_rank' or 'two_sided'"})
+    offset: float = field(
+        default=1.0, metadata={"help": "1: residual form T = 1 + s B A; 0: direct form T = B A"}
+    )
+    scale_shift: bool = field(
+        default=False, metadata={"help": "Whether to train a scale and a shift of the outputs"}
+    )
+    precision: str = field(default="merged", metadata={"help": "'merged' or 'split'"})
+    fused: bool = field(default=True, metadata={"help": "Whether to run the fused layer"})
+
+    def __post_init__(self) -> None:
+        """Fills in the type and refuses options that contradict each other."""
+        super().__post_init__()
+        self.peft_type = peft_type()
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        for name, r in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(r, int) or r < 1:
+                raise ValueError(f"r must be an integer of at least 1, got {r!r} for {name!r}")
+        for alpha in (self.hut_alpha, *self.alpha_pattern.values()):
+            _check_form(self.transform, self.offset, alpha)
+        _check_run_options(self.precision, self.hut_dropout)
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}")
+        self._check_layer_options()
+
+    def _check_layer_options(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                "layers_pattern names the list that layers_to_transform indexes: set both"
+            )
+
+
+def _as_set(names: Any) -> Any:
+    return set(names) if isinstance(names, (list, tuple)) else names

@@ -1,0 +1,177 @@
+"""HiRA adapters as HUT adapters, and back: the same factors under the other method's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import (
+    HiraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ... import definition
+from .config import HUTConfig
+
+_PREFIX = "base_model.model."
+_SHARED = (
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedAdapter:
+    """A PEFT adapter in memory.
+
+    Attributes:
+        config: its configuration.
+        state_dict: its tensors, under the names of PEFT's adapter files.
+    """
+
+    config: Any
+    state_dict: dict[str, Tensor]
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the adapter as PEFT does, for `PeftModel.from_pretrained(model, directory)`."""
+        from safetensors.torch import save_file
+
+        self.config.save_pretrained(str(directory))
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict.items()}
+        save_file(tensors, Path(directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def apply(self, model: nn.Module, adapter_name: str = "default") -> PeftModel:
+        """Puts the adapter into a base model, or beside the adapters of a PEFT model.
+
+        Returns:
+            The PEFT model; `model` itself where it was one.
+
+        Raises:
+            ValueError: the adapter does not fit the model; names what is missing or left over.
+        """
+        if isinstance(model, PeftModel):
+            adapted = model
+            adapted.add_adapter(adapter_name, self.config)
+        else:
+            adapted = get_peft_model(model, self.config, adapter_name)
+        result = set_peft_model_state_dict(adapted, self.state_dict, adapter_name)
+        missing = [
+            key
+            for key in result.missing_keys
+            if adapted.base_model.prefix in key and f".{adapter_name}" in key
+        ]
+        if missing or result.unexpected_keys:
+            raise ValueError(
+                f"the adapter does not fit the model: missing {missing[:5]}, without a place in the "
+                f"model {result.unexpected_keys[:5]} "
+                f"(first 5 of {len(missing)} and {len(result.unexpected_keys)})"
+            )
+        return adapted
+
+
+def from_hira(path: str | os.PathLike[str], *, precision: str = "split") -> ConvertedAdapter:
+    """A HiRA adapter as a HUT adapter: `low_rank`, offset 1, scaling 1, the same factors.
+
+    Args:
+        path: a directory with a HiRA adapter, or its name on the hub.
+        precision: `"split"` computes in two products, just as PEFT's HiRA does, and keeps updates
+            too small for a 16-bit weight; `"merged"` in one.
+
+    Raises:
+        ValueError: it is another kind of adapter, or adapts embeddings or convolutions; the message
+            names them.
+    """
+    config = _load_config(path, HiraConfig)
+    return ConvertedAdapter(
+        HUTConfig(
+            **{name: getattr(config, name) for name in _SHARED},
+            hut_dropout=config.hira_dropout,
+            precision=precision,
+        ),
+        {_hut_key(key, value): value for key, value in load_peft_weights(str(path), "cpu").items()},
+    )
+
+
+def to_hira(path: str | os.PathLike[str]) -> ConvertedAdapter:
+    """A HUT adapter as a HiRA adapter; HiRA has no alpha, so `scaling` is folded into `hira_B`.
+
+    Args:
+        path: a directory with a HUT adapter, or its name on the hub.
+
+    Raises:
+        ValueError: it is another kind of adapter, or a HUT that HiRA cannot express (`two_sided`,
+            offset 0, `scale_shift`).
+    """
+    config = _load_config(path, HUTConfig)
+    if config.transform != "low_rank" or config.offset != 1 or config.scale_shift:
+        raise ValueError(
+            "HiRA is low_rank with offset 1 and without scale and shift, but the adapter has "
+            f"transform={config.transform!r}, offset={config.offset:g}, "
+            f"scale_shift={config.scale_shift}"
+        )
+    tensors = load_peft_weights(str(path), "cpu")
+    folded = {}
+    for key, value in tensors.items():
+        if key.endswith(".hut_B"):
+            scaling = _scaling(config, key.removesuffix(".hut_B"), value.shape[1])
+            wide = definition.wide(value.dtype)
+            value = value if scaling == 1 else (value.to(wide) * scaling).to(value.dtype)
+        folded[_renamed(key, "hut_", "hira_")] = value
+    hira_config = HiraConfig(
+        **{name: getattr(config, name) for name in _SHARED}, hira_dropout=config.hut_dropout
+    )
+    return ConvertedAdapter(hira_config, folded)
+
+
+def _load_config(path: str | os.PathLike[str], kind: type[Any]) -> Any:
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, kind):
+        raise ValueError(
+            f"{path} is not a {kind.__name__.removesuffix('Config')} adapter: peft_type={config.peft_type}"
+        )
+    return config
+
+
+def _hut_key(key: str, value: Tensor) -> str:
+    name, _, factor = key.rpartition(".")
+    if factor.startswith("hira_embedding_"):
+        raise ValueError(f"{_module(name)} is an embedding, which HUT does not adapt")
+    if factor in ("hira_A", "hira_B") and value.ndim != 2:
+        raise ValueError(f"{_module(name)} is a convolution, which HUT does not adapt")
+    return _renamed(key, "hira_", "hut_")
+
+
+def _renamed(key: str, old: str, new: str) -> str:
+    name, dot, factor = key.rpartition(".")
+    if factor in (f"{old}A", f"{old}B"):
+        factor = factor.replace(old, new)
+    return f"{name}{dot}{factor}"
+
+
+def _module(key: str) -> str:
+    return key.removeprefix(_PREFIX)
+
+
+def _scaling(config: HUTConfig, key: str, r: int) -> float:
+    alpha_key = get_pattern_key(list(config.alpha_pattern), _module(key))
+    alpha = config.alpha_pattern.get(alpha_key, config.hut_alpha)
+    return 1.0 if alpha is None else alpha / r

@@ -1,0 +1,317 @@
+"""`HUTLayer` and its one kind, `Linear`: a base layer with HUT adapters in PEFT's protocol."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ... import definition
+from ...functional import hut_linear, hut_weight
+from ...nn import _check_rank, _FrozenProduct, is_conv1d
+from .base import bias, is_watched, matrix
+from .config import HUTConfig
+
+_INIT_NOISE = 0.1
+
+
+class Form(NamedTuple):
+    """The options of one adapter that decide how its layer is computed."""
+
+    transform: str
+    offset: float
+    precision: str
+    fused: bool
+
+
+class HUTLayer(BaseTunerLayer):
+    """What a layer with HUT adapters holds, by adapter name.
+
+    Attributes:
+        hut_A: `[r, in_features]` each.
+        hut_B: `[out_features, r]` each.
+        hut_gamma: `[out_features]`, for the adapters with `scale_shift`.
+        hut_beta: `[out_features]`, for the same.
+        r: ranks.
+        hut_alpha: as configured; None means scaling 1.
+        scaling: the factor of `hut_B @ hut_A`.
+        hut_dropout: `nn.Dropout`, or `nn.Identity` where it is 0.
+        hut_form: `Form` of each.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("hut_A", "hut_B", "hut_gamma", "hut_beta")
+    other_param_names: tuple[str, ...] = ("r", "hut_alpha", "scaling", "hut_dropout", "hut_form")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.hut_A = nn.ParameterDict()
+        self.hut_B = nn.ParameterDict()
+        self.hut_gamma = nn.ParameterDict()
+        self.hut_beta = nn.ParameterDict()
+        self.hut_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.hut_alpha: dict[str, float | None] = {}
+        self.scaling: dict[str, float] = {}
+        self.hut_form: dict[str, Form] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self.out_features, self.in_features = matrix(base_layer).shape
+
+    def update_layer(
+        self, adapter_name: str, r: int, alpha: float | None, config: HUTConfig
+    ) -> None:
+        """Adds an adapter, or makes one anew; `r` and `alpha` as the patterns of `config` say.
+
+        Raises:
+            ValueError: `r` is out of range for this layer.
+        """
+        _check_rank(r, config.transform, self.in_features, self.out_features)
+        self.r[adapter_name] = r
+        self.hut_alpha[adapter_name] = alpha
+        self.scaling[adapter_name] = 1.0 if alpha is None else alpha / r
+        self.hut_form[adapter_name] = Form(
+            config.transform, float(config.offset), config.precision, config.fused
+        )
+        p = config.hut_dropout
+        self.hut_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
+        self.hut_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
+        self.hut_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
+        for vectors in (self.hut_gamma, self.hut_beta):
+            if adapter_name in vectors:
+                del vectors[adapter_name]
+            if config.scale_shift:
+                vectors[adapter_name] = nn.Parameter(torch.empty(self.out_features))
+        self.reset_hut_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def reset_hut_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Makes the adapter the identity; with `init_weights=False`, the identity and noise."""
+        A, B = self.hut_A[adapter_name], self.hut_B[adapter_name]
+        form = self.hut_form[adapter_name]
+        if form.transform == "two_sided":
+            A.fill_(1.0)
+            B.fill_(1.0)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            B.zero_()
+            if form.offset == 0:
+                A[0] = 1.0
+                B[:, 0] = 1.0
+        factors = [A, B]
+        if adapter_name in self.hut_gamma:
+            factors += [
+                self.hut_gamma[adapter_name].fill_(1.0),
+                self.hut_beta[adapter_name].zero_(),
+            ]
+        if not init_weights:
+            for factor in factors:
+                factor.add_(torch.randn_like(factor), alpha=_INIT_NOISE)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts the adapters into the base layer's weight (and bias, with `scale_shift`).
+
+        The weight is formed from W0 and all merged adapters at once and rounded once. W0 is kept (in
+        host memory), so that unmerging is exact.
+
+        Args:
+            safe_merge: whether to look for NaN and Inf in the result first.
+            adapter_names: the adapters to merge; None means the active ones.
+
+        Raises:
+            ValueError: `safe_merge`, and the result is not finite. The layer is unchanged.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.hut_A]
+        if not names:
+            return
+        base = self.get_base_layer()
+        kept = self._unmerged
+        if kept is None:
+            kept = base.weight.data, _data(bias(base))
+        weight, shift = self._merged([*self.merged_adapters, *names], kept)
+        results = [weight] if shift is None else [weight, shift]
+        if safe_merge and not all(torch.isfinite(result).all() for result in results):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be "
+                f"broken"
+            )
+        if self._unmerged is None:
+            self._unmerged = kept[0].cpu(), None if kept[1] is None else kept[1].cpu()
+        base.weight.data = weight
+        _set_bias(base, shift)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts W0 back, bit for bit."""
+        if not self.merged or self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        weight, shift = self._unmerged
+        base.weight.data = weight.to(base.weight.device, base.weight.dtype)
+        _set_bias(base, None if shift is None else shift.to(base.weight.device, base.weight.dtype))
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def _merged(
+        self, names: list[str], kept: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with `names` in them, in the base layer's layout and type."""
+        base = self.get_base_layer()
+        dtype, device = base.weight.dtype, base.weight.device
+        W0 = self._as_matrix(kept[0].to(device))
+        b0 = None if kept[1] is None else kept[1].to(device)
+        acc = definition.wide(dtype) if len(names) > 1 else dtype
+        weight = _combined(W0, [self._adapter_weight(name, W0, acc) for name in names])
+        shift = _combined(b0, [self._adapter_bias(name, b0, acc) for name in names])
+        weight = self._as_matrix(weight.to(dtype)).contiguous()
+        return weight, None if shift is None else shift.to(dtype)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        """Between the base layer's layout and `[out_features, in_features]`."""
+        return weight.t() if is_conv1d(self.get_base_layer()) else weight
+
+    def _adapter_weight(self, name: str, W0: Tensor, dtype: torch.dtype) -> Tensor:
+        form = self.hut_form[name]
+        return hut_weight(
+            W0,
+            self.hut_A[name],
+            self.hut_B[name],
+            transform=form.transform,
+            offset=form.offset,
+            scaling=self.scaling[name],
+            gamma=_entry(self.hut_gamma, name),
+            dtype=dtype,
+        )
+
+    def _adapter_bias(self, name: str, b0: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        gamma, beta = _entry(self.hut_gamma, name), _entry(self.hut_beta, name)
+        return definition.merged_bias(b0, gamma, beta, dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What merging the adapter adds to the weight, in its layout, detached and in float32."""
+        weight = self.get_base_layer().weight.data
+        if self._unmerged is not None:
+            weight = self._unmerged[0].to(weight.device)
+        W0 = self._as_matrix(weight)
+        delta = self._adapter_weight(adapter_name, W0, definition.wide(weight.dtype)) - W0
+        return self._as_matrix(delta)
+
+
+class Linear(nn.Module, HUTLayer):
+    """HUT adapters over an `nn.Linear` or a Conv1D.
+
+    One active adapter without dropout is one fused product. Each further active adapter, and
+    dropout while training, costs another: adapters add what each does on its own, so their effective
+    multiplier is `1 + sum(T_i - 1)` (`gamma_i T_i` in the place of `T_i` with `scale_shift`).
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        alpha: float | None,
+        config: HUTConfig,
+    ) -> None:
+        super().__init__()
+        HUTLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, alpha, config)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base layer's weight is `[in_features, out_features]`, as a Conv1D's is."""
+        return is_conv1d(self.base_layer)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer under its active adapters, `[..., out_features]`."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.hut_A]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if len(active) == 1 and not args and not kwargs and not is_watched(self.base_layer):
+            return self._adapted(x, active[0])
+        y = base = self.base_layer(x, *args, **kwargs)
+        if is_watched(self.base_layer):  # hooks may have made it another
+            base = self._base_product(x, y.dtype)
+        acc = definition.wide(y.dtype)
+        total = y.to(acc)
+        for name in active:
+            total = total + (self._adapted(x, name) - base.to(acc))
+        return total.to(y.dtype)
+
+    def _adapted(self, x: Tensor, name: str) -> Tensor:
+        """The layer under one adapter alone, its dropout included."""
+        dropout = self.hut_dropout[name]
+        if not self.training or not isinstance(dropout, nn.Dropout) or dropout.p == 0:
+            return self._product(x, name)
+        # x W0^T + d (W - W0)^T = d W^T + (x - d) W0^T, as in HUTLinear.
+        d = dropout(x)
+        y = self._product(d, name)
+        rest = _FrozenProduct.apply((x - d).to(y.dtype), matrix(self.base_layer))
+        gamma = _entry(self.hut_gamma, name)
+        return y + (rest if gamma is None else (gamma * rest).to(y.dtype))
+
+    def _product(self, x: Tensor, name: str) -> Tensor:
+        form = self.hut_form[name]
+        return hut_linear(
+            x,
+            matrix(self.base_layer),
+            self.hut_A[name],
+            self.hut_B[name],
+            bias(self.base_layer),
+            transform=form.transform,
+            offset=form.offset,
+            scaling=self.scaling[name],
+            gamma=_entry(self.hut_gamma, name),
+            beta=_entry(self.hut_beta, name),
+            precision=form.precision,
+            fused=form.fused,
+        )
+
+    def _base_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        y = _FrozenProduct.apply(x.to(dtype), matrix(self.base_layer))
+        shift = bias(self.base_layer)
+        return y if shift is None else y + shift.to(dtype)
+
+    def __repr__(self) -> str:
+        return "hut." + super().__repr__()
+
+
+def _entry(entries: nn.ParameterDict, name: str) -> Tensor | None:
+    return entries[name] if name in entries else None
+
+
+def _combined(origin: Any, parts: list[Any]) -> Any:
+    """`origin + sum(part - origin)`; one part is itself, to the bit; None stands for zero."""
+    parts = [part for part in parts if part is not None]
+    if not parts:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + (part if origin is None else part - origin)
+    return total
+
+
+def _data(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.data
+
+
+def _set_bias(base: nn.Module, value: Tensor | None) -> None:
+    """Gives `base` the bias `value`; a layer that had none gets, or loses, a parameter."""
+    present = bias(base)
+    if value is None or present is None:
+        base.bias = None if value is None else nn.Parameter(value, requires_grad=False)
+    else:
+        present.data = value

@@ -1,0 +1,1 @@
+"""The test suite; it mirrors hut_kernels/, file by file."""

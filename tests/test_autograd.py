@@ -1,0 +1,331 @@
+"""HUTLinearFunction: exact gradients, what it saves, what it computes, and what it refuses."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from hut_kernels import HUTLinearFunction, hut_linear
+
+from .references import TRAINABLE, Recorder, check, error, limit, make, make_normal, run
+
+FORMS = {
+    "residual": {"scaling": 0.75},
+    "direct": {"offset": 0.0, "scaling": -1.25},
+    "two_sided": {"transform": "two_sided"},
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+every_precision = pytest.mark.parametrize("precision", ["merged", "split"])
+DOUBLE = {"dtype": torch.float64, "factor_dtype": torch.float64}
+ALL = "bias gamma beta"
+
+
+def leaves(case, names=TRAINABLE):
+    """The case with `names` requiring grad."""
+    tensors = {name: getattr(case, name) for name in TRAINABLE}
+    return case.replace(
+        **{
+            name: tensor.detach().requires_grad_(name in names)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+    )
+
+
+def linear(case, **how):
+    return hut_linear(
+        case.x, case.weight, case.hut_A, case.hut_B, case.bias, **{**case.options, **how}
+    )
+
+
+# Exact gradients
+
+
+@every_form
+@every_precision
+@pytest.mark.parametrize("vectors", ["", "bias", "gamma", "gamma beta", ALL])
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradcheck(form, precision, vectors, fused):
+    case = make_normal((2, 2), 5, 4, 2, vectors=vectors, precision=precision, **DOUBLE, **form)
+    names = [name for name in TRAINABLE if getattr(case, name) is not None]
+
+    def function(*values):
+        return linear(case.replace(**dict(zip(names, values, strict=True))), fused=fused)
+
+    inputs = [getattr(case, name).requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@every_form
+@every_precision
+@pytest.mark.parametrize("vectors", ["", "gamma", ALL])
+def test_fused_and_eager_agree(form, precision, vectors):
+    case = make_normal((2, 9), 21, 14, 3, vectors=vectors, precision=precision, **DOUBLE, **form)
+    fused, eager = run(case), run(case, fused=False)
+    assert fused.keys() == eager.keys()
+    for name, out in fused.items():
+        assert error(out, eager[name].detach().numpy()) < 1e-13, name
+
+
+@every_form
+def test_micro_batches_add_up_to_the_whole(form):
+    case = make_normal(24, 17, 11, 3, vectors=ALL, **form)
+    parts = [run(case.replace(x=case.x[i : i + 8], grad=case.grad[i : i + 8])) for i in (0, 8, 16)]
+    added = {n: sum(part[n] for part in parts) for n in ("hut_A", "hut_B", "gamma", "beta", "bias")}
+    check(case, added)
+
+
+def test_a_retained_graph_gives_the_same_again():
+    case = leaves(make(5, 9, 7, 2, vectors=ALL))
+    y = linear(case)
+    first = torch.autograd.grad(y, case.hut_A, case.grad, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, case.hut_A, case.grad)[0], first)
+
+
+def test_activation_checkpointing_gives_the_same():
+    case = leaves(make(5, 9, 7, 2, vectors=ALL))
+    inputs = [case.x, case.hut_A, case.hut_B, case.gamma]
+    plain = torch.autograd.grad(linear(case), inputs, case.grad)
+    y = torch.utils.checkpoint.checkpoint(lambda: linear(case), use_reentrant=False)
+    again = torch.autograd.grad(y, inputs, case.grad)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+# What is saved
+
+
+def saved_by(case):
+    """The tensors that one forward saves for its backward."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = linear(case)
+    return y, kept
+
+
+def address(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+@every_form
+@every_precision
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_of_the_weights_size_is_saved_but_the_weight(form, precision, dtype):
+    """Also where types differ, and nothing besides through the context's own attributes."""
+    for weight_dtype in (dtype, torch.float16):
+        case = leaves(
+            make(3, 40, 30, 2, dtype=dtype, weight_dtype=weight_dtype, vectors=ALL, **form)
+        ).replace(precision=precision)
+        y, kept = saved_by(case)
+        own = {address(getattr(case, name)) for name in ("x", "hut_A", "hut_B", "gamma", "bias")}
+        assert address(case.weight) in {address(tensor) for tensor in kept}
+        assert {address(tensor) for tensor in kept} <= own | {address(case.weight)}
+        attributes = vars(y.grad_fn).values()
+        assert not any(isinstance(value, torch.Tensor) for value in attributes)
+
+
+def test_the_eager_path_does_save_weights():
+    """What the test above would find if there were something to find."""
+    case = leaves(make(3, 40, 30, 2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(case, fused=False)
+    assert any(t.numel() == 1200 and address(t) != address(case.weight) for t in kept)
+
+
+@pytest.mark.parametrize(
+    ("trained", "saved"),
+    [
+        (("x",), False),
+        (("beta",), False),
+        (("x", "bias", "beta"), False),
+        (("hut_A",), True),
+        (("hut_B",), True),
+        (("gamma",), True),
+        (TRAINABLE, True),
+    ],
+    ids=str,
+)
+def test_x_is_saved_only_where_a_factor_or_gamma_is_trained(trained, saved):
+    case = leaves(make(6, 9, 7, 2, vectors=ALL), trained)
+    assert (address(case.x) in {address(tensor) for tensor in saved_by(case)[1]}) == saved
+
+
+def test_nothing_is_saved_where_nothing_is_trained():
+    case = leaves(make(6, 9, 7, 2, vectors=ALL), ())
+    y, kept = saved_by(case)
+    assert not kept
+    assert y.grad_fn is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_result_is_the_same(mode):
+    case = leaves(make(6, 9, 7, 2, vectors=ALL))
+    with mode():
+        y = linear(case)
+    assert not y.requires_grad
+    assert torch.equal(y, linear(case))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layers", "form"),
+    [
+        (torch.float32, 6, {}),
+        (torch.float32, 2, {"offset": 0.0}),
+        (torch.float32, 2, {"precision": "split"}),
+        (torch.float32, 2, {"transform": "two_sided"}),
+        (torch.bfloat16, 2, {}),
+    ],
+    ids=str,
+)
+def test_six_layers_peak_at_two_and_a_half_weights(dtype, layers, form):
+    """4096 x 4096, 64 tokens, above what is resident before; every allocation is counted.
+
+    Two layers have the same peak as six, at less cost.
+    """
+    size = 4096
+    weight = (torch.randn(size, size) / 64).to(dtype)  # one serves all: it is only read
+    factors = [
+        (torch.randn(16, size).requires_grad_(), torch.randn(size, 16).requires_grad_())
+        for _ in range(layers)
+    ]
+    x = torch.randn(64, size, dtype=dtype, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        y = x
+        for hut_A, hut_B in factors:
+            y = hut_linear(y, weight, hut_A, hut_B, **form)
+        y.sum().backward()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    one_weight = weight.numel() * weight.element_size()
+    assert 0.9 * one_weight < peak <= 2.5 * one_weight
+
+
+# What is computed
+
+
+PARTS = {
+    ("x",): ["hut::grad_input"],
+    ("hut_A",): ["hut::grad_factors"],
+    ("hut_B",): ["hut::grad_factors"],
+    ("gamma",): ["hut::grad_factors"],
+    ("hut_A", "hut_B", "gamma"): ["hut::grad_factors"],
+    ("x", "hut_B"): ["hut::grad_input", "hut::grad_factors"],
+    ("beta",): [],
+    ("bias", "beta"): [],
+    TRAINABLE: ["hut::grad_input", "hut::grad_factors"],
+}
+
+
+@pytest.mark.parametrize(("trained", "operators"), PARTS.items(), ids=lambda v: ",".join(v))
+def test_only_the_gradients_asked_for_are_computed(trained, operators):
+    case = leaves(make(6, 9, 7, 2, vectors=ALL), trained)
+    inputs = [getattr(case, name) for name in trained]
+    with Recorder() as forward:
+        y = linear(case)
+    assert forward.names("hut::") == ["hut::forward"]
+    with Recorder() as backward:
+        grads = torch.autograd.grad(y, inputs, case.grad)
+    assert backward.names("hut::") == operators
+    for name, args in backward.calls:
+        if name == "hut::grad_factors":
+            needs = args[9:12]
+            assert needs == tuple(n in trained for n in ("hut_A", "hut_B", "gamma"))
+    sums = {"bias", "beta", "gamma"} & set(trained)
+    assert bool(sums) == any("sum" in name for name in backward.names("aten::"))
+    check(case, dict(zip(trained, grads, strict=True)))
+
+
+def test_only_the_forward_runs_without_gradients():
+    case = leaves(make(6, 9, 7, 2), ())
+    with Recorder() as recorder:
+        linear(case)
+    assert recorder.names() == ["hut::forward"]
+
+
+# Once differentiable
+
+
+@every_form
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_second_backward_names_once_differentiable(form, name):
+    case = leaves(make(3, 8, 6, 2, vectors=ALL, **form))
+    target = getattr(case, name)
+    upstream = case.grad.requires_grad_()
+    (grad,) = torch.autograd.grad(linear(case), target, upstream, create_graph=True)
+    assert error(grad, case.expected()[name]) < limit(torch.float32, 8)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_eager_is_differentiable_twice():
+    case = leaves(make(3, 8, 6, 2))
+    (grad,) = torch.autograd.grad(
+        linear(case, fused=False).square().sum(), case.x, create_graph=True
+    )
+    grad.sum().backward()
+    assert case.hut_B.grad.norm() > 0
+
+
+# Autocast
+
+
+@every_form
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
+def test_under_autocast_x_alone_is_cast(form, inside):
+    case = leaves(make_normal(8, 24, 18, 3, vectors=ALL, **form))
+    rounded = case.replace(x=case.x.bfloat16(), grad=case.grad.bfloat16())
+    inputs = [getattr(case, name) for name in TRAINABLE]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(case)
+        assert y.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        grads = torch.autograd.grad(y, inputs, rounded.grad)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    expected = rounded.expected()
+    for name, grad in zip(TRAINABLE, grads, strict=True):
+        assert error(grad, expected[name]) < limit(torch.bfloat16, 24), name
+    # The sums over the tokens are float32's, in a region of bfloat16 too.
+    for name, grad in zip(("beta", "bias"), (grads[4], grads[5]), strict=True):
+        assert error(grad, expected[name]) < limit(torch.float32, 24), name
+
+
+@every_form
+def test_a_backward_inside_autocast_stays_in_the_forwards_type(form):
+    case = leaves(make_normal(8, 24, 18, 3, vectors=ALL, **form))
+    y = linear(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = torch.autograd.grad(y, [getattr(case, name) for name in TRAINABLE], case.grad)
+    check(case, dict(zip(TRAINABLE, grads, strict=True)))
+
+
+# Function transforms
+
+
+@every_form
+def test_func_grad(form):
+    case = make_normal(5, 9, 7, 2, vectors=ALL, **DOUBLE, **form)
+
+    def loss(values):
+        return (linear(case.replace(**values)) * case.grad).sum()
+
+    grads = torch.func.grad(loss)({name: getattr(case, name) for name in TRAINABLE})
+    check(case, grads)
+
+
+def test_vmap_is_refused_with_a_sentence():
+    case = make((4, 3), 9, 7, 2)
+    with pytest.raises(RuntimeError, match=r"vmap over the fused hut_linear .* fused=False"):
+        torch.vmap(lambda x: linear(case.replace(x=x)))(case.x)
+    y = torch.vmap(lambda x: linear(case.replace(x=x), fused=False))(case.x)
+    assert error(y, case.expected()["y"]) < limit(torch.float32, 9)
+
+
+def test_the_function_itself_is_public():
+    case = leaves(make(3, 8, 6, 2))
+    y = HUTLinearFunction.apply(
+        case.x, case.weight, case.hut_A, case.hut_B, None, None, None, case.spec, "torch"
+    )
+    assert torch.equal(y, linear(case))
+    assert type(y.grad_fn).__name__ == "HUTLinearFunctionBackward"

@@ -1,0 +1,239 @@
+"""What the benchmarks stand on: proofs, timing, memory counts, texts, verdicts, records."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("tqdm")
+
+from benchmarks import adaptation, corpora, cpu_ratios, measure, records, report
+from benchmarks.byte_gpt import ByteGPT, GPTConfig
+from benchmarks.layer import Shape
+from benchmarks.providers import PROVIDERS, LoRALinear, prove
+
+CPU = torch.device("cpu")
+
+
+class TestProviders:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("name", PROVIDERS)
+    def test_each_computes_its_formula(self, name, dtype):
+        prove(PROVIDERS[name], dtype, CPU)
+
+    def test_a_wrong_output_is_found(self):
+        class Doubled(LoRALinear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        with pytest.raises(ArithmeticError, match="LoRA: y"):
+            prove(replace(PROVIDERS["lora"], make=Doubled), torch.float32, CPU)
+
+    def test_a_gradient_that_is_missing_is_found(self):
+        class Dead(LoRALinear):
+            def forward(self, x):
+                weight = self.weight + self.lora_B.detach() @ self.lora_A
+                return nn.functional.linear(x, weight, self.bias)
+
+        with pytest.raises(ArithmeticError, match="d lora_B"):
+            prove(replace(PROVIDERS["lora"], make=Dead), torch.float32, CPU)
+
+    def test_a_merged_lora_layer_computes_the_same(self):
+        layer = LoRALinear(nn.Linear(6, 5), 2)
+        nn.init.normal_(layer.lora_B)
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(layer.to_linear()(x), layer(x))
+
+
+class TestMeasure:
+    def test_each_case_runs_once_per_round_and_none_always_first(self):
+        order = []
+        cases = {name: measure.Case(lambda name=name: order.append(name)) for name in "abc"}
+        times = measure.interleaved(cases, CPU, seconds=60, rounds=4)
+        assert [len(values) for values in times.values()] == [4, 4, 4]
+        rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+        assert rounds[:4] == ["abc", "bca", "cab", "abc"]
+
+    def test_time_ends_the_rounds_but_not_before_the_fewest(self):
+        cases = {"slow": measure.Case(lambda: time.sleep(0.01))}
+        times = measure.interleaved(cases, CPU, seconds=0, min_rounds=3)
+        assert len(times["slow"]) == 3
+        assert min(times["slow"]) >= 0.01
+
+    def test_preparation_is_not_timed(self):
+        case = measure.Case(lambda: None, prepare=lambda: time.sleep(0.02))
+        times = measure.interleaved({"case": case}, CPU, seconds=0, min_rounds=1)
+        assert max(times["case"]) < 0.02
+
+    def test_a_ratio_is_taken_round_by_round(self):
+        assert measure.ratios([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]).p20 == 0.5
+
+    def test_peak_bytes_count_what_is_live_at_once(self):
+        resident = torch.ones(1000)
+
+        def run():
+            first = resident * 2
+            del first
+            second, third = resident * 3, resident * 4
+            return second, third
+
+        peak = measure.peak_bytes(measure.Case(run), CPU)
+        assert 8000 <= peak <= 8000 + 64  # PyTorch may wrap the numbers into tensors
+
+    def test_peak_bytes_see_inside_operators(self):
+        library = torch.library.Library("benchmarks_test", "FRAGMENT")
+        library.define("doubled(Tensor x) -> Tensor")
+        library.impl("doubled", lambda x: x.repeat(10)[: len(x)].clone() * 2, "CPU")
+        x = torch.ones(1000)
+        case = measure.Case(lambda: torch.ops.benchmarks_test.doubled(x))
+        assert measure.peak_bytes(case, CPU) >= 40_000
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_resident_bytes_see_written_pages(self):
+        size = 64 * 2**20
+        peak = measure.peak_resident_bytes(lambda: torch.ones(size // 4))
+        if peak is None:
+            pytest.skip("this system does not let the mark be set back")
+        assert 0.9 * size < peak < 1.5 * size
+
+
+class TestTexts:
+    def test_they_are_the_same_every_time_and_not_empty(self):
+        assert corpora.english().digest == corpora.english().digest
+        sources = corpora.python_sources(limit=500_000)
+        assert sources.digest == corpora.python_sources(limit=500_000).digest
+        assert min(sources.sizes.values()) > 4096
+        assert min(corpora.english().sizes.values()) > 30_000
+
+    def test_no_paragraph_of_the_held_out_english_is_in_the_rest(self):
+        text = corpora.english()
+        train, held_out = (
+            {
+                " ".join(p.split())
+                for p in bytes(part.tolist()).decode(errors="replace").split("\n\n")
+            }
+            for part in (text.train, text.held_out)
+        )
+        # A paragraph cut in two where runs meet can leave a short end that stands elsewhere too.
+        assert not {p for p in train & held_out if len(p) > 40}
+
+
+class TestTraining:
+    CONFIG = GPTConfig(width=16, depth=2, heads=2, context=8)
+
+    def test_the_model_does_not_look_ahead(self):
+        model, tokens = ByteGPT(self.CONFIG), torch.randint(256, (1, 8))
+        changed = tokens.clone()
+        changed[0, -1] = (tokens[0, -1] + 1) % 256
+        torch.testing.assert_close(model(tokens)[:, :-1], model(changed)[:, :-1])
+
+    @pytest.mark.parametrize("r", [2, 4, 8])
+    def test_all_methods_train_as_many_parameters(self, r):
+        runs = adaptation.start_runs(ByteGPT(self.CONFIG), r, rate_scale=1, seed=0)
+        counts = {sum(p.numel() for p in some[0].parameters) for some in runs.values()}
+        assert len(runs) == 3
+        assert len(counts) == 1
+
+    def test_an_adapted_model_begins_as_the_frozen_one(self):
+        base, tokens = ByteGPT(self.CONFIG), torch.randint(256, (2, 8))
+        for some in adaptation.start_runs(base, 4, rate_scale=1, seed=0).values():
+            torch.testing.assert_close(some[0].model(tokens), base(tokens))
+
+    def test_a_course_goes_by_its_steps_where_there_is_time(self):
+        course = adaptation.Course(steps=4, seconds=1000)
+        shares = []
+        while course.share() < 1:
+            shares.append(course.share())
+            course.done += 1
+        assert shares == [0, 0.25, 0.5, 0.75]
+
+    def test_a_course_ends_with_its_time(self):
+        course = adaptation.Course(steps=10**9, seconds=0.02)
+        time.sleep(0.03)
+        assert course.share() == 1
+        assert course.factor(1.0) <= 0.02
+
+
+class TestReport:
+    def test_columns_line_up(self):
+        lines = report.table("title", ["", "x"], [["a", "1"], ["bcd", "1000"]]).splitlines()
+        assert lines[3:] == ["a       1", "bcd  1000"]
+
+    @pytest.mark.parametrize(
+        ("p20", "median", "p80", "said"),
+        [
+            (1.2, 1.3, 1.4, "slower than LoRA (1.30x its time)"),
+            (0.7, 0.8, 0.9, "faster than LoRA (0.80x its time)"),
+            (0.9, 1.1, 1.2, "level with LoRA within the spread (0.90–1.20x its time)"),
+        ],
+    )
+    def test_a_layer_wins_and_loses_by_its_numbers(self, p20, median, p80, said):
+        row = {"step_versus": {"lora": {"p20": p20, "median": median, "p80": p80}}}
+        assert report._versus(row, {"provider": "lora", "label": "LoRA"}) == said
+
+    @pytest.mark.parametrize(
+        ("mean", "said"),
+        [
+            (-0.1, "is lower than LoRA's"),
+            (0.1, "is higher than LoRA's"),
+            (0.01, "is not told apart from LoRA's"),
+        ],
+    )
+    def test_a_loss_wins_and_loses_by_its_numbers(self, mean, said):
+        rows = [
+            {
+                "method": method,
+                "label": method,
+                "trainable": 10,
+                "rate": 0.1,
+                "on_edge": False,
+                "held_out": 1.0,
+                "held_out_minus_baseline": {"mean": mean, "standard_error": 0.01},
+                "merged_difference": 1e-7,
+                "step_ratio": {"p20": 1.0, "median": 1.1, "p80": 1.2, "samples": 9},
+                "peak_bytes": 100,
+            }
+            for method in ("hut_low_rank", "lora")
+        ]
+        assert said in "\n".join(report.adaptation_sentences(rows, 2.0))
+
+    def test_a_merged_model_that_differs_is_named(self):
+        row = {"method": "lora", "label": "LoRA", "trainable": 1, "held_out": 1.0, "on_edge": True}
+        row |= {"merged_difference": 0.5, "rate": 0.1}
+        text = "\n".join(report.adaptation_sentences([row], 2.0))
+        assert "DIFFERS" in text
+        assert "edge of its sweep" in text
+
+
+class TestRecords:
+    def test_any_reader_takes_them(self, tmp_path):
+        records.write(tmp_path / "a" / "r.json", "test", {"loss": [float("nan"), 1.0]})
+        text = (tmp_path / "a" / "r.json").read_text()
+        assert json.loads(text, parse_constant=pytest.fail)["loss"] == [None, 1.0]
+
+    def test_the_environment_tells_versions(self):
+        environment = records.environment(CPU)
+        assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+        assert environment["device"] == "cpu"
+
+
+class TestCPURatios:
+    def test_a_limit_decides(self):
+        times, others = [1.0, 1.0], [1.0, 1.0]
+        assert cpu_ratios.timed_row("a", times, others, at_most=1.0)["holds"] is True
+        assert cpu_ratios.timed_row("a", times, others, at_least=1.5)["holds"] is False
+        assert cpu_ratios.timed_row("a", times, others)["holds"] is None
+
+    def test_rows_of_one_shape_are_printed_with_verdicts(self, capsys):
+        rows = cpu_ratios.product_rows(Shape(32, 16, 24), torch.float32, 1e9, 0.01)
+        rows.append(cpu_ratios.memory_row("HUT", None, 2.5))
+        cpu_ratios.show(rows, load=0.1)
+        text = capsys.readouterr().out
+        assert "float32 32x16x24: HUT / three products" in text
+        assert "holds" in text
+        assert "this system does not tell" in text
+        assert "NOT idle" not in text

@@ -1,0 +1,170 @@
+"""The operators hut::*: opcheck, new and detached outputs, only what is asked for."""
+
+import pytest
+import torch
+from hypothesis import given
+
+from hut_kernels import ops
+
+from .references import LAYOUTS, cases, check, error, examples, laid_out, make, operators
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("forward", "grad_input", "grad_factors", "weight")
+TENSORS = ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta", "grad")
+FORMS = {"low_rank": {"scaling": 0.5}, "direct": {"offset": 0.0}, "two_sided": {}}
+
+
+def form(name):
+    return FORMS[name] | ({"transform": "two_sided"} if name == "two_sided" else {})
+
+
+def arguments(name, case, needs=(True, True, True)):
+    """The operator's arguments for a case."""
+    factors = case.weight, case.hut_A, case.hut_B
+    spec = case.transform, case.offset, case.scaling
+    vectors = case.bias, case.gamma, case.beta
+    return {
+        "forward": (case.x, *factors, *vectors, *spec, case.precision, "torch"),
+        "grad_input": (case.grad, *factors, case.gamma, *spec, case.precision, "torch"),
+        "grad_factors": (case.grad, case.x, *factors, case.gamma, *spec, *needs, "torch"),
+        "weight": (*factors, case.gamma, *spec, torch.float32, "torch"),
+    }[name]
+
+
+def call(name, case, **needs):
+    """The operator's outputs, as a list."""
+    out = getattr(ops, name)(*arguments(name, case, **needs))
+    return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+def requiring_grad(case):
+    tensors = {name: getattr(case, name) for name in TENSORS}
+    return case.replace(
+        **{
+            name: tensor.detach().requires_grad_()
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+    )
+
+
+@given(case=cases(DTYPES))
+@examples(80)
+def test_the_operators_match_the_reference(case):
+    check(case, operators(case, "torch"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("kind", ["low_rank", "two_sided"])
+def test_opcheck(name, layout, requires_grad, kind):
+    case = laid_out(make((2, 3), 6, 5, 2, vectors="bias gamma beta", **form(kind)), layout)
+    case = requiring_grad(case) if requires_grad else case
+    torch.library.opcheck(getattr(torch.ops.hut, name).default, arguments(name, case))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize(
+    "types",
+    [
+        {"dtype": torch.bfloat16, "factor_dtype": torch.bfloat16},
+        {"dtype": torch.float16, "factor_dtype": torch.float32},
+        {"dtype": torch.float32, "weight_dtype": torch.bfloat16, "factor_dtype": torch.float64},
+        {"dtype": torch.float64, "weight_dtype": torch.float32},
+    ],
+    ids=lambda types: "-".join(str(dtype) for dtype in types.values()),
+)
+def test_the_fake_has_the_real_shapes_types_and_strides(name, kind, types):
+    for layout in LAYOUTS:
+        case = laid_out(make((2, 3), 6, 5, 2, vectors="gamma", **types, **form(kind)), layout)
+        for needs in ((True, True, True), (True, False, False), (False, True, False)):
+            op, given = getattr(torch.ops.hut, name).default, arguments(name, case, needs)
+            torch.library.opcheck(op, given, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["merged", "split"])
+def test_outputs_are_new_and_detached_and_inputs_unchanged(
+    name, layout, requires_grad, dtype, precision
+):
+    case = make(4, 6, 5, 2, dtype=dtype, vectors="bias gamma beta", precision=precision)
+    case = laid_out(case, layout)
+    case = requiring_grad(case) if requires_grad else case
+    inputs = [getattr(case, tensor) for tensor in TENSORS]
+    before = [tensor.detach().clone() for tensor in inputs]
+    versions = [tensor._version for tensor in inputs]
+    outputs = call(name, case)
+    assert [tensor._version for tensor in inputs] == versions
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    storages = [tensor.untyped_storage().data_ptr() for tensor in (*inputs, *outputs)]
+    assert len(set(storages)) == len(storages)
+    for out in outputs:
+        assert not out.requires_grad
+        assert not out._is_view()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_identity_is_copied_too(name):
+    """T = 1, gamma = 1, one token: nothing to compute is no reason to hand out an input."""
+    ones = torch.ones
+    case = make(1, 4, 4, 1, vectors="gamma", transform="two_sided")
+    case = case.replace(hut_A=ones(1, 4), hut_B=ones(4, 1), gamma=ones(4), weight=torch.eye(4))
+    inputs = {getattr(case, t).data_ptr() for t in TENSORS if getattr(case, t) is not None}
+    assert inputs.isdisjoint(out.data_ptr() for out in call(name, case))
+
+
+@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+@pytest.mark.parametrize("kind", FORMS)
+def test_factor_gradients_come_in_order_and_only_where_needed(needs, kind):
+    case = make(4, 7, 6, 2, vectors="gamma", **form(kind))
+    needs = tuple(map(bool, needs))
+    results = operators(case, "torch", needs)
+    assert len(call("grad_factors", case, needs=needs)) == sum(needs)
+    assert set(results) == {"y", "x"} | {
+        name for name, needed in zip(("hut_A", "hut_B", "WG"), needs, strict=True) if needed
+    }
+    check(case, results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", FORMS)
+def test_WG_is_accumulated_wide_whatever_the_factors_are(dtype, kind):
+    case = make(4, 7, 6, 2, dtype=dtype, factor_dtype=dtype, vectors="gamma", **form(kind))
+    out = operators(case, "torch")["WG"]
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_are_equal_to_the_bit(name):
+    case = make(33, 65, 47, 5, dtype=torch.bfloat16, vectors="bias gamma beta")
+    for one, two in zip(call(name, case), call(name, case), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_autocast_leaves_the_operators_alone():
+    case = make(9, 40, 30, 3, vectors="bias gamma beta")
+    plain = operators(case, "torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        same = operators(case, "torch")
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_weight_rounds_once_to_the_type_asked_for(dtype):
+    case = make(1, 9, 8, 2, dtype=torch.float16, vectors="gamma")
+    args = (*arguments("weight", case)[:-2], dtype, "torch")
+    out = ops.weight(*args)
+    assert out.dtype == dtype
+    # Twice rounded, by way of weight's float16, an error of 2e-4 would stay.
+    assert error(out, case.merged_weight()) < (2e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_shapes_on_the_meta_device():
+    case = make((2, 3), 6, 5, 2, vectors="bias gamma beta").to("meta")
+    shapes = {name: tuple(out.shape) for name, out in operators(case, "torch").items()}
+    assert shapes == {"y": (2, 3, 5), "x": (2, 3, 6), "hut_A": (2, 6), "hut_B": (5, 2), "WG": (5,)}

@@ -1,0 +1,251 @@
+"""The planner: pure, total, within its bounds, and readable."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hut_kernels import planner
+from hut_kernels.planner import CHUNKED, DEVICES, FUSED, STAGED, UNKNOWN, Device, Problem
+
+from .references import examples
+
+PARTS = ("forward", "grad_input", "grad_factors")
+SIZES = st.one_of(st.integers(0, 5), st.integers(0, 1 << 17))
+PROBLEMS = st.builds(
+    Problem,
+    N=SIZES,
+    K=SIZES,
+    O=SIZES,
+    r=st.one_of(st.integers(1, 8), st.integers(1, 5000)),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
+    weight_dtype=st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
+    aligned=st.booleans(),
+    transform=st.sampled_from(["low_rank", "two_sided"]),
+    precision=st.sampled_from(["merged", "split"]),
+)
+STRANGE = Device("a device of the future", "sm_999", 1, 1 << 10, 0)
+ANY_DEVICE = st.sampled_from((*DEVICES, UNKNOWN, planner.CPU, STRANGE))
+A100 = DEVICES[0]
+
+
+def problem(N=64, K=1024, O=512, r=8, **options):
+    return Problem(N, K, O, r, "bfloat16", "bfloat16", **options)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_forced():
+    assert planner._forced == {}
+    yield
+    assert planner._forced == {}
+
+
+# Plans
+
+
+@given(problem=PROBLEMS, device=ANY_DEVICE, backend=st.sampled_from(["torch", "triton"]))
+@examples(200)
+def test_there_is_always_a_plan_and_always_the_same(problem, device, backend):
+    plan = planner.plan(problem, device, backend)
+    assert plan.problem == problem
+    assert plan.device == device
+    assert plan.forward in (FUSED, STAGED)
+    assert plan.grad_input in (FUSED, STAGED)
+    assert plan.grad_factors in (FUSED, CHUNKED)
+    assert plan.chunk >= 1
+    assert plan.backend in ("torch", backend)
+    planner._plan.cache_clear()
+    assert planner.plan(dataclasses.replace(problem), device, backend) == plan
+    # No kernel of ours for what a kernel could not do.
+    if problem.r > planner.MAX_RANK or 0 in (problem.N, problem.K, problem.O):
+        assert plan.backend == "torch"
+    if plan.backend == "torch":
+        assert (plan.forward, plan.grad_input, plan.grad_factors) == (STAGED, STAGED, CHUNKED)
+    if problem.precision == "split" or not problem.aligned:
+        assert (plan.forward, plan.grad_input) == (STAGED, STAGED)
+
+
+@given(problem=PROBLEMS, device=ANY_DEVICE, backend=st.sampled_from(["torch", "triton"]))
+@examples(100)
+def test_figures_are_counts_and_the_text_holds_them(problem, device, backend):
+    plan = planner.plan(problem, device, backend)
+    text = str(plan)
+    for figures in (plan.operations, plan.bytes, plan.workspace):
+        assert tuple(figures) == PARTS
+        assert all(isinstance(value, int) and value >= 0 for value in figures.values())
+    for part in PARTS:
+        row = next(line for line in text.splitlines() if line.startswith(part + " "))
+        assert getattr(plan, part) in row
+        assert f"{plan.operations[part] / 1e9:.3f}" in row
+        assert f"{plan.bytes[part] / 1e6:.2f}" in row
+        assert f"{plan.workspace[part] / 1e6:.2f}" in row
+    for word in (problem.transform, f"r = {problem.r}", problem.precision, device.arch):
+        assert word in text
+    assert plan.source in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_the_break_evens_of_a_known_device_decide(device):
+    """Fused up to its break-even, staged from one token more on."""
+    even = planner.BREAK_EVENS[device.arch]
+    for part, beyond in zip(PARTS, (STAGED, STAGED, CHUNKED), strict=True):
+        tokens = getattr(even, part)
+        assert getattr(planner.plan(problem(N=tokens), device), part) == FUSED
+        assert getattr(planner.plan(problem(N=tokens + 1), device), part) == beyond
+    assert planner.plan(problem(), device).source == even.source
+
+
+def test_an_unknown_architecture_has_a_default_that_says_so():
+    plan = planner.plan(problem(N=1), STRANGE)
+    assert plan.forward == FUSED
+    assert planner.plan(problem(N=1 << 14), STRANGE).forward == STAGED
+    assert "unknown" in plan.source
+
+
+def test_what_cannot_be_fused_is_not():
+    assert planner.plan(problem(N=1), A100).forward == FUSED
+    assert planner.plan(problem(N=1, aligned=False), A100).forward == STAGED
+    assert planner.plan(problem(N=1, aligned=False), A100).grad_factors == CHUNKED
+    split = planner.plan(problem(N=1, precision="split"), A100)
+    assert (split.forward, split.grad_input, split.grad_factors) == (STAGED, STAGED, FUSED)
+    assert planner.plan(problem(r=planner.MAX_RANK), A100).backend == "triton"
+    assert planner.plan(problem(r=planner.MAX_RANK + 1), A100).backend == "torch"
+
+
+def test_operations_by_hand():
+    """A full product is 2 N O K; T costs 2 r O K in low_rank and 2 O K in two_sided."""
+    N, K, O, r = 64, 1024, 512, 8
+    full, weight = 2 * N * K * O, K * O
+    plan = planner.plan(problem(), A100)
+    assert plan.operations == {
+        "forward": full + 2 * r * weight,
+        "grad_input": full + 2 * r * weight,
+        "grad_factors": full + 4 * r * weight,
+    }
+    two_sided = planner.plan(problem(transform="two_sided"), A100)
+    assert two_sided.operations["forward"] == full + 2 * weight
+    split = planner.plan(problem(precision="split"), A100)
+    assert split.operations["forward"] == 2 * full + 2 * r * weight
+    assert split.operations["grad_factors"] == full + 4 * r * weight
+
+
+def test_bytes_and_workspace_by_hand():
+    N, K, O, r = 64, 1024, 512, 8
+    weight, factors, activations = 2 * K * O, 4 * r * (K + O), 2 * N * (K + O)
+    fused = planner.plan(problem(), A100)
+    assert fused.bytes["forward"] == weight + factors + activations
+    assert fused.workspace["forward"] == fused.workspace["grad_input"] == 0
+    assert fused.workspace["grad_factors"] <= weight // 4
+    staged = planner.plan(problem(aligned=False), A100)
+    assert staged.bytes["forward"] == weight + factors + activations + 2 * weight
+    assert staged.workspace["forward"] == weight  # one shared workspace
+    assert staged.workspace["grad_factors"] == min(staged.chunk, O) * K * 4 + weight // 4
+
+
+@given(K=st.integers(1, 1 << 20), device=ANY_DEVICE)
+@examples(60)
+def test_a_chunk_of_G_fits_half_of_L2_or_is_one_tile(K, device):
+    rows = planner.plan(problem(N=4096, K=K), device).chunk
+    assert rows % 128 == 0
+    assert rows == 128 or rows * K * 4 <= device.l2 // 2
+
+
+# Forced strategies
+
+
+def test_force_decides_within_its_block_and_nests():
+    free = planner.plan(problem(), A100)
+    assert free.forward == FUSED
+    with planner.force(forward="staged", grad_factors="chunked"):
+        forced = planner.plan(problem(), A100)
+        assert (forced.forward, forced.grad_factors) == (STAGED, CHUNKED)
+        assert forced.grad_input == free.grad_input
+        assert forced.source == "forced"
+        with planner.force(forward="fused"):
+            inner = planner.plan(problem(N=1 << 14), A100)
+            assert (inner.forward, inner.grad_factors) == (FUSED, CHUNKED)
+        assert planner.plan(problem(), A100) == forced
+    assert planner.plan(problem(), A100) == free
+
+
+def test_force_ends_with_an_error_too():
+    with pytest.raises(KeyError), planner.force(forward="staged"):
+        raise KeyError
+    assert planner.plan(problem(), A100).source != "forced"
+
+
+def test_force_leaves_what_is_impossible():
+    with planner.force(forward="fused", grad_input="fused", grad_factors="fused"):
+        split = planner.plan(problem(precision="split"), A100)
+        assert (split.forward, split.grad_input, split.grad_factors) == (STAGED, STAGED, FUSED)
+        assert planner.plan(problem(r=200), A100).forward == STAGED
+        assert planner.plan(problem(aligned=False), A100).forward == FUSED
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [{"forward": "chunked"}, {"grad_factors": "staged"}, {"weight": "fused"}, {"forward": ""}],
+)
+def test_force_refuses_what_there_is_not(strategies):
+    ((part, strategy),) = strategies.items()
+    with pytest.raises(ValueError, match=f"{part}='{strategy}'"), planner.force(**strategies):
+        pass
+
+
+# Spans
+
+
+@given(
+    tiles_o=st.integers(1, 300),
+    tiles_k=st.integers(1, 300),
+    block_o=st.sampled_from([16, 32, 64, 128]),
+    block_k=st.sampled_from([16, 32, 64, 128, 256]),
+    r=st.integers(1, 128),
+    itemsize=st.sampled_from([2, 4]),
+    sms=st.integers(1, 200),
+)
+@examples(300)
+def test_spans_are_full_bounded_and_enough(tiles_o, tiles_k, block_o, block_k, r, itemsize, sms):
+    O, K = tiles_o * block_o, tiles_k * block_k
+    weight_bytes = O * K * itemsize
+    spans = planner.spans(tiles_o, tiles_k, O, K, r, weight_bytes, sms)
+    for count, tiles in zip(spans, (tiles_o, tiles_k), strict=True):
+        assert 1 <= count <= tiles
+        length = -(-tiles // count)
+        assert count == -(-tiles // length), "a span without a tile"
+    partials = 4 * r * ((spans[0] - 1) * K + (spans[1] - 1) * O)
+    assert partials <= weight_bytes // 4
+    assert spans == (1, 1) or spans[0] * spans[1] <= 4 * sms
+    assert planner.spans(tiles_o, tiles_k, O, K, r, weight_bytes, sms) == spans
+
+
+def test_spans_of_nothing_are_one():
+    assert planner.spans(0, 0, 0, 0, 4, 0, 100) == (1, 1)
+
+
+def test_spans_keep_a_device_busy_where_the_bound_allows():
+    """4096 x 4096 in bfloat16 at r = 16: more than one program an SM."""
+    spans_o, spans_k = planner.spans(64, 32, 4096, 4096, 16, 4096 * 4096 * 2, 108)
+    assert spans_o * spans_k > 108 / 4
+    small = planner.spans(2, 2, 128, 128, 1, 128 * 128 * 2, 1)
+    assert small == (2, 2)
+
+
+# Devices
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_devices_are_found_by_name_part_and_case(device):
+    assert planner.find_device(device.name) == device
+    assert planner.find_device(device.name.split()[-1].lower()) == device
+    assert planner.find_device(device.name.replace(" ", "").upper()) == device
+    assert planner.find_device(device.arch).arch == device.arch
+    assert device.arch in planner.BREAK_EVENS
+
+
+def test_an_unknown_device_lists_the_known():
+    assert planner.find_device("CPU") == planner.CPU
+    with pytest.raises(ValueError, match=r"'TPU v5'.*known: cpu.*A100.*RTX 5090"):
+        planner.find_device("TPU v5")

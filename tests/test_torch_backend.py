@@ -1,0 +1,222 @@
+"""The CPU fallback: blocks of rows, number formats, and no work beyond the products."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hut_kernels import torch_backend
+from hut_kernels.definition import Needs
+
+from .references import (
+    cancelling,
+    check,
+    error,
+    laid_out,
+    make,
+    make_normal,
+    operators,
+    run,
+    update_limit,
+    update_of,
+)
+
+FORMS = {
+    "residual": {"scaling": 0.75},
+    "direct": {"offset": 0.0},
+    "two_sided": {"transform": "two_sided"},
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+
+
+# Blocks of rows
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 100])
+@pytest.mark.parametrize("precision", ["merged", "split"])
+def test_any_row_block_gives_the_same(form, dtype, rows, precision, monkeypatch):
+    """13 rows in blocks with and without a remainder, and in one."""
+    monkeypatch.setattr(torch_backend, "_BLOCK", rows * 21)
+    options = {"precision": precision, **form}
+    case = make_normal(9, 21, 13, 3, dtype=dtype, vectors="bias gamma beta", **options)
+    check(case, run(case))
+    plain = case.replace(gamma=None)
+    check(plain, run(plain))
+
+
+@every_form
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+def test_row_blocks_of_views(form, layout, monkeypatch):
+    monkeypatch.setattr(torch_backend, "_BLOCK", 4 * 21)
+    case = laid_out(make_normal(9, 21, 13, 3, vectors="bias gamma", **form), layout)
+    check(case, operators(case, "torch"))
+
+
+def test_a_row_longer_than_a_block_is_a_block(monkeypatch):
+    monkeypatch.setattr(torch_backend, "_BLOCK", 8)
+    case = make_normal(5, 21, 13, 3, vectors="gamma")
+    check(case, operators(case, "torch"))
+
+
+def test_no_temporary_is_larger_than_a_block(monkeypatch):
+    """Beside W, and in the factor gradients beside nothing."""
+    monkeypatch.setattr(torch_backend, "_BLOCK", 2 * 64)
+    case = make_normal(4, 64, 50, 3, vectors="gamma", offset=0.0)
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t)]
+            sizes.extend(t.untyped_storage().nbytes() // t.element_size() for t in tensors)
+            return out
+
+    needs = Needs(True, True, True)
+    own = {case.weight.numel(), case.x.numel(), case.grad.numel()}
+    arguments = case.weight, case.hut_A, case.hut_B, case.gamma, case.spec
+    with Sizes():
+        torch_backend.grad_factors(case.grad, case.x, *arguments, needs)
+    partials = 25 * case.hut_A.numel()  # one d hut_A for each block, then their sum
+    assert max(size for size in sizes if size not in own) <= max(2 * 64, partials)
+
+
+# Both ways to make W
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
+def test_the_residual_weight_is_made_in_the_increments_buffer(dtype, layout, monkeypatch):
+    """One product and one addcmul; neither T nor a second buffer."""
+    case = laid_out(make_normal(4, 20, 14, 3, dtype=dtype, scaling=0.5), layout)
+    monkeypatch.setattr(torch_backend, "_blockwise", None)
+    results = {"y": forward(case), "x": grad_input(case)}
+    check(case, results)
+
+
+def forward(case):
+    factors = case.weight, case.hut_A, case.hut_B
+    return torch_backend.forward(case.x, *factors, case.bias, case.gamma, case.beta, case.spec)
+
+
+def grad_input(case):
+    factors = case.weight, case.hut_A, case.hut_B
+    return torch_backend.grad_input(case.grad, *factors, case.gamma, case.spec)
+
+
+def grad_factors(case, *needs):
+    arguments = case.weight, case.hut_A, case.hut_B, case.gamma, case.spec
+    return torch_backend.grad_factors(case.grad, case.x, *arguments, Needs(*needs))
+
+
+# Number formats
+
+
+def test_G_does_not_overflow_in_float16():
+    """Loss-scaled gradients: each g is finite in float16, their sum over the tokens is not."""
+    case = make(64, 12, 10, 2, dtype=torch.float16)
+    case = case.replace(grad=case.grad * 2e4, x=case.x * 100)
+    assert case.grad.isfinite().all()
+    d_A, d_B, _ = grad_factors(case, True, True, False)
+    check(case, {"hut_A": d_A, "hut_B": d_B})
+
+
+@pytest.mark.parametrize("precision", ["merged", "split"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_factors_beyond_the_range_of_float16_still_count(dtype, precision):
+    """Factors of 1e-9 and 1e7, with a product of 5e-2: in float16 they would be 0 and infinite."""
+    case = cancelling(make_normal(16, 64, 48, 4, dtype=dtype, precision=precision), 5e-2)
+    case = case.replace(hut_A=case.hut_A * 1e9, hut_B=case.hut_B * 1e-9)
+    assert error(forward(case), update_of(case)) < update_limit(dtype, "low_rank", precision)
+
+
+@every_form
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("precision", ["merged", "split"])
+def test_float32_activations_are_exact_over_any_weight(form, weight_dtype, factor_dtype, precision):
+    """16-bit weights, factors and vectors are multiplied in float32, not in their own type."""
+    types = {"weight_dtype": weight_dtype, "factor_dtype": factor_dtype}
+    case = make_normal(
+        8, 22, 15, 3, vectors="bias gamma beta", precision=precision, **types, **form
+    )
+    check(case, run(case))
+
+
+@every_form
+def test_float64_activations_are_exact_over_float32_parameters(form):
+    case = make_normal(
+        8, 22, 15, 3, dtype=torch.float64, weight_dtype=torch.float32, vectors="bias gamma beta"
+    ).replace(**form)
+    for precision in ("merged", "split"):
+        y = forward(case.replace(precision=precision))
+        assert error(y, case.expected()["y"]) < 1e-12
+
+
+@pytest.mark.parametrize("transform", ["low_rank", "two_sided"])
+def test_W_is_rounded_once(transform):
+    """Formed in float32, W is the nearest bfloat16 but for cases on the edge; T never is."""
+    case = make(1, 200, 150, 3, dtype=torch.bfloat16, transform=transform, offset=1.0)
+    if transform == "low_rank":
+        case = case.replace(offset=0.0)
+    W = torch_backend.weight(case.weight, case.hut_A, case.hut_B, None, case.spec, torch.bfloat16)
+    nearest = torch.from_numpy(case.merged_weight()).bfloat16()
+    assert (W == nearest).double().mean() > 0.99
+    T = torch.from_numpy(case.multiplier()).bfloat16()
+    assert (case.weight * T == nearest).double().mean() < 0.9  # what rounding T first would give
+
+
+def test_the_sums_of_a_bfloat16_layer_are_wide():
+    """Equal tokens: in bfloat16 a sum of 4096 of them stops growing at 256."""
+    case = make(1, 8, 6, 2, dtype=torch.bfloat16, vectors="bias gamma beta", transform="two_sided")
+    many = case.replace(x=case.x.expand(4096, 8), grad=case.grad.expand(4096, 6))
+    check(many, run(many))
+
+
+# No work beyond the products
+
+
+def flops(function, *args):
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops()
+
+
+def test_the_operations_are_the_floors():
+    """One full product each, and thin ones: what docs/definition.md and the planner count."""
+    N, K, O, r = 24, 40, 30, 3
+    case = make(N, K, O, r, vectors="gamma")
+    full, thin = 2 * N * K * O, 2 * K * O * r
+    assert flops(forward, case) == full + thin
+    assert flops(grad_input, case) == full + thin
+    assert flops(grad_factors, case, True, True, True) == full + 2 * thin
+    assert flops(grad_factors, case, True, False, False) == full + thin
+    assert flops(grad_factors, case, False, True, False) == full + thin
+    assert flops(grad_factors, case, False, False, True) == full + thin
+    split = case.replace(precision="split")
+    assert flops(forward, split) == 2 * full + thin
+    two_sided = case.replace(transform="two_sided")
+    assert flops(forward, two_sided) == full
+    assert flops(grad_factors, two_sided, True, True, True) == full + 2 * thin
+
+
+@every_form
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)], ids=str)
+def test_what_is_not_needed_is_none(form, needs):
+    case = make(5, 9, 8, 2, vectors="gamma", **form)
+    grads = grad_factors(case, *map(bool, needs))
+    assert tuple(grad is not None for grad in grads) == tuple(map(bool, needs))
+
+
+def test_split_gives_the_update_at_its_own_precision():
+    """The second matrix of split has the update's relative error, not that of W."""
+    case = make_normal(1, 64, 48, 4, dtype=torch.bfloat16)
+    case = case.replace(hut_B=case.hut_B * 1e-4)
+    update = torch_backend._blockwise(
+        case.weight, case.hut_A, case.hut_B, None, case.spec, torch.bfloat16, minus=1.0
+    )
+    exact = case.weight.double().numpy() * (case.multiplier() - 1.0)
+    assert error(update, exact) < update_limit(torch.bfloat16, "low_rank", "split")

@@ -1,0 +1,49 @@
+"""The launch tables: every lookup gives a row that the device can hold."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hut_kernels.triton import tables
+from hut_kernels.triton.tables import ARCHITECTURES, row
+
+KERNELS = ("forward", "grad_input", "grad_factors", "grad_reduce", "weight")
+TYPES = ("bf16", "fp16", "tf32", "fp32")
+
+
+@given(
+    kernel=st.sampled_from(KERNELS),
+    arch=st.sampled_from((*ARCHITECTURES, "sm_87", "sm_103", "sm_121", "sm_75", "sm_200")),
+    N=st.integers(0, 1 << 20),
+    r=st.integers(1, 128),
+    dtype=st.sampled_from(TYPES),
+)
+def test_there_is_a_row_for_everything(kernel, arch, N, r, dtype):
+    tiles = row(kernel, arch, N, r, dtype)
+    for size in (tiles.BN, tiles.BO, tiles.BK):
+        assert size >= 16
+        assert size & (size - 1) == 0
+    assert tiles.warps in (4, 8)
+    assert tiles.stages >= 1
+    assert tiles.settle == (tables.family(arch) == "sm_90")
+
+
+def test_ranks_fall_into_the_class_above():
+    assert row("forward", "sm_80", 4096, 17, "bf16") == row("forward", "sm_80", 4096, 32, "bf16")
+    assert row("forward", "sm_80", 4096, 1, "bf16") == row("forward", "sm_80", 4096, 16, "bf16")
+
+
+def test_few_tokens_have_tiles_of_their_own():
+    for arch in ARCHITECTURES:
+        tiles = [row("forward", arch, N, 16, "bf16").BN for N in (1, 16, 17, 64, 65)]
+        assert tiles[0] == tiles[1] == 16
+        assert tiles[2] == tiles[3] == 64
+        assert tiles[4] >= 64
+
+
+@pytest.mark.parametrize(
+    ("arch", "family"),
+    [("sm_87", "sm_89"), ("sm_86", "sm_89"), ("sm_103", "sm_100"), ("sm_121", "sm_89")],
+)
+def test_unknown_architectures_take_the_rows_of_their_kin(arch, family):
+    assert tables.family(arch) == family
