@@ -22,7 +22,7 @@ endif
 
 # Two pip calls at once would spoil the environment.
 .NOTPARALLEL:
-.PHONY: help venv demo test test-cpu test-kernels lint types mutants bench-cpu gate docs clean
+.PHONY: help venv demo test test-cpu test-kernels lint types mutants bench-cpu gate gpu peft-suite docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -64,6 +64,13 @@ bench-cpu: $(call ready,bench) ## times of the CPU fallback as ratios to its pla
 
 gate: $(call ready,test) ## compile every kernel for every architecture, and check the machine code
 	$(PY) -m hut_kernels.triton.gate $(ARGS)
+
+# Needs torch, triton and numpy alone: on a GPU machine, `make gpu PY=python3` uses what is there.
+gpu: $(call ready,test) ## check and measure the kernels on this machine's GPU, and record it
+	$(PY) -m benchmarks.gpu $(ARGS)
+
+peft-suite: $(call ready,test) ## PEFT's own test-suite, from PyPI, with HUTConfig in its lists
+	$(PY) -m tests.peft_suite --jobs $(JOBS) $(ARGS)
 
 docs: $(call ready,docs) ## the API reference as HTML, in build/docs
 	$(PY) -m pdoc --docformat google --output-directory build/docs hut_kernels

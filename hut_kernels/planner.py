@@ -62,8 +62,9 @@ class BreakEven:
     source: str
 
 
-# None of these is measured yet. They are estimates of the cost model, at the low end of its range:
-# a fused kernel chosen too late costs less than one chosen too early.
+# By a device's name as in DEVICES where `make gpu` has measured it (the source is then the record's
+# name), else by its architecture. None is measured yet: these are estimates of the cost model, at
+# the low end of its range, for a fused kernel chosen too late costs less than one chosen too early.
 BREAK_EVENS = {
     "sm_80": BreakEven(320, 320, 512, "estimate"),
     "sm_86": BreakEven(512, 512, 512, "estimate"),
@@ -73,6 +74,18 @@ BREAK_EVENS = {
     "sm_120": BreakEven(768, 768, 512, "estimate"),
 }
 _DEFAULT_BREAK_EVEN = BreakEven(256, 256, 256, "estimate for an unknown architecture")
+
+
+def known_name(device: Device) -> str:
+    """The name in DEVICES that the driver's name begins with, or the driver's own."""
+    names = (known.name for known in DEVICES if device.name.startswith(known.name))
+    return next(names, device.name)
+
+
+def break_even(device: Device) -> BreakEven:
+    """A device's own break-evens where they are measured, else its architecture's."""
+    of_architecture = BREAK_EVENS.get(device.arch, _DEFAULT_BREAK_EVEN)
+    return BREAK_EVENS.get(known_name(device), of_architecture)
 
 
 @dataclass(frozen=True)
@@ -222,7 +235,7 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     if backend == "torch" or problem.r > MAX_RANK or empty:
         rows = max(1, (1 << 22) // max(1, problem.K))
         return Plan(problem, device, "torch", STAGED, STAGED, CHUNKED, rows, "not needed")
-    even = BREAK_EVENS.get(device.arch, _DEFAULT_BREAK_EVEN)
+    even = break_even(device)
     # Unaligned loads are not asynchronous, and split is two products: both go to the BLAS.
     fusible = problem.aligned and problem.precision == "merged"
     return Plan(

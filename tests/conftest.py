@@ -3,6 +3,7 @@
 import os
 import zlib
 
+import hypothesis.core
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 settings.load_profile("hut")
+if _SHIFT:
+    hypothesis.core.global_force_seed = _SHIFT  # what --hypothesis-seed sets
 
 
 def seed_of(nodeid: str) -> int:

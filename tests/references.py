@@ -67,7 +67,7 @@ def groups(size: int, r: int) -> list[int]:
     return [i * r // size for i in range(size)]
 
 
-@dataclass
+@dataclass(repr=False)
 class Case:
     """One layer's inputs, its upstream gradient and its options."""
 
@@ -83,6 +83,16 @@ class Case:
     offset: float = 1.0
     scaling: float = 1.0
     precision: str = "merged"
+
+    def __repr__(self) -> str:
+        def short(value: Any) -> str:
+            if not isinstance(value, Tensor):
+                return repr(value)
+            kind = str(value.dtype).removeprefix("torch.")
+            return f"{kind}{list(value.shape)} by {value.stride()}"
+
+        fields = (f"{f.name}={short(getattr(self, f.name))}" for f in dataclasses.fields(self))
+        return f"Case({', '.join(fields)})"
 
     @property
     def spec(self):

@@ -91,7 +91,7 @@ def hut_forward_kernel(
         acc = tl.trans(acc)
     if SPLIT == 1:
         acc = affine(acc, p_bias, p_gamma, p_beta, o_o, m_o, HAS_BIAS, HAS_GAMMA, HAS_BETA)
-    o_y = (split.to(tl.int64) * N + o_n)[:, None] * O + o_o[None, :]
+    o_y = (split * N + o_n).to(tl.int64)[:, None] * O + o_o[None, :]
     tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=m_n[:, None] & m_o[None, :])
 
 
@@ -117,12 +117,12 @@ def hut_forward_finish_kernel(
     o_o = tl.program_id(0) % tiles_o * BO + tl.arange(0, BO)
     m_o = o_o < O
     mask = (o_n < N)[:, None] & m_o[None, :]
-    o_y = o_n.to(tl.int64)[:, None] * O + o_o[None, :]
-    size = N.to(tl.int64) * O
     acc = tl.zeros((BN, BO), tl.float32)
     for split in tl.static_range(SPLIT):
-        acc += tl.load(p_partial + split * size + o_y, mask=mask, other=0.0)
+        o_partial = (split * N + o_n).to(tl.int64)[:, None] * O + o_o[None, :]
+        acc += tl.load(p_partial + o_partial, mask=mask, other=0.0)
     acc = affine(acc, p_bias, p_gamma, p_beta, o_o, m_o, HAS_BIAS, HAS_GAMMA, HAS_BETA)
+    o_y = o_n.to(tl.int64)[:, None] * O + o_o[None, :]
     tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=mask)
 
 

@@ -108,19 +108,13 @@ def configurations(
     archs: Sequence[str] = ARCHITECTURES, kernels: Sequence[str] = tuple(KERNELS)
 ) -> list[Config]:
     """Every row in use: each r class, token class and type; and unaligned and two_sided variants."""
-    found: dict[tuple, Config] = {}
+    found: dict[Config, Config] = {}
     for arch in archs:
         for kernel in kernels:
             for config in _of_kernel(arch, kernel):
-                # Rows shared by several classes are compiled once.
-                key = dataclasses.replace(config, N=0)
-                found.setdefault((key, _small(config)), config)
+                # A row that serves several classes of tokens is compiled once.
+                found.setdefault(dataclasses.replace(config, N=0), config)
     return list(found.values())
-
-
-def _small(config: Config) -> bool:
-    """Whether 16 tokens make the kernel another one: N = 16 alone meets an even tile."""
-    return False
 
 
 def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
@@ -393,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m hut_kernels.triton.gate")
     add = parser.add_argument
-    several = {"nargs": "+", "action": "extend"}
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     add("--arch", choices=ARCHITECTURES, help="architectures (all)", **several)
     add("--kernel", choices=tuple(KERNELS), help="kernels (all)", **several)
     add("--json", type=Path, help="write the findings there")
@@ -433,7 +427,7 @@ def _table(reports: list[Report]) -> str:
         mix = " ".join(f"{op}:{n}" for op, n in sorted(loop.items()))
         lines.append(
             f"{report.config.name:46}{f'{tiles.BN}x{tiles.BO}x{tiles.BK}':>13}{tiles.warps:3}"
-            f"{tiles.stages:3}{report.registers:5}{report.shared:8}{report.occupancy:6}  {mix}"
+            f"{tiles.stages:3}{report.registers:5}{report.shared:8}{report.occupancy:5}  {mix}"
         )
     return "\n".join(lines)
 

@@ -1,22 +1,211 @@
-"""Launch tables: one row a configuration, by architecture, kernel, token class, r class and type."""
+"""Launch tables: which tiles, warps and pipeline stages, a line for each architecture's kernels.
+
+A cell reads `BNxBOxBK/warps/stages`: tile sizes over tokens, out_features and in_features. `/W` means
+that the weight tile is the left operand of the product. The columns are r up to 16, 32, 64 and 128;
+the lines are for up to 16 tokens, up to 64, and more. `16-bit` is bf16 and fp16, `fp32` is ieee.
+
+The cells are the largest tiles that pass the gate (no spills, asynchronous copies, the right tensor
+core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What surprises:
+
+- sm_90 and sm_100 have no tensor-core product with fewer than 64 rows on its left side. With few
+  tokens the weight is put there (`/W`), and dx, whose weight stands on the right, pads to 64.
+- fp32 (ieee) products run on the CUDA cores, where a large tile only spills.
+- grad_factors makes r in pieces of 32 (`launch.reduction_rank`), so its tiles hardly shrink with r.
+"""
 
 from __future__ import annotations
 
+import functools
+
 from .launch import Row
 
-# Columns: tokens BN, rows of W0 BO, columns of W0 BK, warps, pipeline stages.
-FORWARD = Row(BN=64, BO=64, BK=32, warps=4, stages=3)
-GRAD_INPUT = Row(BN=64, BO=32, BK=64, warps=4, stages=3)
-GRAD_FACTORS = Row(BN=32, BO=64, BK=64, warps=4, stages=3)
-GRAD_REDUCE = Row(BN=16, BO=64, BK=64, warps=4, stages=1)
-WEIGHT = Row(BN=16, BO=64, BK=64, warps=4, stages=1)
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+RANKS = (16, 32, 64, 128)
+
+_TABLE = """
+sm_80
+forward      16    16-bit  16x64x128/4/4     16x64x128/4/4     16x64x128/4/3     16x64x64/4/3
+forward      16    tf32    16x64x64/4/4      16x64x64/4/4      16x64x64/4/4      16x64x64/4/3
+forward      16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
+forward      64    16-bit  64x64x128/4/3     64x64x128/4/3     64x64x128/4/3     64x64x64/4/3
+forward      64    tf32    64x64x64/4/3      64x64x64/4/3      64x64x64/4/3      64x64x32/4/4
+forward      64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+forward      more  16-bit  128x128x64/8/3    128x128x64/8/3    128x128x32/8/4    128x128x32/8/3
+forward      more  tf32    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3    128x64x32/8/3
+forward      more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_input   16    16-bit  16x128x64/4/4     16x128x64/4/4     16x64x64/4/4      16x64x64/4/3
+grad_input   16    tf32    16x128x32/4/4     16x128x32/4/4     16x64x32/4/4      16x64x32/4/3
+grad_input   16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
+grad_input   64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/3
+grad_input   64    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
+grad_input   64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_input   more  16-bit  128x32x128/8/3    64x32x128/8/3     128x32x128/8/3    64x32x128/8/3
+grad_input   more  tf32    128x64x64/8/3     128x64x64/8/3     128x64x64/8/3     128x32x64/8/3
+grad_input   more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_factors 16    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
+grad_factors 16    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
+grad_factors 16    fp32    32x32x32/4/2      32x32x32/4/2      32x32x32/4/2      32x32x32/4/2
+grad_factors 64    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
+grad_factors 64    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
+grad_factors 64    fp32    32x32x32/4/2      32x32x32/4/2      32x32x32/4/2      32x32x32/4/2
+grad_factors more  16-bit  32x128x64/8/4     32x128x64/8/4     32x128x64/8/4     32x128x64/8/4
+grad_factors more  tf32    64x128x64/8/3     64x128x64/8/3     64x128x64/8/3     64x128x64/8/3
+grad_factors more  fp32    32x32x32/4/2      32x32x32/4/2      32x32x32/4/2      32x32x32/4/2
+grad_reduce  any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
+grad_reduce  any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
+grad_reduce  any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+weight       any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
+weight       any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
+weight       any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
+
+sm_89
+forward      16    16-bit  16x64x128/4/3     16x64x128/4/3     16x64x64/4/3      16x64x32/4/3
+forward      16    tf32    16x64x64/4/4      16x64x64/4/3      16x64x32/4/4      16x64x32/4/3
+forward      16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
+forward      64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/3      64x64x32/4/3
+forward      64    tf32    64x64x64/4/3      64x64x32/4/4      64x64x32/4/4      64x64x32/4/2
+forward      64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+forward      more  16-bit  128x128x32/8/4    128x128x32/8/4    128x128x32/8/3    64x64x32/8/2
+forward      more  tf32    128x128x32/8/3    128x64x32/8/3     128x64x32/8/3     64x64x32/4/2
+forward      more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_input   16    16-bit  16x128x64/4/4     16x64x64/4/4      16x64x64/4/3      16x32x64/4/3
+grad_input   16    tf32    16x64x32/4/4      16x64x32/4/4      16x64x32/4/3      16x32x32/4/3
+grad_input   16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
+grad_input   64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/3      64x32x64/4/3
+grad_input   64    tf32    64x64x32/4/4      64x64x32/4/3      64x32x32/4/4      64x32x32/4/3
+grad_input   64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
+grad_input   more  16-bit  128x64x128/8/3    64x32x128/8/3     64x32x128/8/3     64x32x64/4/3
+grad_input   more  tf32    128x32x64/8/3     128x32x64/8/3     128x32x64/8/3     128x32x64/8/2
+grad_input   more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
+grad_factors 16    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
+grad_factors 16    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
+grad_factors 16    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_factors 64    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
+grad_factors 64    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
+grad_factors 64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_factors more  16-bit  32x128x64/8/4     32x128x64/8/4     32x128x64/8/4     32x128x64/8/4
+grad_factors more  tf32    64x128x64/8/3     64x128x64/8/3     64x128x64/8/3     64x128x64/8/3
+grad_factors more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_reduce  any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
+grad_reduce  any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
+grad_reduce  any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+weight       any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
+weight       any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
+weight       any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
+
+sm_90
+forward      16    16-bit  16x64x128/4/4/W   16x64x128/4/4/W   16x64x128/4/4/W   16x64x64/4/4/W
+forward      16    tf32    16x64x64/4/4/W    16x64x64/4/4/W    16x64x64/4/4/W    16x64x64/4/4/W
+forward      16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
+forward      64    16-bit  64x64x128/4/3/W   64x64x128/4/3/W   64x64x128/4/3/W   64x64x64/4/4/W
+forward      64    tf32    64x64x64/4/3/W    64x64x64/4/3/W    64x64x64/4/3/W    64x64x64/4/3/W
+forward      64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+forward      more  16-bit  128x128x64/8/3    128x128x64/8/3    128x128x64/8/3    128x128x32/8/4
+forward      more  tf32    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3
+forward      more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_input   16    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/4
+grad_input   16    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
+grad_input   16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      32x32x32/4/2
+grad_input   64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/4
+grad_input   64    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
+grad_input   64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_input   more  16-bit  128x64x128/8/3    128x64x128/8/3    128x64x128/8/3    128x32x128/8/3
+grad_input   more  tf32    128x64x64/8/3     128x64x64/8/3     128x64x64/8/3     128x32x64/8/3
+grad_input   more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_factors 16    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
+grad_factors 16    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
+grad_factors 16    fp32    32x32x32/4/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_factors 64    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
+grad_factors 64    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
+grad_factors 64    fp32    32x32x32/4/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_factors more  16-bit  32x128x64/8/4     32x128x64/8/4     32x128x64/8/4     32x128x64/8/4
+grad_factors more  tf32    64x128x64/8/3     64x128x64/8/3     64x128x64/8/3     64x128x64/8/3
+grad_factors more  fp32    32x32x32/4/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_reduce  any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
+grad_reduce  any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
+grad_reduce  any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+weight       any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
+weight       any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
+weight       any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
+
+sm_100
+forward      16    16-bit  16x64x128/4/4/W   16x64x128/4/4/W   16x64x128/4/3/W   16x64x64/4/4/W
+forward      16    tf32    16x64x64/4/4/W    16x64x64/4/4/W    16x64x64/4/3/W    16x64x64/4/4/W
+forward      16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
+forward      64    16-bit  64x64x128/4/3/W   64x64x128/4/3/W   64x64x128/4/3/W   64x64x64/4/4/W
+forward      64    tf32    64x64x64/4/3/W    64x64x64/4/3/W    64x64x64/4/3/W    64x64x64/4/3/W
+forward      64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+forward      more  16-bit  128x128x64/8/3    128x128x32/8/4    128x128x64/8/3    128x128x32/8/4
+forward      more  tf32    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3
+forward      more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_input   16    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/3
+grad_input   16    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
+grad_input   16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      32x32x32/4/2
+grad_input   64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/3
+grad_input   64    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
+grad_input   64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/4/2
+grad_input   more  16-bit  128x64x128/8/3    128x32x128/8/3    128x64x128/8/3    64x64x64/4/3
+grad_input   more  tf32    128x64x64/8/3     128x32x64/8/3     128x64x64/8/3     128x32x64/8/3
+grad_input   more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/4/2
+grad_factors 16    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
+grad_factors 16    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
+grad_factors 16    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_factors 64    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
+grad_factors 64    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
+grad_factors 64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_factors more  16-bit  32x128x64/8/4     32x128x64/8/4     32x128x64/8/4     32x128x64/8/4
+grad_factors more  tf32    64x128x64/8/3     64x128x64/8/3     64x128x64/8/3     64x128x64/8/3
+grad_factors more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+grad_reduce  any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
+grad_reduce  any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
+grad_reduce  any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
+weight       any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
+weight       any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
+weight       any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/4/2
+"""
 
 
 def row(kernel: str, arch: str, N: int, r: int, dtype: str) -> Row:
-    return {
-        "forward": FORWARD,
-        "grad_input": GRAD_INPUT,
-        "grad_factors": GRAD_FACTORS,
-        "grad_reduce": GRAD_REDUCE,
-        "weight": WEIGHT,
-    }[kernel]
+    """The launch row of a call; there is one for every architecture.
+
+    Args:
+        kernel: `"forward"`, `"grad_input"`, `"grad_factors"`, `"grad_reduce"` or `"weight"`.
+        arch: `"sm_90"` and the like.
+        N: Tokens.
+        r: The rank, 1 to 128.
+        dtype: `"bf16"`, `"fp16"`, `"tf32"` or `"fp32"`.
+    """
+    tokens = "16" if N <= 16 else "64" if N <= 64 else "more"
+    kind = "16-bit" if dtype in ("bf16", "fp16") else dtype
+    column = next(i for i, most in enumerate(RANKS) if r <= most)
+    return _rows()[family(arch), kernel, tokens, kind][column]
+
+
+def family(arch: str) -> str:
+    """The architecture whose rows serve `arch`: its own, its generation's, or the smallest device's."""
+    if arch in ("sm_80", "sm_90", "sm_100"):
+        return arch
+    return "sm_100" if arch in ("sm_101", "sm_103") else "sm_89"
+
+
+@functools.cache
+def _rows() -> dict[tuple[str, str, str, str], tuple[Row, ...]]:
+    """The table, parsed; a line for any number of tokens stands under each class."""
+    rows = {}
+    arch = ""
+    for line in _TABLE.split("\n"):
+        words = line.split()
+        if len(words) == 1:
+            (arch,) = words
+        elif words:
+            kernel, tokens, kind, *cells = words
+            parsed = tuple(_parse(cell, arch) for cell in cells)
+            for each in ("16", "64", "more") if tokens == "any" else (tokens,):
+                rows[arch, kernel, each, kind] = parsed
+    return rows
+
+
+def _parse(cell: str, arch: str) -> Row:
+    tile, warps, stages, *order = cell.split("/")
+    BN, BO, BK = (int(size) for size in tile.split("x"))
+    return Row(BN, BO, BK, int(warps), int(stages), W_FIRST=order == ["W"], settle=arch == "sm_90")

@@ -1,7 +1,7 @@
 """HUT in Hugging Face PEFT: a tuner, faster HiRA layers, and adapters of either as the other.
 
-Importing this package registers the tuner with PEFT, so that `get_peft_model(model, HUTConfig(...))`
-and everything around it works; adapters saved with it load once it has been imported.
+Importing this package registers the tuner with PEFT: `get_peft_model(model, HUTConfig(...))` and
+everything around it then work, and so does loading adapters that were saved with it.
 """
 
 from .config import HUTConfig

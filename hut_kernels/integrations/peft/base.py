@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ...nn import _check_base, is_conv1d
@@ -33,12 +35,14 @@ def is_watched(base: nn.Module) -> bool:
     return "forward" in state or any(state.get(name) for name in _HOOKS)
 
 
-def matrix(base: nn.Module) -> Tensor:
-    """The weight of a base layer as `[out_features, in_features]`, a view where it is a Conv1D's."""
-    weight = base.get_parameter("weight")
+def matrix(base: Any) -> Tensor:
+    """The weight of a base layer as `[out_features, in_features]`; of a Conv1D, a view."""
+    weight: Tensor = base.weight
+    if not isinstance(weight, nn.Parameter):
+        weight = weight.detach()  # a view of FSDP's flat parameter, which trains only what it must
     return weight.t() if is_conv1d(base) else weight
 
 
-def bias(base: nn.Module) -> Tensor | None:
+def bias(base: Any) -> Tensor | None:
     """The bias of a base layer, or None."""
-    return base._parameters.get("bias")
+    return getattr(base, "bias", None)

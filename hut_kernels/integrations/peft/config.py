@@ -112,7 +112,7 @@ class HUTConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                "layers_pattern names the list that layers_to_transform indexes: set both"
+                "When `layers_pattern` is specified, `layers_to_transform` must be, too"
             )
 
 

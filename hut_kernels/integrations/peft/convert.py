@@ -81,8 +81,8 @@ class ConvertedAdapter:
         ]
         if missing or result.unexpected_keys:
             raise ValueError(
-                f"the adapter does not fit the model: missing {missing[:5]}, without a place in the "
-                f"model {result.unexpected_keys[:5]} "
+                f"the adapter does not fit the model: missing {missing[:5]}, without a place "
+                f"in the model {result.unexpected_keys[:5]} "
                 f"(first 5 of {len(missing)} and {len(result.unexpected_keys)})"
             )
         return adapted
@@ -146,7 +146,7 @@ def _load_config(path: str | os.PathLike[str], kind: type[Any]) -> Any:
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, kind):
         raise ValueError(
-            f"{path} is not a {kind.__name__.removesuffix('Config')} adapter: peft_type={config.peft_type}"
+            f"{path} is not an adapter of {kind.__name__}: peft_type={config.peft_type.value}"
         )
     return config
 

@@ -19,8 +19,8 @@ from .base import bias, check_base, is_watched, matrix
 class FusedHiraLinear(hira.Linear):
     """PEFT's HiRA layer, whose forward is one fused product wherever that computes the same.
 
-    Elsewhere (see `_unfused`) PEFT's own forward runs. Parameters, state dict, merging and everything
-    else are PEFT's: an instance is made by `accelerate_hira` from an existing layer.
+    Elsewhere (see `_unfused`) PEFT's own forward runs. Parameters, state dict, merging and all else
+    are PEFT's: an instance is made by `accelerate_hira` from an existing layer.
     """
 
     hut_precision: str

@@ -117,8 +117,8 @@ class HUTLayer(BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Puts the adapters into the base layer's weight (and bias, with `scale_shift`).
 
-        The weight is formed from W0 and all merged adapters at once and rounded once. W0 is kept (in
-        host memory), so that unmerging is exact.
+        The weight is formed from W0 and all merged adapters at once and rounded once. W0 is kept,
+        in host memory, so that unmerging is exact.
 
         Args:
             safe_merge: whether to look for NaN and Inf in the result first.
@@ -208,8 +208,8 @@ class HUTLayer(BaseTunerLayer):
 class Linear(nn.Module, HUTLayer):
     """HUT adapters over an `nn.Linear` or a Conv1D.
 
-    One active adapter without dropout is one fused product. Each further active adapter, and
-    dropout while training, costs another: adapters add what each does on its own, so their effective
+    One active adapter without dropout is one fused product; k of them are k + 1, and dropout while
+    training adds one for each. Adapters add what each does on its own, so that their effective
     multiplier is `1 + sum(T_i - 1)` (`gamma_i T_i` in the place of `T_i` with `scale_shift`).
     """
 
@@ -290,7 +290,7 @@ class Linear(nn.Module, HUTLayer):
 
 
 def _entry(entries: nn.ParameterDict, name: str) -> Tensor | None:
-    return entries[name] if name in entries else None
+    return entries.get(name)
 
 
 def _combined(origin: Any, parts: list[Any]) -> Any:

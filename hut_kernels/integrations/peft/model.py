@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS,
+)
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -29,7 +31,7 @@ class HUTModel(BaseTuner):
 
     prefix: str = "hut_"
     tuner_layer_cls = HUTLayer
-    target_module_mapping = dict(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+    target_module_mapping: ClassVar[dict[str, Any]] = dict(LORA_TARGETS)
 
     def _create_and_replace(
         self,
@@ -78,15 +80,16 @@ def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"Target module {name} is not supported: nn.MultiheadAttention reads its weight without "
-            f"calling it, so an adapter would have no effect"
+            f"Target module {name} is not supported: nn.MultiheadAttention reads its weight "
+            f"without calling it, so an adapter would have no effect"
         )
     try:
         check_base(target)
     except (TypeError, HUTBackendError) as error:
         raise ValueError(
-            f"Target module {name} ({kind}) is not supported: {error}. Currently, only the following "
-            f"modules are supported: `torch.nn.Linear`, `transformers.pytorch_utils.Conv1D`."
+            f"Target module {name} ({kind}) is not supported: {error}. Currently, only the "
+            f"following modules are supported: `torch.nn.Linear`, "
+            f"`transformers.pytorch_utils.Conv1D`."
         ) from error
 
 

@@ -1,0 +1,1 @@
+"""One command for a GPU: is every kernel right there, how fast is it, what should change."""

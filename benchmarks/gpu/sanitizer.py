@@ -1,0 +1,134 @@
+"""Small shapes of every kernel under compute-sanitizer, where it is installed.
+
+python -m benchmarks.gpu.sanitizer          the program that it watches
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from .cases import FUSED, STAGED, Case
+from .workers import ROOT
+
+TOOLS = ("memcheck", "racecheck")
+_DONE = "hut-sanitized"
+_FINDING = re.compile(r"Invalid __|out of bounds|misaligned|[Hh]azard|Race reported|Uninitialized")
+_COUNT = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)")
+# Only our kernels are watched; an older or newer tool may know the option by another name.
+_FILTERS: tuple[list[str], ...] = (
+    ["--kernel-name", "kernel_substring=hut_"],
+    ["--kernel-regex", "kns=hut_"],
+    [],
+)
+
+
+def small_cases() -> list[Case]:
+    """Every kernel and transform; remainders in every tile, odd addresses, one token."""
+    cases = []
+    for strategies, transform in itertools.product((FUSED, STAGED), ("low_rank", "two_sided")):
+        how: dict[str, Any] = {"strategies": strategies, "transform": transform}
+        cases += [
+            Case(40, 144, 112, 16, vectors=("bias", "gamma", "beta"), **how),
+            Case(33, 117, 83, 5, layout="sliced", **how),
+            Case(1, 128, 128, 3, "float32", **how),
+        ]
+    return cases
+
+
+def main() -> None:
+    """Runs the small cases; compares nothing, for that is done elsewhere."""
+    import torch
+
+    from .cases import forced, make, run
+
+    device = torch.device("cuda", 0)
+    cases = small_cases()
+    for case in cases:
+        with forced(case):
+            run(case, make(case, device))
+    torch.cuda.synchronize()
+    print(_DONE, len(cases), flush=True)
+
+
+def verdict(tool: str, output: str, code: int | None) -> dict[str, str]:
+    """`clean`, `findings` or `did not run`, and the words that say why."""
+    counts = [int(count) for count in _COUNT.findall(output)]
+    lines = [line.strip("= ").strip() for line in output.splitlines() if line.strip("= ").strip()]
+    telling = [line for line in lines if _FINDING.search(line)]
+    if _DONE in output and counts and not any(counts):
+        return {"status": "clean"}
+    if any(counts) and telling:
+        some = " | ".join(dict.fromkeys(telling[:6]))
+        return {"status": "findings", "detail": f"{max(counts)}: {some}"[:1500]}
+    ending = "it ran out of time" if code is None else f"exit code {code}"
+    return {"status": "did not run", "detail": f"{ending}: {' | '.join(lines[-3:])}"[:600]}
+
+
+class Sanitizers:
+    """All tools at once, beside the other checks; `results` waits for them."""
+
+    def __init__(self, until: float, command: str | None = None) -> None:
+        self.until = until
+        self.found: dict[str, dict[str, str]] = {}
+        self.command = command or shutil.which("compute-sanitizer")
+        self.threads = [
+            threading.Thread(target=self._run, args=(tool,))
+            for tool in TOOLS
+            if self.command is not None
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def results(self) -> dict[str, dict[str, str]]:
+        if self.command is None:
+            words = "compute-sanitizer is not on the PATH"
+            return {tool: {"status": "not installed", "detail": words} for tool in TOOLS}
+        for thread in self.threads:
+            thread.join()
+        return self.found
+
+    def _run(self, tool: str) -> None:
+        for options in _FILTERS if tool == "memcheck" else _FILTERS[:2]:
+            found = self._once(tool, options)
+            self.found[tool] = {**found, "options": " ".join(options)}
+            if found["status"] != "did not run" or time.monotonic() > self.until - 20:
+                return
+
+    def _once(self, tool: str, options: list[str]) -> dict[str, str]:
+        # Without torch's own cache every tensor is an allocation whose end the tool knows.
+        env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        program = [sys.executable, "-m", "benchmarks.gpu.sanitizer"]
+        command = [str(self.command), "--tool", tool, *options, *program]
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as failure:
+            return {"status": "did not run", "detail": str(failure)}
+        code: int | None = None
+        try:
+            output, _ = process.communicate(timeout=max(1.0, self.until - time.monotonic()))
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            # The watched program is the tool's child, and would disturb what is timed next.
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        return verdict(tool, output.decode(errors="replace"), code)
+
+
+if __name__ == "__main__":
+    main()

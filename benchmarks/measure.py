@@ -1,0 +1,211 @@
+"""Time and memory of a call: interleaved rounds, quantiles, and the allocator's own counters."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The middle of a sample, and the three fifths of it around the middle."""
+
+    p20: float
+    median: float
+    p80: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Quantiles":
+        p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
+        return cls(p20, median, p80, len(values))
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time: `run` is timed, `prepare` goes before it, outside the timed region."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = field(default=lambda: None)
+
+
+def forward_case(layer: nn.Module, x: Tensor) -> Case:
+    """The forward as in training: the graph for the backward is recorded, then dropped."""
+    return Case(lambda: layer(x))
+
+
+def step_case(layer: nn.Module, x: Tensor, g: Tensor) -> Case:
+    """Forward and backward; the upstream gradient `g` is at hand, old gradients are gone."""
+
+    def clear() -> None:
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+
+    return Case(lambda: layer(x).backward(g), clear)
+
+
+def interleaved(
+    cases: Mapping[str, Case],
+    device: torch.device,
+    seconds: float,
+    rounds: int = 1000,
+    min_rounds: int = 5,
+    on_round: Callable[[float], object] = lambda share: None,
+) -> dict[str, list[float]]:
+    """Times every case once per round, so that whatever drifts hits all of them alike.
+
+    Each round begins with the next case, so that none always follows the same one. Two rounds warm
+    up. Rounds go on until `seconds` are spent or `rounds` are done, but to `min_rounds` at least.
+
+    Args:
+        cases: What to time, by name.
+        device: Where the cases run.
+        seconds: Time to spend.
+        rounds: The most rounds.
+        min_rounds: The fewest rounds.
+        on_round: Called after each round with the share that is done, for a progress bar.
+
+    Returns:
+        For each name the seconds of each round; the same index is the same round.
+    """
+    timer = _CudaTimer(device) if device.type == "cuda" else wall_time
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    names, warm_up, begin = list(cases), 2, time.perf_counter()
+    for number in range(rounds + warm_up):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            cases[name].prepare()
+            times[name].append(timer(cases[name].run))
+        spent = (time.perf_counter() - begin) / max(seconds, 1e-9)
+        share = max(spent, (number + 1) / (rounds + warm_up))
+        done = number + 1 >= min_rounds + warm_up and share >= 1
+        on_round(1.0 if done else min(share, 0.99))
+        if done:
+            break
+    return {name: values[warm_up:] for name, values in times.items()}
+
+
+def wall_time(run: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds by the wall clock, until a CUDA device has done its work too."""
+    on_cuda = device is not None and device.type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    if on_cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def ratios(numerator: list[float], denominator: list[float]) -> Quantiles:
+    """Quantiles of the ratio round by round: what slows a whole round cancels out."""
+    return Quantiles.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def peak_bytes(case: Case, device: torch.device) -> int:
+    """The most bytes that PyTorch's allocator had out during the call, above those before it.
+
+    On CUDA by the allocator's own counters. On a CPU by the allocation events of PyTorch's
+    profiler: they come from the allocator too, so they see what operators allocate inside, and they
+    count exactly. Not counted there: what a matrix library packs in buffers of its own.
+    """
+    case.prepare()
+    if device.type != "cuda":
+        return _peak_of_events(case.run)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    case.run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def memory_method(device: torch.device) -> str:
+    """Says in words how `peak_bytes` counts on this device."""
+    if device.type == "cuda":
+        return "CUDA caching allocator: peak allocated bytes above those before the call"
+    return "PyTorch's CPU allocator, by its profiler events: peak live bytes above those before"
+
+
+def peak_resident_bytes(run: Callable[[], object]) -> int | None:
+    """The process' resident high-water mark during the call, above what was resident before it.
+
+    Sees everything that takes memory, libraries' own buffers included, but whole pages only and
+    the noise of the process too. Call it in a process of its own. None where Linux's /proc does not
+    tell.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
+        before = _proc_status_bytes("VmRSS")
+        run()
+        return _proc_status_bytes("VmHWM") - before
+    except (OSError, StopIteration):
+        return None
+
+
+class _CudaTimer:
+    """Time between two events around the call; the L2 cache is flushed before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self.flush.zero_()
+        self.begin.record()
+        run()
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end) / 1e3
+
+
+def _peak_of_events(run: Callable[[], object]) -> int:
+    with (
+        _quiet_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        run()
+    with tempfile.TemporaryDirectory() as folder, _quiet_stderr():
+        file = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(file))
+        events: list[dict[str, Any]] = json.loads(file.read_text())["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    # What was allocated before the profiler began is not reported when freed: it stays resident.
+    live = np.cumsum([0] + [event["args"]["Bytes"] for event in changes])
+    return int(live.max())
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Some PyTorch builds print two lines per profiler start that no setting turns off."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _proc_status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(key + ":"))
+    return int(line.split()[1]) * 1024

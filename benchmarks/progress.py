@@ -1,0 +1,44 @@
+"""A progress bar on a terminal, and plain lines anywhere else."""
+
+import sys
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows how much of one stage is done; a context manager.
+
+    Args:
+        label: What the stage does.
+        total: How many units it has.
+    """
+
+    def __init__(self, label: str, total: float) -> None:
+        self.label, self.total, self.done, self.tenth = label, total, 0.0, 0
+        self.bar: tqdm | None = None
+        if sys.stderr.isatty():
+            form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+            self.bar = tqdm(total=total, desc=label, bar_format=form, dynamic_ncols=True)
+
+    def to(self, done: float, note: str = "") -> None:
+        """Moves on to `done` units, with a few words on how things stand."""
+        step, self.done = done - self.done, done
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(step)
+        elif int(10 * done / self.total) > self.tenth:
+            self.tenth = int(10 * done / self.total)
+            print(f"{self.label}: {10 * self.tenth:3d} %  {note}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,197 @@
+"""Tables, and plain sentences about what their numbers say: written from the numbers alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+MERGED_LIMIT = 1e-4  # nats per byte: fp32 rounding is hundreds of times smaller
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A text table, its first column flush left and the others flush right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([first.strip().ljust(widths[0]), *rest]).rstrip()
+
+    rule = "-" * len(line(["-" * width for width in widths]))
+    return "\n".join([title, line(header), rule, *map(line, rows)])
+
+
+def milliseconds(q: dict[str, float]) -> str:
+    return f"{1e3 * q['median']:.2f} ({1e3 * q['p20']:.2f}–{1e3 * q['p80']:.2f})"
+
+
+def ratio(q: dict[str, float]) -> str:
+    return f"{q['median']:.2f} ({q['p20']:.2f}–{q['p80']:.2f})"
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:.2f}"
+
+
+def layer_table(rows: Sequence[Row]) -> str:
+    """One shape of the layer benchmark."""
+    first = rows[0]
+    shape = f"{first['tokens']} tokens, {first['in_features']} -> {first['out_features']}"
+    return table(
+        f"Layer: {shape}, r {first['r']}, {first['dtype']}; milliseconds as median (p20–p80)",
+        ["", "forward", "step", "forward / frozen", "step / frozen", "peak MiB"],
+        [
+            [
+                row["label"],
+                milliseconds(row["forward"]),
+                milliseconds(row["step"]),
+                ratio(row["forward_ratio"]),
+                ratio(row["step_ratio"]),
+                mebibytes(row["peak_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def adaptation_table(rows: Sequence[Row]) -> str:
+    """The methods at their best learning rates."""
+    return table(
+        "Adapted to English, each at its best rate; held-out loss in nats per byte",
+        ["", "r", "trainable", "rate", "held out", "merged", "step ms", "step / LoRA", "peak MiB"],
+        [
+            [
+                row["label"],
+                str(row["r"]),
+                f"{row['trainable']:,}",
+                f"{row['rate']:g}",
+                f"{row['held_out']:.4f}",
+                f"{row['merged_held_out']:.4f}",
+                milliseconds(row["step"]),
+                ratio(row["step_ratio"]),
+                mebibytes(row["peak_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def sweep_table(rows: Sequence[Row]) -> str:
+    """Every learning rate that was tried."""
+    count = max(len(row["sweep"]) for row in rows)
+    return table(
+        "The rates tried: validation loss at the end (* the best)",
+        ["", *("rate: loss" for _ in range(count))],
+        [
+            [
+                row["label"],
+                *(
+                    f"{one['rate']:g}: {one['validation']:.4f}"
+                    + ("*" if one["rate"] == row["rate"] else " ")
+                    for one in row["sweep"]
+                ),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def layer_sentences(rows: Sequence[Row]) -> list[str]:
+    """What one shape's numbers say."""
+    by = {row["provider"]: row for row in rows}
+    first = rows[0]
+    where = f"{first['tokens']}x{first['in_features']}x{first['out_features']}"
+    times = ", ".join(
+        f"{row['label']} {row['step_ratio']['median']:.2f}x" for row in rows if row != by["frozen"]
+    )
+    lines = [f"At {where} a step takes, against the frozen layer's: {times}."]
+    for name in ("hut_low_rank", "hut_paper"):
+        versus = [_versus(by[name], by[other]) for other in ("lora", "hira", "hut_eager")]
+        lines.append(f"There {by[name]['label']} is {', '.join(versus)}.")
+    fused, *others = (by[name] for name in ("hut_low_rank", "hut_eager", "lora", "hira"))
+    memory = ", ".join(f"{row['label']} {mebibytes(row['peak_bytes'])}" for row in others)
+    lines.append(
+        f"{fused['label']} holds {mebibytes(fused['peak_bytes'])} MiB at the step's peak above what"
+        f" is resident; {memory}."
+    )
+    return lines
+
+
+def _versus(row: Row, other: Row) -> str:
+    """How one step's time stands to another's; level where the middle of the ratio holds 1."""
+    q, label = row["step_versus"][other["provider"]], other["label"]
+    if q["p20"] <= 1 <= q["p80"]:
+        return f"level with {label} within the spread ({q['p20']:.2f}–{q['p80']:.2f}x its time)"
+    word = "faster" if q["median"] < 1 else "slower"
+    return f"{word} than {label} ({q['median']:.2f}x its time)"
+
+
+def adaptation_sentences(rows: Sequence[Row], frozen: float) -> list[str]:
+    """What the training's numbers say."""
+    by = {row["method"]: row for row in rows}
+    ends = ", ".join(f"{row['label']} at {row['held_out']:.4f}" for row in rows)
+    counts = sorted({row["trainable"] for row in rows})
+    same = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    lines = [
+        f"The frozen model reads the held-out English at {frozen:.4f} nats per byte; with {same} "
+        f"trainable parameters it ends with {ends}."
+    ]
+    others = [row for row in rows if row["method"] != "lora"]
+    lines += [_loss_sentence(row, by["lora"]) for row in others]
+    lines += [_cost_sentence(row, by["lora"]) for row in others]
+    lines += [_edge_sentence(row) for row in rows if row["on_edge"]]
+    worst = max(row["merged_difference"] for row in rows)
+    lines.append(
+        f"Merging changes no window's loss by more than {worst:.1e}."
+        if worst <= MERGED_LIMIT
+        else f"A merged model's loss DIFFERS from the adapted one's, by up to {worst:.1e}."
+    )
+    lines.append(
+        "One seed of one small model: what HUT costs and whether it learns, not how it ranks."
+    )
+    return lines
+
+
+def _loss_sentence(row: Row, lora: Row) -> str:
+    gap = row["held_out_minus_baseline"]
+    mean, error = gap["mean"], gap["standard_error"]
+    verdict = "lower than LoRA's" if mean < 0 else "higher than LoRA's"
+    if not abs(mean) > 2 * error:
+        verdict = "not told apart from LoRA's"
+    return (
+        f"{row['label']}'s loss is {verdict} ({mean:+.4f}, standard error {error:.4f} over the "
+        f"windows), at {row['rate'] / lora['rate']:.1f} times its learning rate."
+    )
+
+
+def _cost_sentence(row: Row, lora: Row) -> str:
+    memory = row["peak_bytes"] / max(1, lora["peak_bytes"])
+    return (
+        f"{row['label']}'s training step takes {row['step_ratio']['median']:.2f}x LoRA's time and "
+        f"{memory:.2f}x its peak memory."
+    )
+
+
+def _edge_sentence(row: Row) -> str:
+    return (
+        f"The best rate of {row['label']}, {row['rate']:g}, is at the edge of its sweep: "
+        "a better one may lie beyond (--rate-scale moves the sweeps)."
+    )
+
+
+def load_sentences(load: float | None, cpus: int) -> list[str]:
+    """A warning where other work was running at the start."""
+    if load is None or load < 0.3 * cpus:
+        return []
+    return [
+        f"The machine was busy (load average {load:.1f} on {cpus} CPUs): losses stand, but times "
+        "count only on an idle machine."
+    ]
+
+
+def cut_sentences(what: str, done: int, planned: int) -> list[str]:
+    """A word where the machine was too slow for a whole training."""
+    if done >= planned:
+        return []
+    return [
+        f"The time for {what} was up after {done} of {planned} steps: the losses would be lower "
+        "on a faster machine."
+    ]

@@ -1,0 +1,410 @@
+"""Known defects, planted one at a time: does the suite see each of them?
+
+`python -m tests.mutants [--jobs 2] [--only TEXT] [--list]` copies the package and its tests to a
+temporary folder, applies one defect, runs the tests that must notice, and wants them to fail. It
+prints a table, and exits with 1 if a defect survives or if the tests fail without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("hut_kernels", "tests")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A defect: `old`, which stands exactly once in `file`, becomes `new`.
+
+    `tests` are the file that must fail and a `-k` expression.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, str]
+
+
+DEFINITION = "hut_kernels/definition.py"
+TORCH = "hut_kernels/torch_backend.py"
+AUTOGRAD = "hut_kernels/autograd.py"
+OPS = "hut_kernels/ops.py"
+FUNCTIONAL = "hut_kernels/functional.py"
+PLANNER = "hut_kernels/planner.py"
+TRITON = "hut_kernels/triton"
+
+MUTANTS = (
+    Mutant(
+        "the offset's sign",
+        DEFINITION,
+        "        return spec.offset + spec.scaling * (hut_B @ hut_A)\n",
+        "        return -spec.offset + spec.scaling * (hut_B @ hut_A)\n",
+        ("tests/test_definition.py", "loops"),
+    ),
+    Mutant(
+        "p and q swapped in the definition",
+        DEFINITION,
+        "    return hut_B.index_select(1, q) * hut_A.index_select(0, p)\n",
+        "    q, p = p[:1].expand(in_features), q[:1].expand(out_features)\n"
+        "    return hut_B.index_select(1, q) * hut_A.index_select(0, p)\n",
+        ("tests/test_definition.py", "loops"),
+    ),
+    Mutant(
+        "split computed as merged",
+        TORCH,
+        "        return split_forward(x, weight, gamma, update, shift)\n",
+        "        update = _merged(weight, hut_A, hut_B, gamma, spec, x.dtype)\n"
+        "        return F.linear(x, update, shift)\n",
+        ("tests/test_functional.py", "thousandth or cancels"),
+    ),
+    Mutant(
+        "T rounded to 16 bits first",
+        TORCH,
+        "        torch.mul(W0, T, out=_take(out, rows))\n",
+        "        torch.mul(W0, T.to(dtype), out=_take(out, rows))\n",
+        ("tests/test_functional.py", "cancels"),
+    ),
+    Mutant(
+        "the last block of rows dropped",
+        TORCH,
+        "for start in range(0, rows, step)]\n",
+        "for start in range(0, rows - rows % step, step)]\n",
+        ("tests/test_torch_backend.py", "row_block"),
+    ),
+    Mutant(
+        "G in float16",
+        TORCH,
+        "    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype\n",
+        "    dtype = x.dtype\n",
+        ("tests/test_torch_backend.py", "overflow"),
+    ),
+    Mutant(
+        "gamma forgotten in the H of d hut_A",
+        TORCH,
+        "        B = (cast(hut_B, acc) * gamma[:, None]).to(dtype)\n",
+        "        B = cast(hut_B, acc).to(dtype)\n",
+        ("tests/test_ops.py", "match_the_reference"),
+    ),
+    Mutant(
+        "gamma forgotten in the H of d hut_B",
+        DEFINITION,
+        "        d_B = P if gamma is None else P * gamma[:, None]\n",
+        "        d_B = P\n",
+        ("tests/test_ops.py", "match_the_reference"),
+    ),
+    Mutant(
+        "d hut_A doubled",
+        DEFINITION,
+        "        d_A = cast(_scaled(Q, spec.scaling), hut_A.dtype)\n",
+        "        d_A = cast(_scaled(2 * Q, spec.scaling), hut_A.dtype)\n",
+        ("tests/test_functional.py", "proportions"),
+    ),
+    Mutant(
+        "scaling forgotten in d hut_B",
+        DEFINITION,
+        "        d_B = cast(_scaled(d_B, spec.scaling), hut_B.dtype)\n",
+        "        d_B = cast(d_B, hut_B.dtype)\n",
+        ("tests/test_autograd.py", "gradcheck"),
+    ),
+    Mutant(
+        "d gamma without the offset's part",
+        DEFINITION,
+        "            d_gamma = d_gamma + spec.constant * row_sums\n",
+        "            d_gamma = d_gamma + 0 * row_sums\n",
+        ("tests/test_autograd.py", "gradcheck"),
+    ),
+    Mutant(
+        "d gamma without the bias's part",
+        AUTOGRAD,
+        "            d_gamma = d_gamma + bias * sums\n",
+        "            d_gamma = d_gamma + 0 * sums\n",
+        ("tests/test_autograd.py", "gradcheck"),
+    ),
+    Mutant(
+        "sums over the tokens in 16 bits",
+        AUTOGRAD,
+        ".sum(0, dtype=wide(grad.dtype))",
+        ".sum(0)",
+        ("tests/test_autograd.py", "autocast"),
+    ),
+    Mutant(
+        "an out x in tensor saved for backward",
+        AUTOGRAD,
+        "        ctx.save_for_backward(x if uses_G else None, weight, ",
+        "        ctx.save_for_backward(x if uses_G else None, weight.clone(), ",
+        ("tests/test_autograd.py", "saved"),
+    ),
+    Mutant(
+        "x saved where nobody needs it",
+        AUTOGRAD,
+        "        ctx.save_for_backward(x if uses_G else None, ",
+        "        ctx.save_for_backward(x, ",
+        ("tests/test_autograd.py", "saved"),
+    ),
+    Mutant(
+        "dx computed though nobody asked",
+        AUTOGRAD,
+        "    if need_x:\n",
+        "    if True:\n",
+        ("tests/test_autograd.py", "asked_for"),
+    ),
+    Mutant(
+        "differentiable twice, silently wrong",
+        AUTOGRAD,
+        "_guarded_gradients = once_differentiable(_gradients)\n",
+        "_guarded_gradients = torch.no_grad()(_gradients)\n",
+        ("tests/test_autograd.py", "once_differentiable"),
+    ),
+    Mutant(
+        "autocast let into the operators",
+        OPS,
+        "torch.autocast(device, enabled=False)",
+        "torch.autocast(device, enabled=torch.is_autocast_enabled(device))",
+        ("tests/test_ops.py", "autocast"),
+    ),
+    Mutant(
+        "a rank beyond the groups let through",
+        FUNCTIONAL,
+        "hut_A.shape[0] > min(weight.shape):\n",
+        "hut_A.shape[0] > max(weight.shape):\n",
+        ("tests/test_functional.py", "do_not_fit"),
+    ),
+    Mutant(
+        "the planner fuses split",
+        PLANNER,
+        '    fusible = problem.aligned and problem.precision == "merged"\n',
+        "    fusible = problem.aligned\n",
+        ("tests/test_planner.py", "plan"),
+    ),
+    Mutant(
+        "partials beyond their bound",
+        PLANNER,
+        "    while partial_bytes() > weight_bytes // 4 or ",
+        "    while partial_bytes() > weight_bytes or ",
+        ("tests/test_planner.py", "spans"),
+    ),
+    Mutant(
+        "kernel: the remainder of K dropped",
+        f"{TRITON}/forward.py",
+        "min(K, (split + 1) * part), BK):\n",
+        "min(K // BK * BK, (split + 1) * part), BK):\n",
+        ("tests/triton/test_forward.py", "every_shape"),
+    ),
+    Mutant(
+        "kernel: the remainder of the tokens dropped",
+        f"{TRITON}/grad_factors.py",
+        "        for n in range(0, N, BN):\n",
+        "        for n in range(0, N // BN * BN, BN):\n",
+        ("tests/triton/test_grad_factors.py", "every_shape"),
+    ),
+    Mutant(
+        "kernel: the remainder of O dropped",
+        f"{TRITON}/grad_input.py",
+        "    for o in range(0, O, BO):\n",
+        "    for o in range(0, O // BO * BO, BO):\n",
+        ("tests/triton/test_grad_input.py", "every_shape"),
+    ),
+    Mutant(
+        "kernel: T rounded to 16 bits first",
+        f"{TRITON}/tiles.py",
+        "        return (b_w.to(tl.float32) * (constant + b_t)).to(dtype)\n",
+        "        b_T = (constant + b_t).to(dtype).to(tl.float32)\n"
+        "        return (b_w.to(tl.float32) * b_T).to(dtype)\n",
+        ("tests/triton/test_weight.py", "rounded_first"),
+    ),
+    Mutant(
+        "kernel: the wrong group at remainders",
+        f"{TRITON}/tiles.py",
+        "    return index * r // size\n",
+        "    return (index * r + r // 2) // size\n",
+        ("tests/triton/test_weight.py", "groups"),
+    ),
+    Mutant(
+        "kernel: columns grouped as rows are",
+        f"{TRITON}/tiles.py",
+        "b_q = (group_of(o_k, r, K)[:, None]",
+        "b_q = (group_of(o_k, r, O)[:, None]",
+        ("tests/triton/test_grad_factors.py", "every_shape"),
+    ),
+    Mutant(
+        "kernel: one group taken for a whole tile's",
+        f"{TRITON}/launch.py",
+        "    return r == 1 or size % (r * block) == 0\n",
+        "    return r == 1 or size % block == 0\n",
+        ("tests/triton/test_forward.py", "groups or every_shape"),
+    ),
+    Mutant(
+        "kernel: the factor tile reads beyond the rank",
+        f"{TRITON}/tiles.py",
+        "stride_bo, o_r, stride_br, o_o < O, o_r < r)\n",
+        "stride_bo, o_r, stride_br, o_o < O, o_r < BR)\n",
+        ("tests/triton/test_forward.py", "views"),
+    ),
+    Mutant(
+        "kernel: a partial begun only once",
+        f"{TRITON}/grad_factors.py",
+        "            tile_o == 0, tile_k == 0, r, O, K,",
+        "            tile_o == 0, tile == 0, r, O, K,",
+        ("tests/triton/test_grad_factors.py", "any_spans"),
+    ),
+    Mutant(
+        "kernel: a chunk overwrites the one before",
+        f"{TRITON}/grad_reduce.py",
+        "(tile_o == 0) & (start == 0), tile_k == 0,",
+        "tile_o == 0, tile_k == 0,",
+        ("tests/triton/test_grad_reduce.py", "any_chunks"),
+    ),
+    Mutant(
+        "kernel: only the first partial counted",
+        f"{TRITON}/partials.py",
+        "    return partials[0] if len(partials) == 1 else partials.sum(0)\n",
+        "    return partials[0]\n",
+        ("tests/triton/test_grad_factors.py", "any_spans"),
+    ),
+    Mutant(
+        "kernel: the bias dropped",
+        f"{TRITON}/forward.py",
+        "    if HAS_BIAS:\n        acc += ",
+        "    if HAS_BIAS:\n        acc += 0 * ",
+        ("tests/triton/test_forward.py", "every_variant"),
+    ),
+    Mutant(
+        "the staged path forgets split",
+        f"{TRITON}/backend.py",
+        '    minus = 1.0 if spec.precision == "split" else 0.0\n',
+        "    minus = 0.0\n",
+        ("tests/triton/test_backend.py", "split"),
+    ),
+)
+
+
+def copy_to(folder: Path) -> None:
+    for name in COPIED:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def apply(mutant: Mutant, folder: Path) -> None:
+    """Plants the defect.
+
+    Raises:
+        ValueError: The old text does not stand in the file exactly once.
+    """
+    path = folder / mutant.file
+    text = path.read_text()
+    found = text.count(mutant.old)
+    if found != 1:
+        raise ValueError(f"{mutant.file} holds the old text {found} times, not once")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def run_tests(folder: Path, files: list[str], expression: str) -> tuple[int, str]:
+    """The exit status of pytest in the folder, and its output."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    if files[0].startswith("tests/triton"):
+        environment["TRITON_INTERPRET"] = "1"
+    where = "import hut_kernels, sys; sys.exit(not hut_kernels.__file__.startswith(sys.argv[1]))"
+    command = [sys.executable, "-c", where, str(folder)]
+    if subprocess.run(command, cwd=folder, env=environment, check=False).returncode:
+        return -1, "ERROR another hut_kernels is imported than the copy's"
+    command = [sys.executable, "-m", "pytest", *files, "-k", expression, "-x", "-q", "--tb=no"]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, check=False, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def verdict(status: int, output: str) -> tuple[str, str]:
+    """What became of a mutant, and the test that saw it or the reason."""
+    if status == 1:
+        failed = re.search(r"^FAILED \S*/(\S+)", output, re.MULTILINE)
+        return "caught", failed.group(1) if failed else "?"
+    if status == 0:
+        return "SURVIVED", ""
+    lines = [line for line in output.splitlines() if "rror" in line or "no tests" in line]
+    return "ERROR", lines[-1] if lines else f"pytest ended with {status}"
+
+
+def try_mutant(mutant: Mutant) -> tuple[str, str, float]:
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy_to(folder)
+        try:
+            apply(mutant, folder)
+        except ValueError as error:
+            return "STALE", str(error), 0.0
+        file, expression = mutant.tests
+        result, reason = verdict(*run_tests(folder, [file], expression))
+    return result, reason, time.monotonic() - begun
+
+
+def unmutated(mutants: list[Mutant]) -> list[str]:
+    """The groups of tests that fail without a defect; one group interprets, the other does not."""
+    failing = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy_to(folder)
+        for interpreted in (False, True):
+            tests = [
+                m.tests for m in mutants if m.tests[0].startswith("tests/triton") == interpreted
+            ]
+            if not tests:
+                continue
+            files = sorted({file for file, _ in tests})
+            expression = " or ".join(dict.fromkeys(expression for _, expression in tests))
+            status, output = run_tests(folder, files, expression)
+            if status:
+                failing.append(f"without a defect, {', '.join(files)}: {verdict(status, output)}")
+    return failing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="mutants tried at a time")
+    parser.add_argument("--only", default="", help="mutants whose name or file holds this text")
+    parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
+    args = parser.parse_args()
+    mutants = [m for m in MUTANTS if args.only in m.name or args.only in m.file]
+    if not mutants:
+        parser.error(f"no mutant's name or file holds {args.only!r}")
+    if args.list:
+        for mutant in mutants:
+            print(f"{mutant.name:48}{mutant.file}")
+        return 0
+    begun = time.monotonic()
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        baseline = pool.submit(unmutated, mutants)
+        for mutant, tried in zip(mutants, pool.map(try_mutant, mutants), strict=True):
+            result, reason, seconds = tried
+            survivors += result != "caught"
+            print(f"{result:10}{mutant.name:48}{seconds:5.1f} s  {reason[:90]}", flush=True)
+        failing = baseline.result()
+    for line in failing:
+        print(line)
+    print(f"{len(mutants) - survivors} of {len(mutants)} caught, {time.monotonic() - begun:.0f} s")
+    return int(bool(survivors or failing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The Triton kernels, each against float64, in Triton's interpreter."""

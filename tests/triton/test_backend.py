@@ -1,0 +1,303 @@
+"""The operators on Triton: every strategy, whatever the plan would have been."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hut_kernels import backends, hut_linear, hut_weight, ops, planner
+from hut_kernels.triton import backend, launch
+
+from ..references import (
+    LAYOUTS,
+    Recorder,
+    cancelling,
+    cases,
+    check,
+    error,
+    examples,
+    gain,
+    laid_out,
+    make,
+    make_normal,
+    operators,
+    run,
+    update_limit,
+    update_of,
+)
+from .launches import DTYPES, every_dtype, every_form
+
+STRATEGIES = [
+    {"forward": "fused", "grad_input": "fused", "grad_factors": "fused"},
+    {"forward": "staged", "grad_input": "staged", "grad_factors": "chunked"},
+]
+every_strategy = pytest.mark.parametrize("strategies", STRATEGIES, ids=["fused", "staged"])
+LAUNCHERS = {
+    "forward": (backend.fused_forward, "forward"),
+    "grad_input": (backend.fused_grad_input, "grad_input"),
+    "grad_factors": (backend.fused_grad_factors, "grad_factors"),
+    "grad_reduce": (backend.chunked_grad_factors, "grad_reduce"),
+    "weight": (backend.weight_kernel, "weight"),
+}
+
+
+@contextlib.contextmanager
+def launches():
+    """The names of the kernels that are launched in the block."""
+    names = []
+
+    def counted(name, launcher):
+        def call(*args, **kwargs):
+            names.append(name)
+            return launcher(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (module, function) in LAUNCHERS.items():
+            patch.setattr(module, function, counted(name, getattr(module, function)))
+        yield names
+
+
+# Right
+
+
+@every_form
+@every_dtype
+@every_strategy
+def test_a_layer_on_triton_matches_the_reference(form, dtype, strategies):
+    case = make_normal((3, 7), 80, 66, 5, dtype=dtype, vectors="bias gamma beta", **form)
+    with planner.force(**strategies), launches() as launched:
+        check(case, run(case, backend="triton"))
+    fused, staged = ["forward", "grad_input", "grad_factors"], ["weight", "weight", "grad_reduce"]
+    assert launched == (fused if strategies["forward"] == "fused" else staged)
+
+
+@every_form
+@every_dtype
+def test_split_is_two_products_with_the_staged_update(form, dtype):
+    case = make_normal(9, 48, 36, 3, dtype=dtype, vectors="gamma", precision="split", **form)
+    with planner.force(**STRATEGIES[0]), launches() as launched:
+        check(case, run(case, backend="triton"))
+    assert launched == ["weight", "weight", "grad_factors"]
+
+
+@given(
+    case=cases(DTYPES, sizes=st.integers(1, 40), max_rank=20),
+    strategies=st.sampled_from([{}, *STRATEGIES]),
+)
+@examples(30)
+def test_any_layer_with_any_strategy(case, strategies):
+    with planner.force(**strategies):
+        check(case, run(case, backend="triton"))
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 4), (3, 0, 4), (3, 5, 0), (0, 0, 0), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("leading", [1, 2])
+def test_dimensions_of_0_and_1(sizes, leading):
+    N, K, O = sizes
+    case = make((N,) * leading, K, O, 2, vectors="bias gamma beta")
+    check(case, run(case, backend="triton"))
+
+
+@every_strategy
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("grad", [None, "expanded", "constant"])
+def test_views(strategies, layout, grad):
+    case = laid_out(make_normal((2, 9), 32, 48, 3, vectors="bias gamma"), layout, grad)
+    with planner.force(**strategies):
+        check(case, operators(case, "triton"))
+
+
+@pytest.mark.parametrize("r", [1, 128, 129])
+@pytest.mark.parametrize("transform", ["low_rank", "two_sided"])
+def test_ranks_at_the_limit_and_beyond(r, transform):
+    case = make_normal(3, 144, 130, r, transform=transform)
+    with launches() as launched:
+        check(case, run(case, backend="triton"))
+    assert bool(launched) == (r <= planner.MAX_RANK)
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("vectors", ["", "gamma"])
+def test_hut_weight(form, dtype, vectors):
+    """hut_weight itself is "auto", which is torch on a CPU: the operator is asked for Triton."""
+    case = make_normal(1, 48, 36, 3, dtype=dtype, vectors=vectors, **form)
+    spec = case.transform, case.offset, case.scaling
+    factors = case.weight, case.hut_A, case.hut_B
+    with launches() as launched:
+        out = ops.weight(*factors, case.gamma, *spec, dtype, "triton")
+    assert launched == ["weight"]
+    assert error(out, case.merged_weight()) < (1e-6 if dtype == torch.float32 else 2**-11 + 1e-6)
+    options = {name: case.options[name] for name in ("transform", "offset", "scaling", "gamma")}
+    same = hut_weight(*factors, **options)
+    assert error(same, out.double().numpy()) < (1e-6 if dtype == torch.float32 else 1e-3)
+
+
+@every_form
+@every_dtype
+@every_strategy
+@pytest.mark.parametrize("precision", ["merged", "split"])
+def test_the_update_arrives_where_the_base_cancels(form, dtype, strategies, precision):
+    form = {**form, "scaling": 1.0}
+    case = cancelling(make_normal(16, 128, 64, 4, dtype=dtype, **form), 5e-2)
+    case = case.replace(precision=precision)
+    with planner.force(**strategies):
+        y = hut_linear(
+            case.x, case.weight, case.hut_A, case.hut_B, **case.options, backend="triton"
+        )
+    assert error(y, update_of(case)) <= update_limit(dtype, case.transform, precision)
+
+
+@every_form
+@every_dtype
+def test_split_keeps_an_update_of_a_thousandth(form, dtype):
+    form = {**form, "scaling": 1.0, "precision": "split"}
+    case = cancelling(make_normal(16, 128, 64, 4, dtype=dtype, **form), 1e-3)
+    y = hut_linear(case.x, case.weight, case.hut_A, case.hut_B, **case.options, backend="triton")
+    assert 0.98 <= gain(y, update_of(case)) <= 1.02
+
+
+# Memory
+
+
+def test_the_fused_path_has_no_temporary_of_the_weights_size():
+    """Nor partials above a quarter of it."""
+    case = make_normal(8, 256, 192, 4, vectors="bias gamma beta")
+    with planner.force(**STRATEGIES[0]), Recorder() as recorder, launches() as launched:
+        factors = case.weight, case.hut_A, case.hut_B
+        backend.forward(case.x, *factors, case.bias, case.gamma, case.beta, case.spec)
+        backend.grad_input(case.grad, *factors, case.gamma, case.spec)
+        needs = backend.Needs(True, True, True)
+        backend.grad_factors(case.grad, case.x, *factors, case.gamma, case.spec, needs)
+    assert launched == ["forward", "grad_input", "grad_factors"]
+    made = [
+        torch.Size(args[0]).numel()
+        for name, args in recorder.calls
+        if name.startswith("aten::empty.") or name == "aten::empty"
+    ]
+    assert made
+    assert max(made) <= case.weight.numel() // 4
+
+
+def test_two_runs_are_equal_to_the_bit():
+    case = make_normal(20, 144, 112, 3, dtype=torch.float16, vectors="bias gamma beta")
+    for strategies in STRATEGIES:
+        with planner.force(**strategies):
+            one, two = run(case, backend="triton"), run(case, backend="triton")
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# The plan of a call
+
+
+def test_alignment():
+    """Rows of a multiple of 16 elements, either way round, from a 16-byte address."""
+    wide = torch.zeros(8, 64)
+    assert backend._aligned(wide)
+    assert backend._aligned(wide.t())
+    assert backend._aligned(torch.zeros(8, 3))  # hut_B at a small rank
+    assert not backend._aligned(torch.zeros(8, 63))
+    assert not backend._aligned(wide[:, 1:])
+    assert not backend._aligned(wide[:, ::2])
+    assert backend._aligned(wide[:, 16:])
+
+
+def test_unaligned_shapes_are_staged():
+    with launches() as launched:
+        run(make_normal(4, 63, 48, 3), backend="triton")
+    assert launched == ["weight", "weight", "grad_reduce"]
+    with launches() as launched:
+        run(make_normal(4, 64, 48, 3), backend="triton")
+    assert launched == ["forward", "grad_input", "grad_factors"]
+
+
+def test_many_tokens_are_staged():
+    with launches() as launched:
+        run(make_normal(1024, 16, 16, 2), backend="triton")
+    assert launched == ["weight", "weight", "grad_reduce"]
+
+
+# Errors and the interpreter
+
+
+def test_the_interpreter_is_named():
+    assert backends()["triton"]["available"]
+    assert "interpreter" in backends()["triton"]["reason"]
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "hut_A", "hut_B"])
+def test_float64_is_refused(name):
+    case = make(3, 16, 16, 2)
+    case = case.replace(**{name: getattr(case, name).double()})
+    with pytest.raises(TypeError, match=r'"triton" has no float64.*"torch"'):
+        run(case, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["forward", "grad_input", "grad_factors", "weight"])
+@pytest.mark.parametrize("transform", ["low_rank", "two_sided"])
+def test_the_fake_has_the_real_shapes_types_and_strides(name, transform):
+    for layout in LAYOUTS:
+        case = make((2, 3), 20, 18, 2, dtype=torch.float16, vectors="bias gamma beta")
+        case = laid_out(case.replace(transform=transform), layout)
+        factors = case.weight, case.hut_A, case.hut_B
+        spec = case.transform, 1.0, 1.0
+        arguments = {
+            "forward": (case.x, *factors, case.bias, case.gamma, case.beta, *spec, "merged"),
+            "grad_input": (case.grad, *factors, case.gamma, *spec, "merged"),
+            "grad_factors": (case.grad, case.x, *factors, case.gamma, *spec, True, True, True),
+            "weight": (*factors, case.gamma, *spec, torch.float32),
+        }[name]
+        op = getattr(torch.ops.hut, name).default
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(op, (*arguments, "triton"), test_utils=tests)
+
+
+# Launch options
+
+
+def test_tf32_follows_pytorchs_switches():
+    def products():
+        return launch.product_precision(torch.float32), launch.thin_precision(torch.float32)
+
+    before = torch.get_float32_matmul_precision()
+    assert products() == ("ieee", "ieee")
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert products() == ("tf32", "tf32")
+        assert launch.product_precision(torch.bfloat16) == "ieee"
+        torch.set_float32_matmul_precision("highest")
+        assert products() == ("ieee", "ieee")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert products() == ("tf32", "tf32")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("r", "padded"), [(1, 16), (15, 16), (16, 16), (17, 32), (33, 64), (65, 128), (128, 128)]
+)
+def test_ranks_are_padded_to_what_a_dot_takes(r, padded):
+    assert launch.padded_rank(r) == padded
+
+
+def test_only_the_residual_increment_of_bfloat16_is_rounded():
+    """The constexprs that decide the number format: the interpreter cannot run bfloat16."""
+    tl = launch.tl
+    case = make(1, 32, 32, 2)
+    row = launch.Row(16, 16, 16, warps=4, stages=1)
+
+    def options(dtype, residual=True, **form):
+        spec = case.replace(**form).spec
+        made = launch.multiplier_options(case.weight, case.hut_A, spec, dtype, row, residual)
+        return made["RESIDUAL"], made["FACTOR"]
+
+    assert options(torch.bfloat16) == (True, tl.bfloat16)
+    assert options(torch.float16) == (True, tl.float32)
+    assert options(torch.float32) == (True, tl.float32)
+    assert options(torch.bfloat16, residual=False) == (False, tl.float32)
+    assert options(torch.bfloat16, offset=0.0) == (False, tl.float32)
+    assert options(torch.bfloat16, transform="two_sided") == (False, tl.float32)

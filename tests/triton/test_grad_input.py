@@ -1,0 +1,111 @@
+"""The fused input gradient against float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hut_kernels.triton import launch
+
+from ..references import (
+    LAYOUTS,
+    cancelling,
+    cases,
+    check,
+    error,
+    examples,
+    laid_out,
+    make,
+    make_normal,
+    update_limit,
+)
+from .launches import (
+    DTYPES,
+    ROW,
+    TALL,
+    WIDE,
+    every_dtype,
+    every_form,
+    every_rank,
+    every_row,
+    every_shape,
+    every_transform,
+    grad_input,
+)
+from .test_forward import UNIFORM
+
+
+@every_form
+@every_dtype
+@every_row
+@pytest.mark.parametrize("vectors", ["", "gamma"])
+def test_every_variant(form, dtype, row, vectors):
+    case = make_normal(19, 37, 35, 3, dtype=dtype, vectors=vectors, **form)
+    check(case, grad_input(case, row))
+
+
+@every_form
+@every_shape
+def test_every_shape(form, shape):
+    case = make(*shape, min(3, *shape[1:]), vectors="gamma", **form)
+    check(case, grad_input(case))
+
+
+@every_transform
+@every_rank
+def test_every_rank(transform, r):
+    case = make_normal(5, 133, 129, r, transform=transform)
+    check(case, grad_input(case, launch.Row(BN=16, BO=64, BK=128, warps=4, stages=1)))
+
+
+@every_form
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad", [None, "expanded", "constant"])
+def test_views_and_expanded_gradients(form, layout, grad):
+    case = laid_out(make_normal(18, 35, 21, 3, vectors="gamma", **form), layout, grad)
+    check(case, grad_input(case))
+
+
+@every_form
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)
+@every_dtype
+def test_any_mix_of_types(form, dtype, weight_dtype, factor_dtype):
+    types = {"dtype": dtype, "weight_dtype": weight_dtype, "factor_dtype": factor_dtype}
+    case = make_normal(9, 35, 21, 3, vectors="gamma", **types, **form)
+    check(case, grad_input(case))
+
+
+@pytest.mark.parametrize("GROUP", [1, 2, 100])
+def test_every_tile_of_any_order_is_written(GROUP):
+    case = make_normal(70, 90, 16, 3)
+    check(case, grad_input(case, launch.Row(16, 16, 16, warps=4, stages=1, GROUP=GROUP)))
+
+
+@pytest.mark.parametrize(("sizes", "P", "Q"), UNIFORM.values(), ids=UNIFORM)
+def test_groups_within_tiles_and_across(sizes, P, Q, monkeypatch):
+    case = make_normal(9, *sizes, transform="two_sided")
+    dx = grad_input(case)
+    check(case, dx)
+    monkeypatch.setattr(launch, "_uniform", lambda size, r, block: False)
+    assert torch.equal(grad_input(case)["x"], dx["x"])
+
+
+@every_dtype
+def test_the_update_arrives_where_the_base_cancels(dtype):
+    """The base cancels over the outputs, as it does over the inputs in the forward's test."""
+    case = cancelling(make_normal(17, 40, 80, 4, dtype=dtype), 5e-2)
+    weight, grad = case.weight.clone(), case.grad.clone()
+    weight[1::2], grad[:, 1::2] = -weight[::2], grad[:, ::2]
+    case = case.replace(weight=weight, grad=grad)
+    update = case.grad.double().numpy() @ (weight.double().numpy() * (case.multiplier() - 1.0))
+    assert error(grad_input(case)["x"], update) <= update_limit(dtype, "low_rank", "merged")
+
+
+@given(
+    case=cases(DTYPES, sizes=st.integers(1, 40), leading=False, max_rank=20),
+    row=st.sampled_from([ROW, WIDE, TALL]),
+)
+@examples(40)
+def test_any_layer(case, row):
+    check(case, grad_input(case, row))
