@@ -78,5 +78,7 @@ def _deal(texts: Iterable[tuple[int, bytes]]) -> Split:
         parts[2 if number < 2 else 1 if number < 4 else 0].append(text)
     joined = [b"".join(part) for part in parts]
     digest = hashlib.sha256(b"\0".join(joined)).hexdigest()
-    tensors = [torch.from_numpy(np.frombuffer(part, np.uint8).copy()) for part in joined]
-    return Split(*tensors, digest=digest)
+    train, validation, held_out = (
+        torch.from_numpy(np.frombuffer(part, np.uint8).copy()) for part in joined
+    )
+    return Split(train, validation, held_out, digest)

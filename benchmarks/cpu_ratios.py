@@ -28,11 +28,12 @@ from .measure import (
     peak_bytes,
     peak_resident_bytes,
     ratios,
+    settle_threads,
     step_case,
 )
 from .progress import Progress
 from .providers import PROVIDERS, HiRALinear, prove
-from .report import table
+from .report import table, thread_sentences
 
 CPU = torch.device("cpu")
 SHAPES = (Shape(2048, 1024, 1024), Shape(512, 1024, 4096))
@@ -54,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seconds", type=float, default=8, help="time for each group of timed rows (8)"
     )
     options = parser.parse_args(arguments)
+    threads = settle_threads()
     environment = records.environment(CPU)
     rows = measure(options.seconds)
     show(rows, environment["load_average"])
+    for line in thread_sentences(*threads):
+        print(line)
     if options.json:
         content = {"environment": environment, "seconds": options.seconds, "rows": rows}
         records.write(options.json, "cpu_ratios", content)

@@ -19,7 +19,7 @@ from . import adaptation, corpora, layer, plots, records, report
 from .adaptation import Batches, Course
 from .byte_gpt import ByteGPT, GPTConfig
 from .layer import Shape
-from .measure import Quantiles, memory_method
+from .measure import Quantiles, memory_method, settle_threads
 from .progress import Progress
 from .providers import PROVIDERS, prove
 
@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; 0 where every proof held and every merged model kept its loss."""
     options = parse(arguments)
     device, size = options.device, options.size
-    begin, environment = time.perf_counter(), records.environment(options.device)
+    begin, threads = time.perf_counter(), settle_threads()
+    environment = records.environment(device)
     options.out.mkdir(parents=True, exist_ok=True)
     say(f"On {environment['device_name']}; results go to {options.out}/")
 
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plots.losses(options.out / "losses.png", pretraining, rows)
     sentences = [
         *report.load_sentences(environment["load_average"], environment["cpu_count"]),
+        *report.thread_sentences(*threads),
         *report.cut_sentences("pre-training", pretraining["steps"], size.pretrain_steps),
         *report.cut_sentences("adaptation", rows[0]["steps"], size.steps),
         *(line for some in layer_rows for line in report.layer_sentences(some)),

@@ -6,15 +6,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,13 @@ def step_case(layer: nn.Module, x: Tensor, g: Tensor) -> Case:
 
 
 def interleaved(
-    cases: Mapping[str, Case],
+    cases: Mapping[Key, Case],
     device: torch.device,
     seconds: float,
     rounds: int = 1000,
     min_rounds: int = 5,
     on_round: Callable[[float], object] = lambda share: None,
-) -> dict[str, list[float]]:
+) -> dict[Key, list[float]]:
     """Times every case once per round, so that whatever drifts hits all of them alike.
 
     Each round begins with the next case, so that none always follows the same one. Two rounds warm
@@ -83,7 +85,7 @@ def interleaved(
         For each name the seconds of each round; the same index is the same round.
     """
     timer = _CudaTimer(device) if device.type == "cuda" else wall_time
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[Key, list[float]] = {name: [] for name in cases}
     names, warm_up, begin = list(cases), 2, time.perf_counter()
     for number in range(rounds + warm_up):
         turn = number % len(names)
@@ -114,6 +116,29 @@ def wall_time(run: Callable[[], object], device: torch.device | None = None) -> 
 def ratios(numerator: list[float], denominator: list[float]) -> Quantiles:
     """Quantiles of the ratio round by round: what slows a whole round cancels out."""
     return Quantiles.of([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def settle_threads(seconds: float = 0.5) -> tuple[int, int]:
+    """Drops to one thread where more are no faster: on a busy machine they wait for each other.
+
+    Args:
+        seconds: Time for each of the two ways.
+
+    Returns:
+        The threads that there were, and those that there are now.
+    """
+    before = torch.get_num_threads()
+    work = {before: 0, 1: 0}
+    x, weight = torch.randn(512, 256), torch.randn(256, 256)
+    for turn in range(8 if before > 1 else 0):
+        threads = (before, 1)[turn % 2]
+        torch.set_num_threads(threads)
+        end = time.perf_counter() + seconds / 4
+        while time.perf_counter() < end:
+            torch.tanh(x @ weight)
+            work[threads] += 1
+    torch.set_num_threads(before if work[before] >= work[1] else 1)
+    return before, torch.get_num_threads()
 
 
 def peak_bytes(case: Case, device: torch.device) -> int:

@@ -19,7 +19,7 @@ COLOURS = {
     "hira": "#7a8450",
     "frozen": "#9a9a9a",
 }
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

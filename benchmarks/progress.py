@@ -1,5 +1,6 @@
 """A progress bar on a terminal, and plain lines anywhere else."""
 
+import os
 import sys
 from types import TracebackType
 
@@ -17,7 +18,8 @@ class Progress:
     def __init__(self, label: str, total: float) -> None:
         self.label, self.total, self.done, self.tenth = label, total, 0.0, 0
         self.bar: tqdm | None = None
-        if sys.stderr.isatty():
+        # Some terminals have no width, in containers for one: a bar would be invisible there.
+        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
             self.bar = tqdm(total=total, desc=label, bar_format=form, dynamic_ncols=True)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ class Provider:
     formula: Callable[..., Tensor]
 
 
-def _hut(**options: object) -> Callable[[nn.Linear, int], nn.Module]:
+def _hut(**options: Any) -> Callable[[nn.Linear, int], nn.Module]:
     return partial(HUTLinear.from_linear, **options)
 
 

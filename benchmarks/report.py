@@ -187,6 +187,13 @@ def load_sentences(load: float | None, cpus: int) -> list[str]:
     ]
 
 
+def thread_sentences(before: int, now: int) -> list[str]:
+    """A word where threads were given up."""
+    if now == before:
+        return []
+    return [f"It ran with {now} thread: the {before} that there are were no faster together."]
+
+
 def cut_sentences(what: str, done: int, planned: int) -> list[str]:
     """A word where the machine was too slow for a whole training."""
     if done >= planned:

@@ -92,6 +92,16 @@ class TestMeasure:
         case = measure.Case(lambda: torch.ops.benchmarks_test.doubled(x))
         assert measure.peak_bytes(case, CPU) >= 40_000
 
+    def test_threads_are_never_more_than_there_were(self):
+        threads = torch.get_num_threads()
+        try:
+            before, now = measure.settle_threads(seconds=0.05)
+            assert before == threads
+            assert now == torch.get_num_threads()
+            assert now in (1, threads)
+        finally:
+            torch.set_num_threads(threads)
+
     @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
     def test_resident_bytes_see_written_pages(self):
         size = 64 * 2**20

@@ -233,6 +233,18 @@ def test_spans_keep_a_device_busy_where_the_bound_allows():
     assert small == (2, 2)
 
 
+@given(tiles=st.integers(0, 500), steps=st.integers(0, 500), sms=st.integers(1, 200))
+@examples(100)
+def test_programs_share_K_only_where_tiles_leave_the_device_idle(tiles, steps, sms):
+    """And then each has four steps at least."""
+    parts = planner.split(tiles, steps, sms)
+    assert 1 <= parts <= 16
+    assert parts == 1 or parts * 4 <= steps
+    assert parts == 1 or 2 * tiles <= sms
+    if 2 * tiles <= sms and steps >= 8:
+        assert parts > 1
+
+
 # Devices
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import planner, torch_backend
-from ..definition import FactorGrads, Needs, Spec, merged_bias
+from ..definition import FactorGrads, Needs, Spec, as_rows, merged_bias
 from ..dispatch import dtype_name, gpu
 from ..planner import FUSED, Device, Plan, Problem
 from . import forward as fused_forward
@@ -33,7 +33,7 @@ def forward(
     spec: Spec,
 ) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
-    x2d = x.reshape(-1, x.shape[-1])
+    x2d = as_rows(x)
     plan = _plan(x2d, x2d, weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
@@ -57,14 +57,18 @@ def grad_input(
     grad: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, gamma: Tensor | None, spec: Spec
 ) -> Tensor:
     """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
-    grad2d = grad.reshape(-1, grad.shape[-1])
+    grad2d = as_rows(grad)
     plan = _plan(grad2d, grad2d, weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.grad_input(grad, weight, hut_A, hut_B, gamma, spec)
     if plan.grad_input == FUSED:
-        dx = fused_grad_input.grad_input(
-            grad2d, weight, hut_A, hut_B, gamma, spec, _row("grad_input", plan, grad.dtype)
+        tiles = _row("grad_input", plan, grad.dtype)
+        parts = planner.split(
+            cdiv(len(grad2d), tiles.BN) * cdiv(weight.shape[1], tiles.BK),
+            cdiv(len(weight), tiles.BO),
+            plan.device.sms,
         )
+        dx = fused_grad_input.grad_input(grad2d, weight, hut_A, hut_B, gamma, spec, tiles, parts)
         return dx.view(*grad.shape[:-1], weight.shape[1])
     staged = _stage(plan, weight, hut_A, hut_B, gamma, spec, grad.dtype)
     if spec.precision == "split":
@@ -99,7 +103,7 @@ def grad_factors(
     needs: Needs,
 ) -> FactorGrads:
     """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
-    grad2d, x2d = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    grad2d, x2d = as_rows(grad), as_rows(x)
     plan = _plan(x2d, grad2d, weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)

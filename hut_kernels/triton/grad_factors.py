@@ -6,16 +6,17 @@ from torch import Tensor
 
 from ..definition import FactorGrads, Needs, Spec
 from .launch import (
+    REDUCTION_RANK,
     Row,
     cdiv,
+    descriptors,
     on_device,
     optional,
     product_precision,
-    reduction_rank,
-    thin_precision,
+    transform_options,
 )
 from .partials import Partials
-from .tiles import load_2d, reduce_tile, settle
+from .tiles import load_tile, reduce_tile, settle
 
 
 @triton.jit
@@ -51,9 +52,12 @@ def hut_grad_factors_kernel(
     NEED_SUMS: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     TWO_SIDED: tl.constexpr,
+    UNIFORM_P: tl.constexpr,
+    UNIFORM_Q: tl.constexpr,
     PRECISION: tl.constexpr,
     THIN: tl.constexpr,
     SETTLE: tl.constexpr,
+    TMA: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
@@ -68,23 +72,25 @@ def hut_grad_factors_kernel(
     for tile in range(0, tiles_o * tiles_k):
         tile_o = tile // tiles_k
         tile_k = tile % tiles_k
-        o_o = (span_o * tiles_o + tile_o) * BO + tl.arange(0, BO)
-        o_k = (span_k * tiles_k + tile_k) * BK + tl.arange(0, BK)
-        m_o = o_o < O
-        m_k = o_k < K
+        first_o = (span_o * tiles_o + tile_o) * BO
+        first_k = (span_k * tiles_k + tile_k) * BK
+        o_o = first_o + tl.arange(0, BO)
+        o_k = first_k + tl.arange(0, BK)
         acc = tl.zeros((BO, BK), tl.float32)
         for n in range(0, N, BN):
-            o_n = n + tl.arange(0, BN)
-            m_n = o_n < N
-            b_g = load_2d(p_g, o_o, stride_go, o_n, stride_gn, m_o, m_n)  # [BO, BN]
-            b_x = load_2d(p_x, o_n, stride_xn, o_k, stride_xk, m_n, m_k)  # [BN, BK]
+            # Through pointers, a left operand transposed after its load has no asynchronous copy.
+            if TMA:
+                b_g = tl.trans(p_g.load([n, first_o]))  # [BO, BN]
+            else:
+                b_g = load_tile(p_g, first_o, n, O, N, stride_go, stride_gn, BO, BN, False)
+            b_x = load_tile(p_x, n, first_k, N, K, stride_xn, stride_xk, BN, BK, TMA)  # [BN, BK]
             acc = tl.dot(b_g, b_x, acc, input_precision=PRECISION)
             acc = settle(acc, SETTLE)
-        b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
+        b_w = load_tile(p_w, first_o, first_k, O, K, stride_wo, stride_wk, BO, BK, TMA)  # [BO, BK]
         reduce_tile(
-            acc * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k, m_o, m_k,
+            acc * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k,
             tile_o == 0, tile_k == 0, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
-            NEED_Q, NEED_P, NEED_SUMS, HAS_GAMMA, TWO_SIDED, BR, THIN,
+            NEED_Q, NEED_P, NEED_SUMS, HAS_GAMMA, TWO_SIDED, UNIFORM_P, UNIFORM_Q, BR, THIN,
         )  # fmt: skip
 
 
@@ -108,11 +114,14 @@ def grad_factors(
     (N, K), (O, r) = x.shape, hut_B.shape
     spans_o, spans_k = spans
     partials = Partials(weight, hut_B, spans, spec, needs)
+    tma, (p_g, p_x, p_w) = descriptors(
+        row, (grad, [row.BN, row.BO]), (x, [row.BN, row.BK]), (weight, [row.BO, row.BK])
+    )
     with on_device(x):
         hut_grad_factors_kernel[(spans_o * spans_k,)](
-            grad,
-            x,
-            weight,
+            p_g,
+            p_x,
+            p_w,
             hut_A,
             hut_B,
             optional(gamma, x),
@@ -135,14 +144,12 @@ def grad_factors(
             NEED_P=partials.NEED_P,
             NEED_SUMS=partials.NEED_SUMS,
             HAS_GAMMA=gamma is not None,
-            TWO_SIDED=spec.transform == "two_sided",
             PRECISION=product_precision(x.dtype),
-            THIN=thin_precision(x.dtype),
             SETTLE=row.settle,
+            TMA=tma,
             BN=row.BN,
-            BO=row.BO,
-            BK=row.BK,
-            BR=reduction_rank(r),
+            BR=REDUCTION_RANK,
+            **transform_options(weight, hut_A, spec, x.dtype, row),
             **row.meta(),
         )
     return partials.finish(hut_A, hut_B, gamma, spec)

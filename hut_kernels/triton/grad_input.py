@@ -6,8 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition import Spec
-from .launch import Row, cdiv, multiplier_options, on_device, optional, product_precision
-from .tiles import factor_tile, load_2d, modulate, multiplier_tile, ordered_tile, settle
+from .launch import (
+    Row,
+    cdiv,
+    descriptors,
+    multiplier_options,
+    on_device,
+    optional,
+    product_precision,
+)
+from .split import add_parts
+from .tiles import factor_tile, load_tile, modulate, ordered_tile, settle, two_sided_tile
 
 
 @triton.jit
@@ -41,42 +50,52 @@ def hut_grad_input_kernel(
     THIN: tl.constexpr,
     PRECISION: tl.constexpr,
     SETTLE: tl.constexpr,
+    TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    pid_n, pid_k = ordered_tile(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(K, BK), GROUP)
+    """One tile of dx; with SPLIT > 1 its sum over one of SPLIT parts of O, to p_dx [SPLIT, N, K]."""
+    pid = tl.program_id(0) // SPLIT
+    split = tl.program_id(0) % SPLIT
+    pid_n, pid_k = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(K, BK), GROUP)
     o_n = pid_n * BN + tl.arange(0, BN)
     o_k = pid_k * BK + tl.arange(0, BK)
-    m_n = o_n < N
-    m_k = o_k < K
-    dtype: tl.constexpr = p_g.dtype.element_ty
+    if not TWO_SIDED:
+        b_a = factor_tile(
+            p_a, 0, pid_k * BK, r, K, stride_ar, stride_ak, scaling, BR, BK, FACTOR
+        )  # [BR, BK]
 
     acc = tl.zeros((BN, BK), tl.float32)
-    for o in range(0, O, BO):
+    part = tl.cdiv(tl.cdiv(O, BO), SPLIT) * BO
+    for o in range(split * part, min(O, (split + 1) * part), BO):
         o_o = o + tl.arange(0, BO)
-        m_o = o_o < O
-        b_g = load_2d(p_g, o_n, stride_gn, o_o, stride_go, m_n, m_o)  # [BN, BO]
-        b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
-        b_b = factor_tile(p_b, o_o, r, O, stride_bo, stride_br, scaling, BR, FACTOR)  # [BO, BR]
-        b_t = multiplier_tile(
-            b_b, p_a, p_b, o_o, o_k, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
-            TWO_SIDED, UNIFORM_P, UNIFORM_Q, BR, THIN,
-        )  # fmt: skip
+        b_g = load_tile(p_g, pid_n * BN, o, N, O, stride_gn, stride_go, BN, BO, TMA)  # [BN, BO]
+        b_w = load_tile(p_w, o, pid_k * BK, O, K, stride_wo, stride_wk, BO, BK, TMA)  # [BO, BK]
+        if TWO_SIDED:
+            b_t = two_sided_tile(
+                p_a, p_b, o_o, o_k, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
+                UNIFORM_P, UNIFORM_Q,
+            )  # fmt: skip
+        else:
+            b_b = factor_tile(p_b, o, 0, O, r, stride_bo, stride_br, 1.0, BO, BR, FACTOR)
+            b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
         if HAS_GAMMA:
             # gamma joins the multiplier in float32, so that W is still rounded once.
-            gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)
+            gamma = tl.load(p_gamma + o_o, mask=o_o < O, other=0.0).to(tl.float32)
             b_t = (constant + b_t) * gamma[:, None]
-            b_W = modulate(b_w, b_t, 0.0, False, dtype)
+            b_W = modulate(b_w, b_t, 0.0, False, b_g.dtype)
         else:
-            b_W = modulate(b_w, b_t, constant, RESIDUAL, dtype)
+            b_W = modulate(b_w, b_t, constant, RESIDUAL, b_g.dtype)
         acc = tl.dot(b_g, b_W, acc, input_precision=PRECISION)
         acc = settle(acc, SETTLE)
 
-    o_dx = o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-    tl.store(p_dx + o_dx, acc.to(dtype), mask=m_n[:, None] & m_k[None, :])
+    o_dx = (split.to(tl.int64) * N + o_n)[:, None] * K + o_k[None, :]
+    mask = (o_n < N)[:, None] & (o_k < K)[None, :]
+    tl.store(p_dx + o_dx, acc.to(p_dx.dtype.element_ty), mask=mask)
 
 
 def grad_input(
@@ -87,19 +106,22 @@ def grad_input(
     gamma: Tensor | None,
     spec: Spec,
     row: Row,
+    split: int = 1,
 ) -> Tensor:
-    """`[N, K]` from grad `[N, O]`, any strides; one launch of `row`'s tiles."""
+    """`[N, K]` from grad `[N, O]`, any strides, with `split` programs over O for each tile."""
     (N, O), K = grad.shape, weight.shape[1]
     dx = torch.empty((N, K), dtype=grad.dtype, device=grad.device)
-    grid = (cdiv(N, row.BN) * cdiv(K, row.BK),)
+    out = dx if split == 1 else torch.empty((split, N, K), dtype=torch.float32, device=dx.device)
+    tma, (p_g, p_w) = descriptors(row, (grad, [row.BN, row.BO]), (weight, [row.BO, row.BK]))
+    grid = (cdiv(N, row.BN) * cdiv(K, row.BK) * split,)
     with on_device(grad):
         hut_grad_input_kernel[grid](
-            grad,
-            weight,
+            p_g,
+            p_w,
             hut_A,
             hut_B,
             optional(gamma, grad),
-            dx,
+            out,
             N,
             K,
             O,
@@ -113,9 +135,13 @@ def grad_input(
             HAS_GAMMA=gamma is not None,
             PRECISION=product_precision(grad.dtype),
             SETTLE=row.settle,
+            TMA=tma,
+            SPLIT=split,
             BN=row.BN,
             GROUP=row.GROUP,
             **multiplier_options(weight, hut_A, spec, grad.dtype, row, residual=gamma is None),
             **row.meta(),
         )
+        if split > 1:
+            add_parts(out, dx)
     return dx

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition import FactorGrads, Needs, Spec
-from .launch import Row, cdiv, on_device, optional, reduction_rank, thin_precision
+from .launch import REDUCTION_RANK, Row, cdiv, on_device, optional, transform_options
 from .partials import Partials
 from .tiles import load_2d, reduce_tile
 
@@ -40,6 +40,8 @@ def hut_grad_reduce_kernel(
     NEED_SUMS: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     TWO_SIDED: tl.constexpr,
+    UNIFORM_P: tl.constexpr,
+    UNIFORM_Q: tl.constexpr,
     THIN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
@@ -62,10 +64,10 @@ def hut_grad_reduce_kernel(
         b_G = load_2d(p_G, o_row, K, o_k, 1, m_o, m_k)  # [BO, BK]
         b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
         reduce_tile(
-            b_G * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k, m_o, m_k,
+            b_G * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k,
             (tile_o == 0) & (start == 0), tile_k == 0, r, O, K,
             stride_ar, stride_ak, stride_bo, stride_br,
-            NEED_Q, NEED_P, NEED_SUMS, HAS_GAMMA, TWO_SIDED, BR, THIN,
+            NEED_Q, NEED_P, NEED_SUMS, HAS_GAMMA, TWO_SIDED, UNIFORM_P, UNIFORM_Q, BR, THIN,
         )  # fmt: skip
 
 
@@ -118,11 +120,8 @@ def grad_reduce(
                 NEED_P=partials.NEED_P,
                 NEED_SUMS=partials.NEED_SUMS,
                 HAS_GAMMA=gamma is not None,
-                TWO_SIDED=spec.transform == "two_sided",
-                THIN=thin_precision(x.dtype),
-                BO=row.BO,
-                BK=row.BK,
-                BR=reduction_rank(r),
+                BR=REDUCTION_RANK,
+                **transform_options(weight, hut_A, spec, x.dtype, row),
                 **row.meta(),
             )
     return partials.finish(hut_A, hut_B, gamma, spec)

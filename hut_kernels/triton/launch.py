@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..definition import Spec
 
@@ -23,6 +24,7 @@ class Row:
         warps: Warps a program.
         stages: Depth of the software pipeline.
         W_FIRST: The modulated weight tile is the left operand of the product.
+        TMA: Load activations and weight through tensor descriptors where their strides allow it.
         settle: Keep wgmma's from being serialised (`tiles.settle`); sm_90 alone.
         GROUP: Tile rows that share a sweep over the columns (L2 reuse).
         maxnreg: Register limit a thread, or None.
@@ -34,6 +36,7 @@ class Row:
     warps: int
     stages: int
     W_FIRST: bool = False
+    TMA: bool = False
     settle: bool = False
     GROUP: int = 8
     maxnreg: int | None = None
@@ -42,6 +45,10 @@ class Row:
         """The launch's own options."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
+
+
+# How many of the r columns `tiles.reduce_tile` makes at a time: 32 already spill beside G's tile.
+REDUCTION_RANK = 16
 
 
 def cdiv(a: int, b: int) -> int:
@@ -54,15 +61,10 @@ def padded_rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
-def reduction_rank(r: int) -> int:
-    """How many of the r columns `tiles.reduce_tile` makes at a time."""
-    return min(padded_rank(r), 32)
-
-
 def multiplier_options(
     weight: Tensor, hut_A: Tensor, spec: Spec, dtype: torch.dtype, row: Row, residual: bool
 ) -> dict[str, Any]:
-    """The constexprs of `tiles.multiplier_tile` and `tiles.modulate`.
+    """The constexprs that say how a tile of W is made.
 
     Args:
         weight: W0, `[O, K]`.
@@ -72,21 +74,30 @@ def multiplier_options(
         row: The launch row.
         residual: Whether T is `1 + increment` with nothing else in it.
     """
-    (O, K), r = weight.shape, len(hut_A)
-    two_sided = spec.transform == "two_sided"
-    residual = residual and not two_sided and spec.offset == 1.0
+    residual = residual and spec.transform == "low_rank" and spec.offset == 1.0
     # Only an increment may be rounded to 16 bits, and only bf16 has the factors' range.
     small = residual and dtype == torch.bfloat16
+    return {
+        **transform_options(weight, hut_A, spec, dtype, row),
+        "RESIDUAL": residual,
+        "FACTOR": tl.bfloat16 if small else tl.float32,
+        "BR": padded_rank(len(hut_A)),
+    }
+
+
+def transform_options(
+    weight: Tensor, hut_A: Tensor, spec: Spec, dtype: torch.dtype, row: Row
+) -> dict[str, Any]:
+    """The constexprs of the transform: which it is, on what tiles, at what precision."""
+    (O, K), r = weight.shape, len(hut_A)
+    two_sided = spec.transform == "two_sided"
     return {
         "TWO_SIDED": two_sided,
         "UNIFORM_P": two_sided and _uniform(O, r, row.BO),
         "UNIFORM_Q": two_sided and _uniform(K, r, row.BK),
-        "RESIDUAL": residual,
-        "FACTOR": tl.bfloat16 if small else tl.float32,
         "THIN": thin_precision(dtype),
         "BO": row.BO,
         "BK": row.BK,
-        "BR": padded_rank(r),
     }
 
 
@@ -111,6 +122,24 @@ def product_precision(dtype: torch.dtype) -> str:
 def thin_precision(dtype: torch.dtype) -> str:
     """`input_precision` of thin float32 products: tf32 is enough beside 16-bit products."""
     return "tf32" if dtype != torch.float32 else product_precision(dtype)
+
+
+def descriptors(row: Row, *operands: tuple[Tensor, list[int]]) -> tuple[bool, list[Any]]:
+    """The operands, each given with its block shape, as TMA descriptors if all of them can be.
+
+    Returns:
+        Whether they are descriptors, and they or the tensors themselves.
+    """
+    if row.TMA and all(_describable(tensor) for tensor, _ in operands):
+        return True, [TensorDescriptor.from_tensor(tensor, block) for tensor, block in operands]
+    return False, [tensor for tensor, _ in operands]
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Rows of unit stride that do not overlap, on 16-byte addresses: what the hardware takes."""
+    rows, columns = tensor.stride()
+    aligned = tensor.data_ptr() % 16 == 0 and rows * tensor.element_size() % 16 == 0
+    return columns == 1 and rows >= tensor.shape[1] > 0 and aligned
 
 
 def optional(vector: Tensor | None, stand_in: Tensor) -> Tensor:

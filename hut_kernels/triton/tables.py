@@ -7,10 +7,14 @@ the lines are for up to 16 tokens, up to 64, and more. `16-bit` is bf16 and fp16
 The cells are the largest tiles that pass the gate (no spills, asynchronous copies, the right tensor
 core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What surprises:
 
+- sm_90 and sm_100 load through tensor descriptors (TMA), the others through pointers (cp.async).
 - sm_90 and sm_100 have no tensor-core product with fewer than 64 rows on its left side. With few
   tokens the weight is put there (`/W`), and dx, whose weight stands on the right, pads to 64.
+- `/W` is taken elsewhere too: T's accumulator is then the left operand as it lies in registers.
 - fp32 (ieee) products run on the CUDA cores, where a large tile only spills.
-- grad_factors makes r in pieces of 32 (`launch.reduction_rank`), so its tiles hardly shrink with r.
+- fp16 decides many cells of its line: its factors stay float32, twice the memory of bf16's.
+- Past r = 64 the tiles shrink because A's, `[r, BK]` in float32, takes most of the shared memory.
+- The gradients' reduction takes r in pieces (`launch.REDUCTION_RANK`): its tiles do not shrink.
 """
 
 from __future__ import annotations
@@ -24,144 +28,86 @@ RANKS = (16, 32, 64, 128)
 
 _TABLE = """
 sm_80
-forward      16    16-bit  16x64x128/4/4     16x64x128/4/4     16x64x128/4/3     16x64x64/4/3
-forward      16    tf32    16x64x64/4/4      16x64x64/4/4      16x64x64/4/4      16x64x64/4/3
-forward      16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
-forward      64    16-bit  64x64x128/4/3     64x64x128/4/3     64x64x128/4/3     64x64x64/4/3
-forward      64    tf32    64x64x64/4/3      64x64x64/4/3      64x64x64/4/3      64x64x32/4/4
-forward      64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-forward      more  16-bit  128x128x64/8/3    128x128x64/8/3    128x128x32/8/4    128x128x32/8/3
-forward      more  tf32    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3    128x64x32/8/3
-forward      more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_input   16    16-bit  16x128x64/4/4     16x128x64/4/4     16x64x64/4/4      16x64x64/4/3
-grad_input   16    tf32    16x128x32/4/4     16x128x32/4/4     16x64x32/4/4      16x64x32/4/3
-grad_input   16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
-grad_input   64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/3
-grad_input   64    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
-grad_input   64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_input   more  16-bit  128x32x128/8/3    64x32x128/8/3     128x32x128/8/3    64x32x128/8/3
-grad_input   more  tf32    128x64x64/8/3     128x64x64/8/3     128x64x64/8/3     128x32x64/8/3
-grad_input   more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_factors 16    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
-grad_factors 16    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
-grad_factors 16    fp32    32x32x32/4/2      32x32x32/4/2      32x32x32/4/2      32x32x32/4/2
-grad_factors 64    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
-grad_factors 64    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
-grad_factors 64    fp32    32x32x32/4/2      32x32x32/4/2      32x32x32/4/2      32x32x32/4/2
-grad_factors more  16-bit  32x128x64/8/4     32x128x64/8/4     32x128x64/8/4     32x128x64/8/4
-grad_factors more  tf32    64x128x64/8/3     64x128x64/8/3     64x128x64/8/3     64x128x64/8/3
-grad_factors more  fp32    32x32x32/4/2      32x32x32/4/2      32x32x32/4/2      32x32x32/4/2
-grad_reduce  any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
-grad_reduce  any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
-grad_reduce  any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-weight       any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
-weight       any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
-weight       any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
+forward       16    16-bit  16x64x128/4/4/W  16x64x128/4/4/W  16x64x64/4/4/W   16x64x64/4/3/W
+forward       64    16-bit  64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   64x64x64/4/3/W
+forward       more  16-bit  128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W
+forward       16    tf32    16x64x128/4/4/W  16x64x128/4/3/W  16x64x64/4/4/W   16x64x64/4/3/W
+forward       64    tf32    64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   64x64x32/4/4/W
+forward       more  tf32    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/4/3/W
+grad_input    16    16-bit  16x64x128/4/4    16x64x128/4/4    16x64x128/4/4    16x32x128/4/3
+grad_input    64    16-bit  64x32x128/4/4    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3
+grad_input    more  16-bit  128x32x256/8/3   128x32x256/8/3   128x32x128/8/3   64x32x128/4/3
+grad_input    16    tf32    16x64x128/4/4    16x64x128/4/3    16x32x128/4/4    16x32x128/4/3
+grad_input    64    tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/4/3
+grad_input    more  tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/4/3
+grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
+grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
+weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_89
-forward      16    16-bit  16x64x128/4/3     16x64x128/4/3     16x64x64/4/3      16x64x32/4/3
-forward      16    tf32    16x64x64/4/4      16x64x64/4/3      16x64x32/4/4      16x64x32/4/3
-forward      16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
-forward      64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/3      64x64x32/4/3
-forward      64    tf32    64x64x64/4/3      64x64x32/4/4      64x64x32/4/4      64x64x32/4/2
-forward      64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-forward      more  16-bit  128x128x32/8/4    128x128x32/8/4    128x128x32/8/3    64x64x32/8/2
-forward      more  tf32    128x128x32/8/3    128x64x32/8/3     128x64x32/8/3     64x64x32/4/2
-forward      more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_input   16    16-bit  16x128x64/4/4     16x64x64/4/4      16x64x64/4/3      16x32x64/4/3
-grad_input   16    tf32    16x64x32/4/4      16x64x32/4/4      16x64x32/4/3      16x32x32/4/3
-grad_input   16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
-grad_input   64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/3      64x32x64/4/3
-grad_input   64    tf32    64x64x32/4/4      64x64x32/4/3      64x32x32/4/4      64x32x32/4/3
-grad_input   64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
-grad_input   more  16-bit  128x64x128/8/3    64x32x128/8/3     64x32x128/8/3     64x32x64/4/3
-grad_input   more  tf32    128x32x64/8/3     128x32x64/8/3     128x32x64/8/3     128x32x64/8/2
-grad_input   more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
-grad_factors 16    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
-grad_factors 16    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
-grad_factors 16    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_factors 64    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
-grad_factors 64    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
-grad_factors 64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_factors more  16-bit  32x128x64/8/4     32x128x64/8/4     32x128x64/8/4     32x128x64/8/4
-grad_factors more  tf32    64x128x64/8/3     64x128x64/8/3     64x128x64/8/3     64x128x64/8/3
-grad_factors more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_reduce  any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
-grad_reduce  any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
-grad_reduce  any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-weight       any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
-weight       any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
-weight       any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
+forward       16    16-bit  16x64x64/4/4/W   16x64x64/4/4/W   16x64x64/4/4/W   16x64x32/4/4/W
+forward       64    16-bit  64x64x64/4/3/W   64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/3/W
+forward       more  16-bit  128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/8/3/W
+forward       16    tf32    16x64x64/4/4/W   16x64x64/4/4/W   16x64x64/4/3/W   16x64x32/4/3/W
+forward       64    tf32    64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/4/W   64x64x32/4/3/W
+forward       more  tf32    128x128x32/8/3/W 128x128x32/8/3/W 128x64x32/4/3/W  64x64x32/4/3/W
+grad_input    16    16-bit  16x32x128/4/4    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3
+grad_input    64    16-bit  64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3
+grad_input    more  16-bit  128x32x128/8/3   128x32x128/8/3   128x32x128/8/2   64x32x64/4/3
+grad_input    16    tf32    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3     16x32x64/4/3
+grad_input    64    tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
+grad_input    more  tf32    128x32x128/8/2   64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
+grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
+grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
+weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_90
-forward      16    16-bit  16x64x128/4/4/W   16x64x128/4/4/W   16x64x128/4/4/W   16x64x64/4/4/W
-forward      16    tf32    16x64x64/4/4/W    16x64x64/4/4/W    16x64x64/4/4/W    16x64x64/4/4/W
-forward      16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
-forward      64    16-bit  64x64x128/4/3/W   64x64x128/4/3/W   64x64x128/4/3/W   64x64x64/4/4/W
-forward      64    tf32    64x64x64/4/3/W    64x64x64/4/3/W    64x64x64/4/3/W    64x64x64/4/3/W
-forward      64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-forward      more  16-bit  128x128x64/8/3    128x128x64/8/3    128x128x64/8/3    128x128x32/8/4
-forward      more  tf32    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3
-forward      more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_input   16    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/4
-grad_input   16    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
-grad_input   16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      32x32x32/4/2
-grad_input   64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/4
-grad_input   64    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
-grad_input   64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_input   more  16-bit  128x64x128/8/3    128x64x128/8/3    128x64x128/8/3    128x32x128/8/3
-grad_input   more  tf32    128x64x64/8/3     128x64x64/8/3     128x64x64/8/3     128x32x64/8/3
-grad_input   more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_factors 16    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
-grad_factors 16    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
-grad_factors 16    fp32    32x32x32/4/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_factors 64    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
-grad_factors 64    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
-grad_factors 64    fp32    32x32x32/4/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_factors more  16-bit  32x128x64/8/4     32x128x64/8/4     32x128x64/8/4     32x128x64/8/4
-grad_factors more  tf32    64x128x64/8/3     64x128x64/8/3     64x128x64/8/3     64x128x64/8/3
-grad_factors more  fp32    32x32x32/4/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_reduce  any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
-grad_reduce  any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
-grad_reduce  any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-weight       any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
-weight       any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
-weight       any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/8/2
+forward       16    16-bit  16x64x128/4/4/W  16x64x128/4/4/W  16x64x128/4/3/W  16x64x64/4/4/W
+forward       64    16-bit  64x64x128/4/3/W  64x64x128/4/3/W  64x64x64/4/4/W   64x64x64/4/3/W
+forward       more  16-bit  128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W
+forward       16    tf32    16x64x128/4/4/W  16x64x128/4/4/W  16x64x128/4/3/W  16x64x64/4/4/W
+forward       64    tf32    64x64x128/4/3/W  64x64x128/4/3/W  64x64x64/4/4/W   64x64x64/4/3/W
+forward       more  tf32    128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W 128x128x32/8/3/W
+grad_input    16    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x64/4/4     64x64x64/4/3
+grad_input    64    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x64/4/4     64x64x64/4/3
+grad_input    more  16-bit  128x64x128/8/3   128x64x128/8/3   128x64x128/8/3   64x64x64/4/3
+grad_input    16    tf32    64x64x64/4/3     64x64x64/4/3     64x64x64/4/3     64x32x64/4/3
+grad_input    64    tf32    64x64x64/4/3     64x64x64/4/3     64x64x64/4/3     64x32x64/4/3
+grad_input    more  tf32    128x64x64/8/3    128x64x64/8/3    128x64x64/8/2    64x32x64/4/3
+grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
+grad_factors  any   tf32    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
+weight        any   16-bit  16x32x64/4/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_100
-forward      16    16-bit  16x64x128/4/4/W   16x64x128/4/4/W   16x64x128/4/3/W   16x64x64/4/4/W
-forward      16    tf32    16x64x64/4/4/W    16x64x64/4/4/W    16x64x64/4/3/W    16x64x64/4/4/W
-forward      16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      16x64x32/8/2
-forward      64    16-bit  64x64x128/4/3/W   64x64x128/4/3/W   64x64x128/4/3/W   64x64x64/4/4/W
-forward      64    tf32    64x64x64/4/3/W    64x64x64/4/3/W    64x64x64/4/3/W    64x64x64/4/3/W
-forward      64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-forward      more  16-bit  128x128x64/8/3    128x128x32/8/4    128x128x64/8/3    128x128x32/8/4
-forward      more  tf32    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3    128x128x32/8/3
-forward      more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_input   16    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/3
-grad_input   16    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
-grad_input   16    fp32    16x64x32/8/2      16x64x32/8/2      16x64x32/8/2      32x32x32/4/2
-grad_input   64    16-bit  64x64x64/4/4      64x64x64/4/4      64x64x64/4/4      64x64x64/4/3
-grad_input   64    tf32    64x64x32/4/4      64x64x32/4/4      64x64x32/4/4      64x64x32/4/3
-grad_input   64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/4/2
-grad_input   more  16-bit  128x64x128/8/3    128x32x128/8/3    128x64x128/8/3    64x64x64/4/3
-grad_input   more  tf32    128x64x64/8/3     128x32x64/8/3     128x64x64/8/3     128x32x64/8/3
-grad_input   more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x32x32/4/2
-grad_factors 16    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
-grad_factors 16    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
-grad_factors 16    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_factors 64    16-bit  32x128x128/8/3    32x128x128/8/3    32x128x128/8/3    32x128x128/8/3
-grad_factors 64    tf32    32x128x64/8/3     32x128x64/8/3     32x128x64/8/3     32x128x64/8/3
-grad_factors 64    fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_factors more  16-bit  32x128x64/8/4     32x128x64/8/4     32x128x64/8/4     32x128x64/8/4
-grad_factors more  tf32    64x128x64/8/3     64x128x64/8/3     64x128x64/8/3     64x128x64/8/3
-grad_factors more  fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-grad_reduce  any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
-grad_reduce  any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
-grad_reduce  any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/8/2
-weight       any   16-bit  16x64x128/8/1     16x64x128/8/1     16x64x128/8/1     16x64x128/8/1
-weight       any   tf32    16x64x64/8/1      16x64x64/8/1      16x64x64/8/1      16x64x64/8/1
-weight       any   fp32    32x64x32/8/2      32x64x32/8/2      32x64x32/8/2      32x64x32/4/2
+forward       16    16-bit  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/3/W
+forward       64    16-bit  64x128x64/4/4/W  64x128x64/4/4/W  64x128x64/4/3/W  64x128x64/4/2/W
+forward       more  16-bit  128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W
+forward       16    tf32    16x128x64/4/3/W  16x128x64/4/3/W  16x128x64/4/3/W  16x128x64/4/2/W
+forward       64    tf32    64x128x64/4/3/W  64x128x64/4/3/W  64x128x64/4/2/W  64x128x32/4/3/W
+forward       more  tf32    128x128x64/8/2/W 128x128x64/8/2/W 128x128x32/8/3/W 128x128x32/8/2/W
+grad_input    16    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x128/4/3    64x64x128/4/2
+grad_input    64    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x128/4/3    64x64x128/4/2
+grad_input    more  16-bit  128x64x128/8/3   128x64x128/8/3   128x64x128/8/3   128x64x128/8/2
+grad_input    16    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/4/2
+grad_input    64    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/4/2
+grad_input    more  tf32    128x64x128/8/2   128x64x128/8/2   128x32x128/8/3   128x32x128/8/2
+grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
+grad_factors  any   tf32    64x128x64/8/2    64x128x64/8/2    64x128x64/8/2    64x128x64/8/2
+weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
+
+all
+forward       16    fp32    16x32x32/4/2     16x32x32/4/2     16x32x32/4/2     16x32x32/4/2
+forward       64    fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
+forward       more  fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
+grad_input    16    fp32    16x32x32/4/2     16x32x32/4/2     16x32x32/4/2     16x32x32/4/2
+grad_input    64    fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
+grad_input    more  fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
+grad_factors  any   fp32    32x32x32/4/2     32x32x32/4/2     32x32x32/4/2     32x32x32/4/2
+grad_reduce   any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
+grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
+grad_reduce   any   fp32    16x64x32/8/1     16x64x32/8/1     16x64x32/8/1     16x64x32/8/1
+weight        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
+weight        any   fp32    16x32x32/8/1     16x32x32/8/1     16x32x32/8/1     16x32x32/8/1
 """
 
 
@@ -182,7 +128,7 @@ def row(kernel: str, arch: str, N: int, r: int, dtype: str) -> Row:
 
 
 def family(arch: str) -> str:
-    """The architecture whose rows serve `arch`: its own, its generation's, or the smallest device's."""
+    """The architecture whose rows serve `arch`: its own, its generation's, or the smallest's."""
     if arch in ("sm_80", "sm_90", "sm_100"):
         return arch
     return "sm_100" if arch in ("sm_101", "sm_103") else "sm_89"
@@ -190,22 +136,32 @@ def family(arch: str) -> str:
 
 @functools.cache
 def _rows() -> dict[tuple[str, str, str, str], tuple[Row, ...]]:
-    """The table, parsed; a line for any number of tokens stands under each class."""
+    """The table, parsed; `all` stands for each family, `any` for each class of tokens."""
     rows = {}
-    arch = ""
+    archs: tuple[str, ...] = ()
     for line in _TABLE.split("\n"):
         words = line.split()
         if len(words) == 1:
-            (arch,) = words
+            archs = ("sm_80", "sm_89", "sm_90", "sm_100") if words == ["all"] else tuple(words)
         elif words:
             kernel, tokens, kind, *cells = words
-            parsed = tuple(_parse(cell, arch) for cell in cells)
-            for each in ("16", "64", "more") if tokens == "any" else (tokens,):
-                rows[arch, kernel, each, kind] = parsed
+            for arch in archs:
+                parsed = tuple(_parse(cell, arch, kind) for cell in cells)
+                for each in ("16", "64", "more") if tokens == "any" else (tokens,):
+                    rows[arch, kernel, each, kind] = parsed
     return rows
 
 
-def _parse(cell: str, arch: str) -> Row:
+def _parse(cell: str, arch: str, kind: str) -> Row:
     tile, warps, stages, *order = cell.split("/")
     BN, BO, BK = (int(size) for size in tile.split("x"))
-    return Row(BN, BO, BK, int(warps), int(stages), W_FIRST=order == ["W"], settle=arch == "sm_90")
+    return Row(
+        BN,
+        BO,
+        BK,
+        int(warps),
+        int(stages),
+        W_FIRST=order == ["W"],
+        TMA=arch in ("sm_90", "sm_100") and kind != "fp32",
+        settle=arch == "sm_90",
+    )

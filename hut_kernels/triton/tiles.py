@@ -34,61 +34,69 @@ def load_2d(p, o_rows, stride_row, o_columns, stride_column, m_rows, m_columns):
 
 
 @triton.jit
-def multiplier_tile(
-    b_b,
-    p_a,
-    p_b,
-    o_o,
-    o_k,
-    r,
-    O,
-    K,
-    stride_ar,
-    stride_ak,
-    stride_bo,
-    stride_br,
-    TWO_SIDED: tl.constexpr,
-    UNIFORM_P: tl.constexpr,
-    UNIFORM_Q: tl.constexpr,
-    BR: tl.constexpr,
-    THIN: tl.constexpr,
-):
-    """The product part of T, `[BO, BK]` in float32: `b_b @ A` or `B[o, q(i)] * A[p(o), i]`.
-
-    b_b: the B tile of this tile's rows, `[BO, BR]`, with scaling in it (unused in two_sided).
-    UNIFORM_P, UNIFORM_Q: all rows (columns) of each tile lie in one group: a vector serves.
-    """
-    m_o = o_o < O
-    m_k = o_k < K
-    if TWO_SIDED:
-        if UNIFORM_P:
-            p = group_of(tl.min(o_o, 0), r, O)
-            b_a = tl.load(p_a + p * stride_ar + o_k * stride_ak, mask=m_k, other=0.0)[None, :]
-        else:
-            p = group_of(o_o, r, O)
-            b_a = load_2d(p_a, p, stride_ar, o_k, stride_ak, m_o, m_k)  # [BO, BK]
-        if UNIFORM_Q:
-            q = group_of(tl.min(o_k, 0), r, K)
-            o_b = o_o.to(tl.int64) * stride_bo + q * stride_br
-            b_b = tl.load(p_b + o_b, mask=m_o, other=0.0)[:, None]
-        else:
-            q = group_of(o_k, r, K)
-            b_b = load_2d(p_b, o_o, stride_bo, q, stride_br, m_o, m_k)  # [BO, BK]
-        return b_b.to(tl.float32) * b_a.to(tl.float32)
+def load_tile(
+    p, row, column, rows, columns, stride_row, stride_column,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile `[HEIGHT, WIDTH]` at (row, column) of a `[rows, columns]` matrix, zero outside."""
+    if TMA:
+        return p.load([row, column])
     else:
-        o_r = tl.arange(0, BR)
-        b_a = load_2d(p_a, o_r, stride_ar, o_k, stride_ak, o_r < r, m_k)  # [BR, BK]
-        return tl.dot(b_b, b_a.to(b_b.dtype), input_precision=THIN)
+        o_rows = row + tl.arange(0, HEIGHT)
+        o_columns = column + tl.arange(0, WIDTH)
+        return load_2d(
+            p, o_rows, stride_row, o_columns, stride_column, o_rows < rows, o_columns < columns
+        )
 
 
 @triton.jit
 def factor_tile(
-    p_b, o_o, r, O, stride_bo, stride_br, scaling, BR: tl.constexpr, dtype: tl.constexpr
-):
-    """The B tile of a low-rank product, `[BO, BR]` in `dtype`, scaling folded in."""
-    o_r = tl.arange(0, BR)
-    b_b = load_2d(p_b, o_o, stride_bo, o_r, stride_br, o_o < O, o_r < r)
-    return (b_b.to(tl.float32) * scaling).to(dtype)
+    p, row, column, rows, columns, stride_row, stride_column, scaling,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """A tile of a low-rank factor in `dtype`, `scaling` folded in (before any rounding)."""
+    b = load_tile(
+        p, row, column, rows, columns, stride_row, stride_column, HEIGHT, WIDTH, False
+    )  # fmt: skip
+    return (b.to(tl.float32) * scaling).to(dtype)
+
+
+@triton.jit
+def two_sided_tile(
+    p_a, p_b, o_o, o_k, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
+    UNIFORM_P: tl.constexpr, UNIFORM_Q: tl.constexpr,
+):  # fmt: skip
+    """`B[o, q(i)] * A[p(o), i]`, `[BO, BK]` in float32.
+
+    UNIFORM_P, UNIFORM_Q: all rows (columns) of every tile lie in one group, so that a vector serves.
+    """
+    return (
+        right_tile(p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q)
+        * left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P)
+    )  # fmt: skip
+
+
+@triton.jit
+def left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P: tl.constexpr):
+    """`A[p(o), i]`, float32: `[1, BK]` where all rows are in one group, else `[BO, BK]`."""
+    if UNIFORM_P:
+        p = group_of(tl.min(o_o, 0), r, O).to(tl.int64)
+        b_a = tl.load(p_a + p * stride_ar + o_k * stride_ak, mask=o_k < K, other=0.0)[None, :]
+    else:
+        b_a = load_2d(p_a, group_of(o_o, r, O), stride_ar, o_k, stride_ak, o_o < O, o_k < K)
+    return b_a.to(tl.float32)
+
+
+@triton.jit
+def right_tile(p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q: tl.constexpr):
+    """`B[o, q(i)]`, float32: `[BO, 1]` where all columns are in one group, else `[BO, BK]`."""
+    if UNIFORM_Q:
+        q = group_of(tl.min(o_k, 0), r, K)
+        o_b = o_o.to(tl.int64) * stride_bo + q * stride_br
+        b_b = tl.load(p_b + o_b, mask=o_o < O, other=0.0)[:, None]
+    else:
+        b_b = load_2d(p_b, o_o, stride_bo, group_of(o_k, r, K), stride_br, o_o < O, o_k < K)
+    return b_b.to(tl.float32)
 
 
 @triton.jit
@@ -135,73 +143,74 @@ def accumulate(p, mask, value, first):
 
 @triton.jit
 def reduce_tile(
-    b_h,
-    p_a,
-    p_b,
-    p_gamma,
-    p_Q,
-    p_P,
-    p_sums,
-    o_o,
-    o_k,
-    m_o,
-    m_k,
-    first_o,
-    first_k,
-    r,
-    O,
-    K,
-    stride_ar,
-    stride_ak,
-    stride_bo,
-    stride_br,
-    NEED_Q: tl.constexpr,
-    NEED_P: tl.constexpr,
-    NEED_SUMS: tl.constexpr,
-    HAS_GAMMA: tl.constexpr,
-    TWO_SIDED: tl.constexpr,
-    BR: tl.constexpr,
-    THIN: tl.constexpr,
-):
+    b_h, p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k, first_o, first_k, r, O, K,
+    stride_ar, stride_ak, stride_bo, stride_br,
+    NEED_Q: tl.constexpr, NEED_P: tl.constexpr, NEED_SUMS: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    TWO_SIDED: tl.constexpr, UNIFORM_P: tl.constexpr, UNIFORM_Q: tl.constexpr,
+    BR: tl.constexpr, THIN: tl.constexpr,
+):  # fmt: skip
     """Adds one tile of `H0 = G * W0`, `[BO, BK]` float32, to this program's Q, P and row sums.
 
     low_rank:  `P = H0 A^T`, `Q = (gamma B)^T H0`.
     two_sided: `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`, `Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]`;
-    the sums over groups are products with one-hot tiles.
+    a plain sum where the tile lies in one group, else a product with a one-hot tile.
     BR of the r columns of P (rows of Q) are made at a time, which bounds the registers.
 
+    b_h: zero in rows past O and columns past K.
+    first_o, first_k: whether this is the program's first visit to the rows (columns).
     p_Q: `[r, K]`, p_P: `[O, r]`, p_sums: `[O]`, this program's own partials, contiguous float32.
     """
+    m_o = o_o < O
+    m_k = o_k < K
     if NEED_SUMS:
         accumulate(p_sums + o_o, m_o, tl.sum(b_h, 1), first_k)
-    b_left = b_h
+    b_left = b_h  # [BO, BK], of which P is made
+    b_right = b_h  # [BO, BK], of which Q is made
     if TWO_SIDED and NEED_P:
-        b_a = load_2d(p_a, group_of(o_o, r, O), stride_ar, o_k, stride_ak, m_o, m_k)
-        b_left = b_h * b_a.to(tl.float32)  # [BO, BK]
-    b_right = b_h
+        b_left = b_h * left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P)
     if HAS_GAMMA and NEED_Q:
-        gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)
-        b_right = b_right * gamma[:, None]
+        b_right *= tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)[:, None]
     if TWO_SIDED and NEED_Q:
-        b_b = load_2d(p_b, o_o, stride_bo, group_of(o_k, r, K), stride_br, m_o, m_k)
-        b_right = b_right * b_b.to(tl.float32)  # [BO, BK]
+        b_right *= right_tile(p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q)
 
     for first_r in tl.range(0, r, BR, num_stages=1):
         o_r = first_r + tl.arange(0, BR)
         m_r = o_r < r
         if NEED_P:
-            if TWO_SIDED:
-                b_q = (group_of(o_k, r, K)[:, None] == o_r[None, :]).to(tl.float32)  # [BK, BR]
+            if UNIFORM_Q:
+                here = (o_r == group_of(tl.min(o_k, 0), r, K)).to(tl.float32)
+                b_P = tl.sum(b_left, 1)[:, None] * here[None, :]  # [BO, BR]
             else:
-                b_q = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r).to(tl.float32)
-            b_P = tl.dot(b_left, b_q, input_precision=THIN)  # [BO, BR]
+                if TWO_SIDED:
+                    b_q = (group_of(o_k, r, K)[:, None] == o_r[None, :]).to(tl.float32)  # [BK, BR]
+                else:
+                    b_q = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r).to(tl.float32)
+                b_P = tl.dot(b_left, b_q, input_precision=THIN)
             o_P = o_o.to(tl.int64)[:, None] * r + o_r[None, :]
             accumulate(p_P + o_P, m_o[:, None] & m_r[None, :], b_P, first_k)
         if NEED_Q:
-            if TWO_SIDED:
-                b_p = (group_of(o_o, r, O)[None, :] == o_r[:, None]).to(tl.float32)  # [BR, BO]
+            if UNIFORM_P:
+                here = (o_r == group_of(tl.min(o_o, 0), r, O)).to(tl.float32)
+                b_Q = here[:, None] * tl.sum(b_right, 0)[None, :]  # [BR, BK]
             else:
-                b_p = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o).to(tl.float32)
-            b_Q = tl.dot(b_p, b_right, input_precision=THIN)  # [BR, BK]
+                if TWO_SIDED:
+                    b_p = (group_of(o_o, r, O)[None, :] == o_r[:, None]).to(tl.float32)  # [BR, BO]
+                else:
+                    b_p = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o).to(tl.float32)
+                b_Q = tl.dot(b_p, b_right, input_precision=THIN)
             o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
             accumulate(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, first_o)
+
+
+@triton.jit
+def scale_shift(acc, p_bias, p_gamma, p_beta, o_o, m_o,
+    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr,
+):  # fmt: skip
+    """`gamma * (acc + bias) + beta` along the columns, `[BN, BO]`."""
+    if HAS_BIAS:
+        acc += tl.load(p_bias + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
+    if HAS_GAMMA:
+        acc *= tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
+    if HAS_BETA:
+        acc += tl.load(p_beta + o_o, mask=m_o, other=0.0).to(tl.float32)[None, :]
+    return acc

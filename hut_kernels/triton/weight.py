@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..definition import Spec
 from .launch import Row, cdiv, multiplier_options, on_device, optional
-from .tiles import factor_tile, load_2d, modulate, multiplier_tile, ordered_tile
+from .tiles import factor_tile, load_2d, modulate, ordered_tile, two_sided_tile
 
 
 @triton.jit
@@ -50,11 +50,17 @@ def hut_weight_kernel(
     dtype: tl.constexpr = p_out.dtype.element_ty
 
     b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
-    b_b = factor_tile(p_b, o_o, r, O, stride_bo, stride_br, scaling, BR, FACTOR)  # [BO, BR]
-    b_t = multiplier_tile(
-        b_b, p_a, p_b, o_o, o_k, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
-        TWO_SIDED, UNIFORM_P, UNIFORM_Q, BR, THIN,
-    )  # fmt: skip
+    if TWO_SIDED:
+        b_t = two_sided_tile(
+            p_a, p_b, o_o, o_k, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
+            UNIFORM_P, UNIFORM_Q,
+        )  # fmt: skip
+    else:
+        b_b = factor_tile(
+            p_b, pid_o * BO, 0, O, r, stride_bo, stride_br, scaling, BO, BR, FACTOR
+        )  # [BO, BR]
+        b_a = factor_tile(p_a, 0, pid_k * BK, r, K, stride_ar, stride_ak, 1.0, BR, BK, FACTOR)
+        b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
     if HAS_GAMMA:
         gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)
         b_t = (constant + b_t) * gamma[:, None]

@@ -101,7 +101,8 @@ MODELS = {
 def make_models(directory: Path) -> None:
     """Saves each model, and one LoRA configuration, in a folder of its name under `directory`.
 
-    Models that are there already stay. Run from `directory`, `from_pretrained(name)` then finds a local folder, and needs no hub.
+    Models that are there already stay. Run from `directory`, `from_pretrained(name)` then
+    finds a local folder, and needs no hub.
     """
     tf.utils.logging.disable_progress_bar()
     for name, make in MODELS.items():

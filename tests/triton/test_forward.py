@@ -93,6 +93,13 @@ def test_views(form, layout):
     check(case, forward(case))
 
 
+@every_row
+def test_an_expanded_input(row):
+    case = make_normal(18, 35, 21, 3)
+    case = case.replace(x=case.x[:1].expand(18, 35))
+    check(case, forward(case, row))
+
+
 @every_form
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)

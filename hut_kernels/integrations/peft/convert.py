@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from peft import (
     HiraConfig,
     PeftConfig,
@@ -29,13 +31,11 @@ _SHARED = (
     "base_model_name_or_path",
     "revision",
     "inference_mode",
-    "r",
     "target_modules",
     "exclude_modules",
     "modules_to_save",
     "layers_to_transform",
     "layers_pattern",
-    "rank_pattern",
 )
 
 
@@ -101,18 +101,26 @@ def from_hira(path: str | os.PathLike[str], *, precision: str = "split") -> Conv
             names them.
     """
     config = _load_config(path, HiraConfig)
-    return ConvertedAdapter(
-        HUTConfig(
-            **{name: getattr(config, name) for name in _SHARED},
-            hut_dropout=config.hira_dropout,
-            precision=precision,
-        ),
-        {_hut_key(key, value): value for key, value in load_peft_weights(str(path), "cpu").items()},
+    tensors = load_peft_weights(str(path), "cpu")
+    renamed = {_hut_key(key, value): value for key, value in tensors.items()}
+    # From the tensors: PEFT 0.21 gives a layer its rank_pattern only from the second adapter on.
+    ranks = {_module(key): A.shape[0] for key, A in tensors.items() if key.endswith(".hira_A")}
+    r = max(ranks.values(), default=config.r)
+    hut_config = HUTConfig(
+        **{name: getattr(config, name) for name in _SHARED},
+        r=r,
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != r},
+        hut_dropout=config.hira_dropout,
+        precision=precision,
     )
+    return ConvertedAdapter(hut_config, renamed)
 
 
 def to_hira(path: str | os.PathLike[str]) -> ConvertedAdapter:
-    """A HUT adapter as a HiRA adapter; HiRA has no alpha, so `scaling` is folded into `hira_B`.
+    """A HUT adapter as a HiRA adapter.
+
+    HiRA has no alpha, so `scaling` is folded into `hira_B`. Its layers get one rank, the greatest,
+    since PEFT's HiRA does not heed `rank_pattern`; smaller factors are filled up with zeros.
 
     Args:
         path: a directory with a HUT adapter, or its name on the hub.
@@ -129,15 +137,19 @@ def to_hira(path: str | os.PathLike[str]) -> ConvertedAdapter:
             f"scale_shift={config.scale_shift}"
         )
     tensors = load_peft_weights(str(path), "cpu")
+    r = max((A.shape[0] for key, A in tensors.items() if key.endswith(".hut_A")), default=config.r)
     folded = {}
     for key, value in tensors.items():
-        if key.endswith(".hut_B"):
-            scaling = _scaling(config, key.removesuffix(".hut_B"), value.shape[1])
+        if key.endswith(".hut_A"):
+            value = F.pad(value, (0, 0, 0, r - value.shape[0]))
+        elif key.endswith(".hut_B"):
+            scaling = _scaling(config, _module(key), value.shape[1])
             wide = definition.wide(value.dtype)
             value = value if scaling == 1 else (value.to(wide) * scaling).to(value.dtype)
+            value = F.pad(value, (0, r - value.shape[1]))
         folded[_renamed(key, "hut_", "hira_")] = value
     hira_config = HiraConfig(
-        **{name: getattr(config, name) for name in _SHARED}, hira_dropout=config.hut_dropout
+        **{name: getattr(config, name) for name in _SHARED}, r=r, hira_dropout=config.hut_dropout
     )
     return ConvertedAdapter(hira_config, folded)
 
@@ -152,11 +164,11 @@ def _load_config(path: str | os.PathLike[str], kind: type[Any]) -> Any:
 
 
 def _hut_key(key: str, value: Tensor) -> str:
-    name, _, factor = key.rpartition(".")
+    factor = key.rpartition(".")[2]
     if factor.startswith("hira_embedding_"):
-        raise ValueError(f"{_module(name)} is an embedding, which HUT does not adapt")
+        raise ValueError(f"{_module(key)} is an embedding, which HUT does not adapt")
     if factor in ("hira_A", "hira_B") and value.ndim != 2:
-        raise ValueError(f"{_module(name)} is a convolution, which HUT does not adapt")
+        raise ValueError(f"{_module(key)} is a convolution, which HUT does not adapt")
     return _renamed(key, "hira_", "hut_")
 
 
@@ -168,10 +180,11 @@ def _renamed(key: str, old: str, new: str) -> str:
 
 
 def _module(key: str) -> str:
-    return key.removeprefix(_PREFIX)
+    """The name of the layer whose factor `key` names."""
+    return key.removeprefix(_PREFIX).rpartition(".")[0]
 
 
-def _scaling(config: HUTConfig, key: str, r: int) -> float:
-    alpha_key = get_pattern_key(list(config.alpha_pattern), _module(key))
+def _scaling(config: HUTConfig, module: str, r: int) -> float:
+    alpha_key = get_pattern_key(list(config.alpha_pattern), module)
     alpha = config.alpha_pattern.get(alpha_key, config.hut_alpha)
     return 1.0 if alpha is None else alpha / r

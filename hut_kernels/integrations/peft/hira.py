@@ -131,7 +131,7 @@ def _hira_layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def _unfusible(layer: nn.Module) -> str | None:
+def _unfusible(layer: Any) -> str | None:
     """Why a HiRA layer is left to PEFT for good, or None."""
     kind = type(layer)
     if kind not in (hira.Linear, FusedHiraLinear):

@@ -141,6 +141,13 @@ class HUTLayer(BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be "
                 f"broken"
             )
+        if kept[1] is None and shift is not None:
+            warnings.warn(
+                f"A base layer of {self.out_features} outputs has no bias, and gets one by merging "
+                f"{','.join(names)} (hut_beta): a checkpoint of the merged model needs a model "
+                f"with that bias.",
+                stacklevel=2,
+            )
         if self._unmerged is None:
             self._unmerged = kept[0].cpu(), None if kept[1] is None else kept[1].cpu()
         base.weight.data = weight
@@ -177,6 +184,10 @@ class HUTLayer(BaseTunerLayer):
     def _as_matrix(self, weight: Tensor) -> Tensor:
         """Between the base layer's layout and `[out_features, in_features]`."""
         return weight.t() if is_conv1d(self.get_base_layer()) else weight
+
+    def _active_here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.hut_A]
 
     def _adapter_weight(self, name: str, W0: Tensor, dtype: torch.dtype) -> Tensor:
         form = self.hut_form[name]
@@ -237,7 +248,7 @@ class Linear(nn.Module, HUTLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.hut_A]
+        active = self._active_here()
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1 and not args and not kwargs and not is_watched(self.base_layer):
@@ -308,7 +319,7 @@ def _data(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.data
 
 
-def _set_bias(base: nn.Module, value: Tensor | None) -> None:
+def _set_bias(base: Any, value: Tensor | None) -> None:
     """Gives `base` the bias `value`; a layer that had none gets, or loses, a parameter."""
     present = bias(base)
     if value is None or present is None:

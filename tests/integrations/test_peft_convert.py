@@ -1,0 +1,164 @@
+"""from_hira and to_hira: the same factors under the other method's names."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
+
+from hut_kernels.integrations.peft import HUTConfig, from_hira, to_hira
+
+from ..references import error
+from .peft_models import LAYERS, Net, bert, llama
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+def saved(net, config, folder):
+    """The outputs of `net` under a random adapter that is saved in `folder`."""
+    model = get_peft_model(copy.deepcopy(net), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "_B" in name:
+                parameter.mul_(0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+def hira_config(**options):
+    return HiraConfig(**({"r": 4, "target_modules": LAYERS, "init_weights": False} | options))
+
+
+def test_same_numbers(net, tmp_path):
+    model, x = saved(net, hira_config(), tmp_path), torch.randn(5, 24)
+    adapter = from_hira(tmp_path)
+    factors = {
+        name.replace(".hira_", ".hut_").replace(".default", ""): value
+        for name, value in model.state_dict().items()
+        if ".hira_" in name
+    }
+    assert adapter.state_dict.keys() == factors.keys()
+    assert all(torch.equal(adapter.state_dict[name], value) for name, value in factors.items())
+    assert isinstance(adapter.config, HUTConfig)
+    assert (adapter.config.r, adapter.config.hut_alpha) == (4, None)
+    converted = adapter.apply(copy.deepcopy(net)).eval()
+    layers = [converted.base_model.model.get_submodule(name) for name in LAYERS]
+    assert {layer.scaling["default"] for layer in layers} == {1.0}
+    assert (converted(x) - model(x)).abs().max() == 0
+    merged = from_hira(tmp_path, precision="merged").apply(copy.deepcopy(net)).eval()
+    assert error(merged(x), model(x).detach().double()) < 2e-6
+
+
+def test_there_and_back(net, tmp_path):
+    model, x = saved(net, hira_config(hira_dropout=0.1), tmp_path / "hira"), torch.randn(5, 24)
+    adapter = from_hira(tmp_path / "hira")
+    assert adapter.config.hut_dropout == 0.1
+    adapter.save_pretrained(tmp_path / "hut")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "hut")
+    assert torch.equal(loaded(x), model(x))
+    to_hira(tmp_path / "hut").save_pretrained(tmp_path / "back")
+    back = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "back")
+    assert isinstance(back.peft_config["default"], HiraConfig)
+    assert back.peft_config["default"].hira_dropout == 0.1
+    assert torch.equal(back(x), model(x))
+
+
+def test_scaling_is_folded_into_B(net, tmp_path):
+    config = HUTConfig(
+        r=4, hut_alpha=6, rank_pattern={"middle": 2}, alpha_pattern={"last": 2, "fir": 99},
+        target_modules=LAYERS, init_weights=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "fir" matches no layer, and newer versions say so
+        model = saved(net, config, tmp_path)
+    x = torch.randn(5, 24)
+    adapter = to_hira(tmp_path)
+    for name, scaling in (("first", 1.5), ("middle", 3.0), ("last", 0.5)):
+        B = model.base_model.model.get_submodule(name).hut_B["default"]
+        converted = adapter.state_dict[f"base_model.model.{name}.hira_B"]
+        assert torch.equal(converted[:, : B.shape[1]], B * scaling)
+        assert converted.shape[1] == 4
+    converted = adapter.apply(copy.deepcopy(net)).eval()
+    assert error(converted(x), model(x).detach().double()) < 2e-6
+
+
+def test_ranks_are_those_of_the_tensors(net, tmp_path):
+    """PEFT 0.21 makes a first adapter's layers with `r` whatever its rank_pattern says."""
+    saved(net, hira_config(rank_pattern={"middle": 2}), tmp_path / "one")
+    assert from_hira(tmp_path / "one").config.rank_pattern == {}
+    model = get_peft_model(copy.deepcopy(net), hira_config())
+    model.add_adapter("other", hira_config(rank_pattern={"middle": 2}))
+    model.set_adapter("other")
+    model.save_pretrained(tmp_path / "two", selected_adapters=["other"])
+    adapter, x = from_hira(tmp_path / "two" / "other"), torch.randn(5, 24)
+    assert (adapter.config.r, adapter.config.rank_pattern) == (4, {"middle": 2})
+    assert torch.equal(adapter.apply(copy.deepcopy(net)).eval()(x), model.eval()(x))
+    adapter.save_pretrained(tmp_path / "hut")
+    back = to_hira(tmp_path / "hut").apply(copy.deepcopy(net)).eval()
+    assert error(back(x), model(x).detach().double()) < 2e-6
+
+
+def test_beside_other_adapters(net, tmp_path):
+    model, x = saved(net, hira_config(), tmp_path), torch.randn(5, 24)
+    adapted = get_peft_model(copy.deepcopy(net), HUTConfig(target_modules=["first"]))
+    assert from_hira(tmp_path).apply(adapted, "converted") is adapted
+    adapted.set_adapter("converted")
+    assert torch.equal(adapted.eval()(x), model(x))
+
+
+def test_modules_to_save_and_transformers(tmp_path):
+    base = bert().eval()
+    config = HiraConfig(r=4, init_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.normal_()
+    ids = torch.randint(3, 60, (2, 7))
+    model.save_pretrained(tmp_path)
+    converted = from_hira(tmp_path).apply(copy.deepcopy(base)).eval()
+    assert torch.equal(converted(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("target", "what"), [("emb", "emb is an embedding"), ("conv", "conv is a convolution")]
+)
+def test_embeddings_and_convolutions_are_refused_by_name(net, target, what, tmp_path):
+    saved(net, hira_config(target_modules=["first", target]), tmp_path)
+    with pytest.raises(ValueError, match=f"^{what}, which HUT does not adapt"):
+        from_hira(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "form", [{"transform": "two_sided"}, {"offset": 0}, {"scale_shift": True}], ids=str
+)
+def test_what_hira_cannot_express_is_refused(net, form, tmp_path):
+    saved(net, HUTConfig(r=4, target_modules=LAYERS, **form), tmp_path)
+    with pytest.raises(ValueError, match="HiRA is low_rank with offset 1 and without scale"):
+        to_hira(tmp_path)
+
+
+def test_other_adapters_are_refused(net, tmp_path):
+    saved(net, LoraConfig(target_modules=["first"]), tmp_path)
+    for convert in (from_hira, to_hira):
+        with pytest.raises(ValueError, match=r"is not an adapter of .*peft_type=LORA"):
+            convert(tmp_path)
+
+
+def test_a_model_that_does_not_fit(net, tmp_path):
+    saved(net, hira_config(), tmp_path)
+    adapter = from_hira(tmp_path)
+    del adapter.state_dict["base_model.model.first.hut_A"]
+    with pytest.raises(ValueError, match=r"missing \['base_model.model.first.hut_A.default'\]"):
+        adapter.apply(copy.deepcopy(net))
+    adapter.state_dict["base_model.model.nowhere.hut_A"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"without a place in the model .*nowhere"):
+        adapter.apply(copy.deepcopy(net))
+    with pytest.raises(ValueError, match="not found"):
+        adapter.apply(llama())
