@@ -88,7 +88,9 @@ def test_the_command_dumps_and_reports(tmp_path, capsys):
     found = json.loads(file.read_text())
     assert {one["config"]["kernel"] for one in found} == {"weight"}
     names = {path.name for path in dump.iterdir()}
-    assert any(name.startswith("sm80-weight-fp32-r16") and name.endswith(".cubin") for name in names)
+    assert any(
+        name.startswith("sm80-weight-fp32-r16") and name.endswith(".cubin") for name in names
+    )
     assert any(name.endswith("-unaligned.cubin") for name in names)
     assert all(name.replace(".cubin", ".ptx") in names for name in names)
 

@@ -286,7 +286,7 @@ def _products(code: _Code, first: int, last: int) -> int:
 
 
 def _serialised(ptx: str, folder: Path) -> list[str]:
-    """ptxas' own words where it gave up overlapping wgmma's (C75xx)."""
+    """Ptxas' own words where it gave up overlapping wgmma's (C75xx)."""
     file = folder / "kernel.ptx"
     file.write_text(ptx)
     options = ["--gpu-name=sm_90a", "-v", "-o", os.devnull]
