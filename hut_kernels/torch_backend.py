@@ -6,6 +6,7 @@ block of rows at a time, so that beside W no more than `_BLOCK` elements are ali
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -19,6 +20,9 @@ from .definition import FactorGrads, Needs, Spec, cast
 # Elements of a row block: large enough for its product to run at full speed, small enough for a
 # 4096 x 4096 layer to need a quarter of a weight beside W.
 _BLOCK = 1 << 22
+# Elements from which a matrix is worth a place in the shared workspace.
+_LARGE = 1 << 16
+_shared = threading.local()
 
 
 def forward(
@@ -96,8 +100,9 @@ def grad_factors(
     reduce = _reduce_low_rank if spec.transform == "low_rank" else _reduce_two_sided
     parts = []
     for rows in _row_blocks(weight):
-        H0 = torch.mm(_take(grad_t, rows), x)  # [rows, in]: G here, G * W0 from the next line on
         W0 = _take(weight, rows)
+        # [rows, in]: G here, G * W0 from the next line on.
+        H0 = torch.mm(_take(grad_t, rows), x, out=_workspace(W0.shape[0], W0.shape[1], x))
         H0 = H0.mul_(W0) if W0.dtype == dtype else H0 * cast(W0, dtype)
         Q, P = reduce(H0, A, _take(B, rows), rows, len(weight), needs)
         row_sums = H0.sum(1, dtype=acc) if needs.gamma and spec.constant else None
@@ -174,7 +179,11 @@ def _merged(
         return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=0.0)
     A, B = cast(hut_A, dtype), cast(hut_B, dtype)
     # m gets weight's strides: a transposed weight (Conv1D) is met by a transposed product.
-    m = torch.mm(B, A) if weight.stride(1) == 1 else torch.mm(A.t(), B.t()).t()
+    rows, columns = weight.shape
+    if weight.stride(1) == 1:
+        m = torch.mm(B, A, out=_workspace(rows, columns, weight))
+    else:
+        m = torch.mm(A.t(), B.t(), out=_workspace(columns, rows, weight)).t()
     return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
 
 
@@ -225,6 +234,24 @@ def _row_groups(rows: slice | None, out_features: int, r: int) -> Iterator[tuple
         start, end = max(start, first), min(end, last)
         if start < end:
             yield k, slice(start - first, end - first)
+
+
+def _workspace(rows: int, columns: int, like: Tensor) -> Tensor:
+    """A row-major matrix for W or G that does not outlive the pass.
+
+    On a CPU all layers of a thread share one buffer, as large as the largest of them: fresh memory
+    for every pass would cost more time, in page faults, than the arithmetic on it. Small matrices
+    and other devices come from PyTorch's allocator.
+    """
+    size = rows * columns
+    if like.device.type != "cpu" or size < _LARGE:
+        return torch.empty((rows, columns), dtype=like.dtype, device=like.device)
+    needed = size * like.element_size()
+    buffer: Tensor | None = getattr(_shared, "buffer", None)
+    if buffer is None or buffer.numel() < needed:
+        _shared.buffer = None  # the old one goes before the new one comes
+        buffer = _shared.buffer = torch.empty(needed, dtype=torch.uint8)
+    return buffer[:needed].view(like.dtype).view(rows, columns)
 
 
 def _row_blocks(weight: Tensor) -> Sequence[slice | None]:

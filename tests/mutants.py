@@ -212,8 +212,8 @@ MUTANTS = (
     Mutant(
         "kernel: the remainder of O dropped",
         f"{TRITON}/grad_input.py",
-        "    for o in range(0, O, BO):\n",
-        "    for o in range(0, O // BO * BO, BO):\n",
+        "min(O, (split + 1) * part), BO):\n",
+        "min(O // BO * BO, (split + 1) * part), BO):\n",
         ("tests/triton/test_grad_input.py", "every_shape"),
     ),
     Mutant(
@@ -247,9 +247,9 @@ MUTANTS = (
     ),
     Mutant(
         "kernel: the factor tile reads beyond the rank",
-        f"{TRITON}/tiles.py",
-        "stride_bo, o_r, stride_br, o_o < O, o_r < r)\n",
-        "stride_bo, o_r, stride_br, o_o < O, o_r < BR)\n",
+        f"{TRITON}/forward.py",
+        "p_b, pid_o * BO, 0, O, r, stride_bo,",
+        "p_b, pid_o * BO, 0, O, BR, stride_bo,",
         ("tests/triton/test_forward.py", "views"),
     ),
     Mutant(
@@ -275,7 +275,7 @@ MUTANTS = (
     ),
     Mutant(
         "kernel: the bias dropped",
-        f"{TRITON}/forward.py",
+        f"{TRITON}/tiles.py",
         "    if HAS_BIAS:\n        acc += ",
         "    if HAS_BIAS:\n        acc += 0 * ",
         ("tests/triton/test_forward.py", "every_variant"),

@@ -112,6 +112,7 @@ def test_restore_undoes_it():
     assert {type(m) for m in model.modules() if isinstance(m, hira.HiraLayer)} == {hira.Linear}
     assert torch.equal(model(x), y)
     assert restore_hira(model) == []
+    assert not hasattr(model.base_model.model.first, "hut_precision")
 
 
 def test_dropout_keeps_pefts_path_in_training_only(fused_calls):

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 
 from hut_kernels import autograd
 from hut_kernels.integrations.peft import HUTConfig, HUTLayer, HUTModel
-from hut_kernels.integrations.peft.layer import Linear
+from hut_kernels.integrations.peft.layer import Form, Linear
 from hut_kernels.integrations.peft.registration import peft_type, register
 
 from ..references import error, limit
@@ -42,6 +42,7 @@ FORMS = {
     "split": {"precision": "split"},
     "unfused": {"fused": False},
 }
+DEFAULTS = {"transform": "low_rank", "offset": 1, "precision": "merged", "fused": True}
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
@@ -93,6 +94,9 @@ def test_output(form, dtype, fused_calls):
     assert y.dtype == dtype
     assert error(y, reference(model, x)) < 4 * limit(dtype, 40)
     assert len(fused_calls) == (0 if form.get("fused") is False else 3)
+    for layer in layers(model):
+        given = {key: form.get(key, default) for key, default in DEFAULTS.items()}
+        assert layer.hut_form["default"] == Form(**given)
     assert {p.dtype for layer in layers(model) for p in layer.hut_A.values()} == {torch.float32}
 
 

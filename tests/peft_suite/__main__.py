@@ -1,4 +1,4 @@
-"""Fetches PEFT's tests from PyPI and runs them on HUT; see `--help`."""
+"""Fetches PEFT's tests from PyPI and runs them on HUT; further arguments go to pytest."""
 
 import argparse
 import os

@@ -18,6 +18,8 @@ from hut_kernels.triton.launch import Row
 ROW = Row(BN=16, BO=16, BK=16, warps=4, stages=1)
 WIDE = Row(BN=16, BO=32, BK=64, warps=4, stages=1)
 TALL = Row(BN=32, BO=64, BK=16, warps=4, stages=1, GROUP=2)
+# Loads through descriptors, where a tensor's strides allow it: then TMA is all that is new.
+THROUGH_TMA = Row(BN=16, BO=32, BK=32, warps=4, stages=1, TMA=True)
 
 FORMS = {
     "residual": {"scaling": 0.75},

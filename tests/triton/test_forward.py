@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hut_kernels.triton import forward as forward_module
 from hut_kernels.triton import launch
 
 from ..references import (
@@ -24,6 +25,7 @@ from .launches import (
     DTYPES,
     ROW,
     TALL,
+    THROUGH_TMA,
     WIDE,
     every_dtype,
     every_form,
@@ -135,6 +137,25 @@ def test_the_update_arrives_where_the_base_cancels(dtype, transform):
     case = cancelling(make_normal(17, 80, 40, 4, dtype=dtype, transform=transform), 5e-2)
     found = error(forward(case)["y"], update_of(case))
     assert found <= update_limit(dtype, transform, "merged")
+
+
+@every_form
+@every_dtype
+def test_loads_through_descriptors(form, dtype, monkeypatch):
+    """Rows on 16-byte addresses, remainders in every dimension; and views, that take pointers."""
+    used = []
+    descriptors = launch.descriptors
+
+    def watched(*args):
+        used.append(descriptors(*args)[0])
+        return descriptors(*args)
+
+    monkeypatch.setattr(forward_module, "descriptors", watched)
+    case = make_normal(19, 40, 56, 3, dtype=dtype, vectors="bias gamma beta", **form)
+    check(case, forward(case, THROUGH_TMA))
+    for layout in ("transposed", "sliced", "offset"):
+        check(case, forward(laid_out(case, layout), THROUGH_TMA))
+    assert used == [True, False, False, False]
 
 
 @given(

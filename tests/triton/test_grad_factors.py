@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hut_kernels.triton import grad_factors as grad_factors_module
 from hut_kernels.triton import launch
 
 from ..references import LAYOUTS, cases, check, examples, laid_out, make, make_normal
@@ -12,6 +13,7 @@ from .launches import (
     DTYPES,
     ROW,
     TALL,
+    THROUGH_TMA,
     WIDE,
     every_dtype,
     every_form,
@@ -21,6 +23,7 @@ from .launches import (
     every_transform,
     grad_factors,
 )
+from .test_forward import UNIFORM
 
 
 @every_form
@@ -93,6 +96,34 @@ def test_two_runs_are_equal_to_the_bit():
     case = make_normal(19, 70, 70, 3, vectors="gamma")
     one, two = (grad_factors(case, spans=(2, 3)) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@every_form
+@every_dtype
+def test_loads_through_descriptors(form, dtype, monkeypatch):
+    """Rows on 16-byte addresses, remainders in every dimension; and views, that take pointers."""
+    used = []
+    descriptors = launch.descriptors
+
+    def watched(*args):
+        used.append(descriptors(*args)[0])
+        return descriptors(*args)
+
+    monkeypatch.setattr(grad_factors_module, "descriptors", watched)
+    case = make_normal(19, 40, 56, 3, dtype=dtype, vectors="gamma", **form)
+    check(case, grad_factors(case, THROUGH_TMA))
+    for layout in ("transposed", "sliced", "offset"):
+        check(case, grad_factors(laid_out(case, layout), THROUGH_TMA))
+    assert used == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("sizes", "P", "Q"), UNIFORM.values(), ids=UNIFORM)
+def test_groups_within_tiles_and_across(sizes, P, Q, monkeypatch):
+    case = make_normal(9, *sizes, transform="two_sided", vectors="gamma")
+    grads = grad_factors(case)
+    check(case, grads)
+    monkeypatch.setattr(launch, "_uniform", lambda size, r, block: False)
+    check(case, grad_factors(case))
 
 
 @given(

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hut_kernels.triton import grad_input as grad_input_module
 from hut_kernels.triton import launch
 
 from ..references import (
@@ -23,6 +24,7 @@ from .launches import (
     DTYPES,
     ROW,
     TALL,
+    THROUGH_TMA,
     WIDE,
     every_dtype,
     every_form,
@@ -56,6 +58,15 @@ def test_every_shape(form, shape):
 def test_every_rank(transform, r):
     case = make_normal(5, 133, 129, r, transform=transform)
     check(case, grad_input(case, launch.Row(BN=16, BO=64, BK=128, warps=4, stages=1)))
+
+
+@every_form
+@pytest.mark.parametrize("split", [2, 3, 7])
+def test_programs_that_share_O_add_up(form, split):
+    case = make_normal(18, 37, 100, 3, vectors="gamma", **form)
+    dx = grad_input(case, split=split)
+    check(case, dx)
+    assert torch.equal(grad_input(case, split=split)["x"], dx["x"])
 
 
 @every_form
@@ -100,6 +111,25 @@ def test_the_update_arrives_where_the_base_cancels(dtype):
     case = case.replace(weight=weight, grad=grad)
     update = case.grad.double().numpy() @ (weight.double().numpy() * (case.multiplier() - 1.0))
     assert error(grad_input(case)["x"], update) <= update_limit(dtype, "low_rank", "merged")
+
+
+@every_form
+@every_dtype
+def test_loads_through_descriptors(form, dtype, monkeypatch):
+    """Rows on 16-byte addresses, remainders in every dimension; and views, that take pointers."""
+    used = []
+    descriptors = launch.descriptors
+
+    def watched(*args):
+        used.append(descriptors(*args)[0])
+        return descriptors(*args)
+
+    monkeypatch.setattr(grad_input_module, "descriptors", watched)
+    case = make_normal(19, 40, 56, 3, dtype=dtype, vectors="gamma", **form)
+    check(case, grad_input(case, THROUGH_TMA))
+    for layout in ("transposed", "sliced", "offset"):
+        check(case, grad_input(laid_out(case, layout), THROUGH_TMA))
+    assert used == [True, False, False, False]
 
 
 @given(

@@ -21,6 +21,7 @@ from .launches import (
     every_transform,
     grad_reduce,
 )
+from .test_forward import UNIFORM
 
 
 @every_form
@@ -96,6 +97,15 @@ def test_two_runs_are_equal_to_the_bit():
     case = make_normal(19, 70, 70, 3, vectors="gamma")
     one, two = (grad_reduce(case, chunk=40, spans=(3, 2)) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(("sizes", "P", "Q"), UNIFORM.values(), ids=UNIFORM)
+def test_groups_within_tiles_and_across(sizes, P, Q, monkeypatch):
+    case = make_normal(9, *sizes, transform="two_sided", vectors="gamma")
+    grads = grad_reduce(case)
+    check(case, grads)
+    monkeypatch.setattr(launch, "_uniform", lambda size, r, block: False)
+    check(case, grad_reduce(case))
 
 
 @given(
