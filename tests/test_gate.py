@@ -55,8 +55,8 @@ def test_too_much_shared_memory_is_found():
 
 
 def test_the_wrong_tensor_core_is_found():
-    # 16 tokens as the left operand: wgmma takes no fewer than 64 rows, so mma stands in for it.
-    found = broken("sm_90", "forward", Row(16, 64, 64, 4, 3, settle=True))
+    # wgmma takes no left operand of fewer than 64 rows; here neither product has so many.
+    found = broken("sm_90", "forward", Row(16, 32, 64, 4, 3, settle=True))
     assert "no HGMMA" in found
 
 

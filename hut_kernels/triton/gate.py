@@ -1,6 +1,6 @@
 """The gate: every row of the launch tables compiled for its architecture, its machine code checked.
 
-`python -m hut_kernels.triton.gate [--arch sm_90 ...] [--kernel forward ...] [--json FILE] [--dump DIR]`
+`python -m hut_kernels.triton.gate [--arch ARCH ...] [--kernel NAME ...] [--json F] [--dump DIR]`
 
 No GPU is needed: Triton compiles for any architecture, given a driver that says which. The gate
 calls the launchers themselves with CPU tensors and stops each launch after compilation, so what it
@@ -107,7 +107,7 @@ class Report:
 def configurations(
     archs: Sequence[str] = ARCHITECTURES, kernels: Sequence[str] = tuple(KERNELS)
 ) -> list[Config]:
-    """Every row in use: each r class, token class and type; and unaligned and two_sided variants."""
+    """Every row in use, by r, tokens and type; and the unaligned and two_sided variants."""
     found: dict[Config, Config] = {}
     for arch in archs:
         for kernel in kernels:

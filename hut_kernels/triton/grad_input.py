@@ -58,7 +58,7 @@ def hut_grad_input_kernel(
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of dx; with SPLIT > 1 its sum over one of SPLIT parts of O, to p_dx [SPLIT, N, K]."""
+    """One tile of dx; with SPLIT > 1 its sum over a part of O, to p_dx [SPLIT, N, K]."""
     pid = tl.program_id(0) // SPLIT
     split = tl.program_id(0) % SPLIT
     pid_n, pid_k = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(K, BK), GROUP)

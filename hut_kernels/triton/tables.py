@@ -1,8 +1,9 @@
 """Launch tables: which tiles, warps and pipeline stages, a line for each architecture's kernels.
 
-A cell reads `BNxBOxBK/warps/stages`: tile sizes over tokens, out_features and in_features. `/W` means
-that the weight tile is the left operand of the product. The columns are r up to 16, 32, 64 and 128;
-the lines are for up to 16 tokens, up to 64, and more. `16-bit` is bf16 and fp16, `fp32` is ieee.
+A cell reads `BNxBOxBK/warps/stages`: tile sizes over tokens, out_features and in_features. `/W`
+means that the weight tile is the left operand of the product. The columns are r up to 16, 32, 64
+and 128; the lines are for up to 16 tokens, up to 64, and more. `16-bit` is bf16 and fp16, `fp32`
+is ieee.
 
 The cells are the largest tiles that pass the gate (no spills, asynchronous copies, the right tensor
 core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What surprises:
@@ -38,8 +39,8 @@ grad_input    16    16-bit  16x64x128/4/4    16x64x128/4/4    16x64x128/4/4    1
 grad_input    64    16-bit  64x32x128/4/4    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3
 grad_input    more  16-bit  128x32x256/8/3   128x32x256/8/3   128x32x128/8/3   64x32x128/4/3
 grad_input    16    tf32    16x64x128/4/4    16x64x128/4/3    16x32x128/4/4    16x32x128/4/3
-grad_input    64    tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/4/3
-grad_input    more  tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/4/3
+grad_input    64    tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/8/3
+grad_input    more  tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/8/3
 grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
@@ -88,11 +89,11 @@ forward       more  tf32    128x128x64/8/2/W 128x128x64/8/2/W 128x128x32/8/3/W 1
 grad_input    16    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x128/4/3    64x64x128/4/2
 grad_input    64    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x128/4/3    64x64x128/4/2
 grad_input    more  16-bit  128x64x128/8/3   128x64x128/8/3   128x64x128/8/3   128x64x128/8/2
-grad_input    16    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/4/2
-grad_input    64    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/4/2
+grad_input    16    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/8/2
+grad_input    64    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/8/2
 grad_input    more  tf32    128x64x128/8/2   128x64x128/8/2   128x32x128/8/3   128x32x128/8/2
 grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
-grad_factors  any   tf32    64x128x64/8/2    64x128x64/8/2    64x128x64/8/2    64x128x64/8/2
+grad_factors  any   tf32    32x128x128/8/2   32x128x128/8/2   32x128x128/8/2   32x128x128/8/2
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 all

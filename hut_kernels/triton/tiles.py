@@ -68,7 +68,7 @@ def two_sided_tile(
 ):  # fmt: skip
     """`B[o, q(i)] * A[p(o), i]`, `[BO, BK]` in float32.
 
-    UNIFORM_P, UNIFORM_Q: all rows (columns) of every tile lie in one group, so that a vector serves.
+    UNIFORM_P, UNIFORM_Q: all rows (columns) of each tile lie in one group, so a vector serves.
     """
     return (
         right_tile(p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q)

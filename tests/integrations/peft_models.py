@@ -1,7 +1,5 @@
 """What the tests of the PEFT integration share: small models, and formulas in float64."""
 
-import copy
-
 import torch
 from torch import nn
 from transformers import (
@@ -91,7 +89,3 @@ def weight_and_bias(layer, names=("default",)):
         weight += (W0 * T if gamma is None else gamma[:, None] * W0 * T) - W0
         bias += 0 if gamma is None else gamma * b0 + beta - b0
     return weight, bias
-
-
-def fresh(model):
-    return copy.deepcopy(model)
