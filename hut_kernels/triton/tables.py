@@ -57,7 +57,7 @@ grad_input    64    16-bit  64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    6
 grad_input    more  16-bit  128x32x128/8/3   128x32x128/8/3   128x32x128/8/2   64x32x64/4/3
 grad_input    16    tf32    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3     16x32x64/4/3
 grad_input    64    tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
-grad_input    more  tf32    128x32x128/8/2   64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
+grad_input    more  tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
 grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
