@@ -197,17 +197,32 @@ class HUTLinear(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        return self._linear(
+            x, self._matrix(), self.hut_A, self.hut_B, self.bias, self.gamma, self.beta
+        )
+
+    def _linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        hut_A: Tensor,
+        hut_B: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+    ) -> Tensor:
+        """`hut_linear` with the layer's options; tensor parallelism gives it one rank's tensors."""
         return hut_linear(
             x,
-            self._matrix(),
-            self.hut_A,
-            self.hut_B,
-            self.bias,
+            weight,
+            hut_A,
+            hut_B,
+            bias,
             transform=self.transform,
             offset=self.offset,
             scaling=self.scaling,
-            gamma=self.gamma,
-            beta=self.beta,
+            gamma=gamma,
+            beta=beta,
             precision=self.precision,
             fused=self.fused,
         )
