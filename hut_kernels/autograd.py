@@ -59,20 +59,16 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients that are asked for, one for each argument of forward."""
     x, weight, hut_A, hut_B, bias, gamma = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
-    (transform, offset, scaling, precision), backend = ctx.spec, ctx.backend
     d_x = d_A = d_B = d_bias = d_gamma = d_beta = None
-    if need_x:
-        d_x = ops.grad_input(
-            grad, weight, hut_A, hut_B, gamma, transform, offset, scaling, precision, backend
-        )
-    if need_A or need_B or need_gamma:
-        grads = ops.grad_factors(
+    if need_x or need_A or need_B or need_gamma:
+        grads = iter(ops.backward(
             grad, x, weight, hut_A, hut_B, gamma,
-            transform, offset, scaling, need_A, need_B, need_gamma, backend,
-        )  # fmt: skip
-        d_A = grads[0] if need_A else None
-        d_B = grads[int(need_A)] if need_B else None
-        d_gamma = grads[-1] if need_gamma else None
+            *ctx.spec, need_x, need_A, need_B, need_gamma, ctx.backend,
+        ))  # fmt: skip
+        d_x = next(grads) if need_x else None
+        d_A = next(grads) if need_A else None
+        d_B = next(grads) if need_B else None
+        d_gamma = next(grads) if need_gamma else None
     if need_bias or need_beta or (need_gamma and bias is not None):
         sums = as_rows(grad).sum(0, dtype=wide(grad.dtype))
         if d_gamma is not None and bias is not None:

@@ -82,17 +82,31 @@ def forward(
     return _backend(backend).forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
 
 
-def _fake_grad_input(grad: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+def _fake_backward(
+    grad: Tensor, x: Tensor | None, weight: Tensor, hut_A: Tensor, hut_B: Tensor, *rest: Any
+) -> list[Tensor]:
+    need_x, need_A, need_B, need_gamma = rest[5:9]
+    fakes = []
+    if need_x:
+        fakes.append(grad.new_empty((*grad.shape[:-1], weight.shape[1])))
+    if need_A:
+        fakes.append(hut_A.new_empty(hut_A.shape))
+    if need_B:
+        fakes.append(hut_B.new_empty(hut_B.shape))
+    if need_gamma:
+        fakes.append(hut_B.new_empty((weight.shape[0],), dtype=wide(grad.dtype)))
+    return fakes
 
 
 @_operator(
-    "grad_input",
-    f"(Tensor grad, {_FACTORS}, Tensor? gamma, {_SPEC}, str precision, str backend) -> Tensor",
-    _fake_grad_input,
+    "backward",
+    f"(Tensor grad, Tensor? x, {_FACTORS}, Tensor? gamma, {_SPEC}, str precision, "
+    "bool need_x, bool need_A, bool need_B, bool need_gamma, str backend) -> Tensor[]",
+    _fake_backward,
 )
-def grad_input(
+def backward(
     grad: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     hut_A: Tensor,
     hut_B: Tensor,
@@ -101,53 +115,27 @@ def grad_input(
     offset: float,
     scaling: float,
     precision: str,
-    backend: str,
-) -> Tensor:
-    """`dx = (gamma * grad) W`, `[..., in]`, contiguous, in grad's type."""
-    spec = Spec(transform, offset, scaling, precision)
-    return _backend(backend).grad_input(grad, weight, hut_A, hut_B, gamma, spec)
-
-
-def _fake_grad_factors(
-    grad: Tensor, x: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, *rest: Any
-) -> list[Tensor]:
-    need_A, need_B, need_gamma = rest[4:7]
-    fakes = []
-    if need_A:
-        fakes.append(hut_A.new_empty(hut_A.shape))
-    if need_B:
-        fakes.append(hut_B.new_empty(hut_B.shape))
-    if need_gamma:
-        fakes.append(hut_B.new_empty((weight.shape[0],), dtype=wide(x.dtype)))
-    return fakes
-
-
-@_operator(
-    "grad_factors",
-    f"(Tensor grad, Tensor x, {_FACTORS}, Tensor? gamma, {_SPEC}, "
-    "bool need_A, bool need_B, bool need_gamma, str backend) -> Tensor[]",
-    _fake_grad_factors,
-)
-def grad_factors(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    transform: str,
-    offset: float,
-    scaling: float,
+    need_x: bool,
     need_A: bool,
     need_B: bool,
     need_gamma: bool,
     backend: str,
 ) -> list[Tensor]:
-    """Those asked for of `d hut_A`, `d hut_B` and `sum_i W[o, i] G[o, i]` (float32), in order."""
-    spec = Spec(transform, offset, scaling)
-    needs = Needs(need_A, need_B, need_gamma)
-    grads = _backend(backend).grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
-    return [grad for grad in grads if grad is not None]
+    """Those asked for of `dx`, `d hut_A`, `d hut_B` and `sum_i W[o, i] G[o, i]`, in this order.
+
+    `dx = (gamma * grad) W` is `[..., in]`, contiguous, in grad's type; the factors' gradients have
+    their types, the last is float32 (float64 for float64). `x` is needed for all but `dx`.
+    """
+    spec = Spec(transform, offset, scaling, precision)
+    module = _backend(backend)
+    grads = []
+    if need_x:
+        grads.append(module.grad_input(grad, weight, hut_A, hut_B, gamma, spec))
+    if need_A or need_B or need_gamma:
+        needs = Needs(need_A, need_B, need_gamma)
+        factors = module.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
+        grads += [factor for factor in factors if factor is not None]
+    return grads
 
 
 def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:

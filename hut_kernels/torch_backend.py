@@ -1,7 +1,7 @@
 """The operators in PyTorch: the CPU fallback, and any device without kernels of ours.
 
-W is built once a pass into one buffer. G, and any multiplier that is not W's own buffer, exist a
-block of rows at a time, so that beside W no more than `_BLOCK` elements are alive.
+W is built once a pass into one buffer. G, and any multiplier that is not W's own buffer, exist some
+rows at a time, so that beside W no more than `_BLOCK` elements are alive.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .definition import FactorGrads, Needs, Spec, cast
 _BLOCK = 1 << 22
 # Elements from which a matrix is worth a place in the shared workspace.
 _LARGE = 1 << 16
+# Elements of T formed at a time: in float32 they stay in a core's cache until they are used.
+_TILE = 1 << 17
 _shared = threading.local()
 
 
@@ -38,7 +40,7 @@ def forward(
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
     shift = definition.merged_bias(bias, gamma, beta, x.dtype)
     if spec.precision == "split":
-        update = _blockwise(weight, hut_A, hut_B, gamma, spec, x.dtype, minus=1.0)
+        update = _update(weight, hut_A, hut_B, gamma, spec, x.dtype)
         return split_forward(x, weight, gamma, update, shift)
     return F.linear(x, _merged(weight, hut_A, hut_B, gamma, spec, x.dtype), shift)
 
@@ -48,7 +50,7 @@ def grad_input(
 ) -> Tensor:
     """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
     if spec.precision == "split":
-        update = _blockwise(weight, hut_A, hut_B, gamma, spec, grad.dtype, minus=1.0)
+        update = _update(weight, hut_A, hut_B, gamma, spec, grad.dtype)
         return split_grad_input(grad, weight, gamma, update)
     return grad @ _merged(weight, hut_A, hut_B, gamma, spec, grad.dtype)
 
@@ -74,7 +76,7 @@ def weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
-    return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=0.0)
+    return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=0.0, out=None)
 
 
 def grad_factors(
@@ -102,7 +104,7 @@ def grad_factors(
     for rows in _row_blocks(weight):
         W0 = _take(weight, rows)
         # [rows, in]: G here, G * W0 from the next line on.
-        H0 = torch.mm(_take(grad_t, rows), x, out=_workspace(W0.shape[0], W0.shape[1], x))
+        H0 = torch.mm(_take(grad_t, rows), x, out=_workspace(len(W0), x.shape[1], dtype, x.device))
         H0 = H0.mul_(W0) if W0.dtype == dtype else H0 * cast(W0, dtype)
         Q, P = reduce(H0, A, _take(B, rows), rows, len(weight), needs)
         row_sums = H0.sum(1, dtype=acc) if needs.gamma and spec.constant else None
@@ -176,15 +178,23 @@ def _merged(
     """
     residual = spec.constant == 1.0 and gamma is None
     if not residual or weight.dtype != dtype or dtype == torch.float16:
-        return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=0.0)
-    A, B = cast(hut_A, dtype), cast(hut_B, dtype)
-    # m gets weight's strides: a transposed weight (Conv1D) is met by a transposed product.
-    rows, columns = weight.shape
-    if weight.stride(1) == 1:
-        m = torch.mm(B, A, out=_workspace(rows, columns, weight))
-    else:
-        m = torch.mm(A.t(), B.t(), out=_workspace(columns, rows, weight)).t()
+        out = _workspace_like(weight, dtype)
+        return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=0.0, out=out)
+    m = torch.mm(cast(hut_B, dtype), cast(hut_A, dtype), out=_workspace_like(weight, dtype))
     return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
+
+
+def _update(
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    spec: Spec,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`gamma (W0 * (T - 1))` for a product in `dtype`: the second matrix of `split`."""
+    out = _workspace_like(weight, dtype)
+    return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=1.0, out=out)
 
 
 def _blockwise(
@@ -195,36 +205,40 @@ def _blockwise(
     spec: Spec,
     dtype: torch.dtype,
     minus: float,
+    out: Tensor | None,
 ) -> Tensor:
-    """`gamma (W0 * (T - minus))` formed in float32 or float64, rounded once to `dtype`."""
+    """`gamma (W0 * (T - minus))` formed in float32 or float64, rounded once to `dtype`.
+
+    `gamma (T - minus)` exists a tile of rows at a time; gamma and scaling are in B already.
+    """
     acc = dtype if dtype == torch.float64 else definition.common_type(weight, hut_A, hut_B)
-    A, B = cast(hut_A, acc), cast(hut_B, acc)
-    out = torch.empty_like(weight, dtype=dtype)
-    for rows in _row_blocks(weight):
-        W0, B_rows = _take(weight, rows), _take(B, rows)
+    out_features, in_features = weight.shape
+    A, B = cast(hut_A, acc), cast(hut_B, acc) * spec.scaling
+    constants = torch.full((out_features, 1), spec.constant - minus, dtype=acc, device=A.device)
+    if gamma is not None:
+        B, constants = B * gamma[:, None], constants * gamma[:, None]
+    out = torch.empty_like(weight, dtype=dtype) if out is None else out
+    step = max(1, _TILE // max(1, in_features))
+    buffer = torch.empty((min(step, out_features), in_features), dtype=acc, device=A.device)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        T = buffer[: rows.stop - start]
         if spec.transform == "low_rank":
-            T = torch.mm(B_rows, A).mul_(spec.scaling)
-            if spec.constant != minus:
-                T += spec.constant - minus
+            torch.mm(B[rows], A, out=T)
         else:
-            T = _two_sided(A, B_rows, rows, len(weight))
-            if minus:
-                T -= minus
-        if gamma is not None:
-            T *= _take(gamma, rows)[:, None]
-        torch.mul(W0, T, out=_take(out, rows))
+            _two_sided(A, B[rows], rows, out_features, out=T)
+        if spec.constant != minus:
+            T += constants[rows]
+        torch.mul(weight[rows], T, out=out[rows])
     return out
 
 
-def _two_sided(A: Tensor, B_rows: Tensor, rows: slice | None, out_features: int) -> Tensor:
-    """`T[o, i] = B[o, q(i)] A[p(o), i]` for a block of rows, group by group."""
+def _two_sided(A: Tensor, B_rows: Tensor, rows: slice, out_features: int, out: Tensor) -> None:
+    """`T[o, i] = B[o, q(i)] A[p(o), i]` for some rows, a pair of groups at a time."""
     r, in_features = A.shape
-    T = torch.empty((len(B_rows), in_features), dtype=A.dtype, device=A.device)
-    for k, (start, end) in enumerate(pairwise(definition.group_starts(in_features, r))):
-        T[:, start:end] = B_rows[:, k : k + 1]
-    for k, group in _row_groups(rows, out_features, r):
-        T[group] *= A[k]
-    return T
+    for p, group in _row_groups(rows, out_features, r):
+        for q, (start, end) in enumerate(pairwise(definition.group_starts(in_features, r))):
+            torch.mul(B_rows[group, q, None], A[p, start:end], out=out[group, start:end])
 
 
 def _row_groups(rows: slice | None, out_features: int, r: int) -> Iterator[tuple[int, slice]]:
@@ -236,22 +250,31 @@ def _row_groups(rows: slice | None, out_features: int, r: int) -> Iterator[tuple
             yield k, slice(start - first, end - first)
 
 
-def _workspace(rows: int, columns: int, like: Tensor) -> Tensor:
-    """A row-major matrix for W or G that does not outlive the pass.
+def _workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A row-major matrix for W or G that does not outlive the pass; None: let PyTorch allocate.
 
     On a CPU all layers of a thread share one buffer, as large as the largest of them: fresh memory
-    for every pass would cost more time, in page faults, than the arithmetic on it. Small matrices
-    and other devices come from PyTorch's allocator.
+    for every pass would cost more time, in page faults, than the arithmetic on it. For small
+    matrices and on other devices PyTorch's allocator is good.
     """
     size = rows * columns
-    if like.device.type != "cpu" or size < _LARGE:
-        return torch.empty((rows, columns), dtype=like.dtype, device=like.device)
-    needed = size * like.element_size()
+    if size < _LARGE or device.type != "cpu":
+        return None
+    needed = size * dtype.itemsize
     buffer: Tensor | None = getattr(_shared, "buffer", None)
     if buffer is None or buffer.numel() < needed:
         _shared.buffer = None  # the old one goes before the new one comes
         buffer = _shared.buffer = torch.empty(needed, dtype=torch.uint8)
-    return buffer[:needed].view(like.dtype).view(rows, columns)
+    return buffer[:needed].view(dtype).view(rows, columns)
+
+
+def _workspace_like(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A workspace with weight's order of strides, as a transposed one (Conv1D) needs it."""
+    rows, columns = weight.shape
+    if weight.stride(1) == 1:
+        return _workspace(rows, columns, dtype, weight.device)
+    matrix = _workspace(columns, rows, dtype, weight.device)
+    return None if matrix is None else matrix.t()
 
 
 def _row_blocks(weight: Tensor) -> Sequence[slice | None]:

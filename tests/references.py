@@ -423,20 +423,24 @@ def cases(
     return laid_out(case, draw(st.sampled_from(LAYOUTS)), grad)
 
 
+GRADIENTS = ("x", "hut_A", "hut_B", "WG")
+
+
 def operators(
-    case: Case, backend: str, needs: tuple[bool, bool, bool] = (True, True, True)
+    case: Case, backend: str, needs: tuple[bool, bool, bool, bool] = (True,) * 4
 ) -> dict[str, Tensor]:
-    """What the operators give, called one by one: `y`, dx, and the factor gradients needed."""
+    """What the operators give: `y`, and those needed of dx and the factor gradients."""
     from hut_kernels import ops
 
     factors = case.weight, case.hut_A, case.hut_B
     form = case.transform, case.offset, case.scaling
     vectors = case.bias, case.gamma, case.beta
-    grads = ops.grad_factors(case.grad, case.x, *factors, case.gamma, *form, *needs, backend)
-    names = [name for name, needed in zip(("hut_A", "hut_B", "WG"), needs, strict=True) if needed]
+    grads = ops.backward(
+        case.grad, case.x, *factors, case.gamma, *form, case.precision, *needs, backend
+    )
+    names = [name for name, needed in zip(GRADIENTS, needs, strict=True) if needed]
     return {
         "y": ops.forward(case.x, *factors, *vectors, *form, case.precision, backend),
-        "x": ops.grad_input(case.grad, *factors, case.gamma, *form, case.precision, backend),
         **dict(zip(names, grads, strict=True)),
     }
 

@@ -1,15 +1,17 @@
 """The operators hut::*: opcheck, new and detached outputs, only what is asked for."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 
 from hut_kernels import ops
 
-from .references import LAYOUTS, cases, check, error, examples, laid_out, make, operators
+from .references import GRADIENTS, LAYOUTS, cases, check, error, examples, laid_out, make, operators
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("forward", "grad_input", "grad_factors", "weight")
+NAMES = ("forward", "backward", "weight")
 TENSORS = ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta", "grad")
 FORMS = {"low_rank": {"scaling": 0.5}, "direct": {"offset": 0.0}, "two_sided": {}}
 
@@ -18,15 +20,23 @@ def form(name):
     return FORMS[name] | ({"transform": "two_sided"} if name == "two_sided" else {})
 
 
-def arguments(name, case, needs=(True, True, True)):
+def arguments(name, case, needs=(True,) * 4):
     """The operator's arguments for a case."""
     factors = case.weight, case.hut_A, case.hut_B
     spec = case.transform, case.offset, case.scaling
     vectors = case.bias, case.gamma, case.beta
     return {
         "forward": (case.x, *factors, *vectors, *spec, case.precision, "torch"),
-        "grad_input": (case.grad, *factors, case.gamma, *spec, case.precision, "torch"),
-        "grad_factors": (case.grad, case.x, *factors, case.gamma, *spec, *needs, "torch"),
+        "backward": (
+            case.grad,
+            case.x,
+            *factors,
+            case.gamma,
+            *spec,
+            case.precision,
+            *needs,
+            "torch",
+        ),
         "weight": (*factors, case.gamma, *spec, torch.float32, "torch"),
     }[name]
 
@@ -79,7 +89,7 @@ def test_opcheck(name, layout, requires_grad, kind):
 def test_the_fake_has_the_real_shapes_types_and_strides(name, kind, types):
     for layout in LAYOUTS:
         case = laid_out(make((2, 3), 6, 5, 2, vectors="gamma", **types, **form(kind)), layout)
-        for needs in ((True, True, True), (True, False, False), (False, True, False)):
+        for needs in ((True,) * 4, (False, True, False, True), (True, False, True, False)):
             op, given = getattr(torch.ops.hut, name).default, arguments(name, case, needs)
             torch.library.opcheck(op, given, test_utils="test_faketensor")
 
@@ -118,16 +128,13 @@ def test_an_identity_is_copied_too(name):
     assert inputs.isdisjoint(out.data_ptr() for out in call(name, case))
 
 
-@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+@pytest.mark.parametrize("needs", [*itertools.product((False, True), repeat=4)], ids=str)
 @pytest.mark.parametrize("kind", FORMS)
-def test_factor_gradients_come_in_order_and_only_where_needed(needs, kind):
+def test_gradients_come_in_order_and_only_where_needed(needs, kind):
     case = make(4, 7, 6, 2, vectors="gamma", **form(kind))
-    needs = tuple(map(bool, needs))
     results = operators(case, "torch", needs)
-    assert len(call("grad_factors", case, needs=needs)) == sum(needs)
-    assert set(results) == {"y", "x"} | {
-        name for name, needed in zip(("hut_A", "hut_B", "WG"), needs, strict=True) if needed
-    }
+    assert len(call("backward", case, needs=needs)) == sum(needs)
+    assert set(results) == {"y", *itertools.compress(GRADIENTS, needs)}
     check(case, results)
 
 

@@ -119,14 +119,17 @@ def calls_of(
             t.x, t.weight, t.hut_A, t.hut_B, None, None, None, *form, "merged", backend
         )
 
+    def backward(t: Tensors, of_x: bool, of_factors: bool) -> object:
+        needs = of_x, of_factors, of_factors, False
+        return ops.backward(
+            t.grad, t.x, t.weight, t.hut_A, t.hut_B, None, *form, "merged", *needs, backend
+        )
+
     def grad_input(t: Tensors) -> object:
-        return ops.grad_input(t.grad, t.weight, t.hut_A, t.hut_B, None, *form, "merged", backend)
+        return backward(t, True, False)
 
     def grad_factors(t: Tensors) -> object:
-        needs = True, True, False
-        return ops.grad_factors(
-            t.grad, t.x, t.weight, t.hut_A, t.hut_B, None, *form, *needs, backend
-        )
+        return backward(t, False, True)
 
     def weight(t: Tensors) -> object:
         if backend == "triton":
@@ -138,7 +141,7 @@ def calls_of(
         "forward": forward,
         "grad_input": grad_input,
         "grad_factors": grad_factors,
-        "step": lambda t: (forward(t), grad_input(t), grad_factors(t)),
+        "step": lambda t: (forward(t), backward(t, True, True)),
     }
     plain: dict[str, Callable[[Tensors], object]] = {
         "forward": lambda t: F.linear(t.x, t.weight),
