@@ -115,29 +115,43 @@ def three_products(x: Tensor, weight: Tensor, g: Tensor) -> Case:
 
 def memory_rows() -> list[Row]:
     """Peak of a step through a chain of layers, in weights above what is resident."""
-    with Progress("memory of a chain", 2) as progress:
-        rows = []
+    methods = {"live bytes": live_peak, "resident high-water mark": resident_peak}
+    rows = []
+    with Progress("memory of a chain", 4) as progress:
         for label, options in (("HUT", {}), ("HUT paper's form", PAPER)):
-            # A process of its own: its high-water mark is then the chain's.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                live, resident = pool.submit(chain_peaks, options).result()
-            limit = 2.5 if label == "HUT" else None
-            rows.append(memory_row(f"{label}, live bytes", live, limit))
-            rows.append(memory_row(f"{label}, resident high-water mark", resident, limit))
-            progress.to(len(rows) / 2)
+            for method, peak in methods.items():
+                # A process of its own, which has no workspace yet: the step has to make it.
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    weights = pool.submit(peak, options).result()
+                limit = 2.5 if label == "HUT" else None
+                rows.append(memory_row(f"{label}, {method}", weights, limit))
+                progress.to(len(rows))
     return rows
 
 
-def chain_peaks(options: dict[str, Any]) -> tuple[float, float | None]:
-    """Peak live bytes, and peak resident bytes, of a chain's step, in weights."""
-    layers = [HUTLinear(CHAIN_WIDTH, CHAIN_WIDTH, R, bias=False, **options) for _ in range(CHAIN)]
-    x = torch.randn(CHAIN_TOKENS, CHAIN_WIDTH, requires_grad=True)
-    case = step_case(nn.Sequential(*layers), x, torch.randn(CHAIN_TOKENS, CHAIN_WIDTH))
-    case.run()  # threads and libraries have their buffers now
-    weight = layers[0].weight.nbytes
-    case.prepare()
+def live_peak(options: dict[str, Any]) -> float:
+    """Peak live bytes of a chain's step, in weights."""
+    return peak_bytes(chain_case(CHAIN_WIDTH, options), CPU) / weight_bytes()
+
+
+def resident_peak(options: dict[str, Any]) -> float | None:
+    """Peak resident bytes of a chain's step, in weights; None where the system does not tell."""
+    case = chain_case(CHAIN_WIDTH, options)
+    chain_case(CHAIN_WIDTH // 64, options).run()  # threads and libraries have their buffers now
     resident = peak_resident_bytes(case.run)
-    return peak_bytes(case, CPU) / weight, None if resident is None else resident / weight
+    return None if resident is None else resident / weight_bytes()
+
+
+def chain_case(width: int, options: dict[str, Any]) -> Case:
+    """A step through `CHAIN` layers of `width`, its inputs at hand."""
+    layers = [HUTLinear(width, width, R, bias=False, **options) for _ in range(CHAIN)]
+    x = torch.randn(CHAIN_TOKENS, width, requires_grad=True)
+    return step_case(nn.Sequential(*layers), x, torch.randn(CHAIN_TOKENS, width))
+
+
+def weight_bytes() -> int:
+    """Bytes of one weight of the chain, in float32."""
+    return 4 * CHAIN_WIDTH**2
 
 
 def overhead_row(seconds: float) -> Row:
