@@ -312,10 +312,12 @@ def _broken_rules(
 ) -> tuple[str, ...]:
     broken = []
     limit = shared_memory_limit(config.arch)
-    if (spills or stack) and _planned(config):
-        broken.append(f"spills: {spills} local loads and stores, {stack} bytes of stack")
     if shared > limit:
         broken.append(f"shared memory: {shared} bytes, the device has {limit}")
+    if not _planned(config):
+        return tuple(broken)  # slow would be no harm: the planner never chooses it
+    if spills or stack:
+        broken.append(f"spills: {spills} local loads and stores, {stack} bytes of stack")
     broken += [f"serialised wgmma: ptxas {warning}" for warning in warnings]
     strict = config.aligned and config.transform == "low_rank" and config.dtype != "fp32"
     if strict and config.kernel in PRODUCTS:

@@ -30,7 +30,7 @@ RANKS = (16, 32, 64, 128)
 _TABLE = """
 sm_80
 forward       16    16-bit  16x64x128/4/4/W  16x64x128/4/4/W  16x64x64/4/4/W   16x64x64/4/3/W
-forward       64    16-bit  64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   64x64x64/4/3/W
+forward       64    16-bit  64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   64x64x32/4/4/W
 forward       more  16-bit  128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W
 forward       16    tf32    16x64x128/4/4/W  16x64x128/4/3/W  16x64x64/4/4/W   16x64x64/4/3/W
 forward       64    tf32    64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   64x64x32/4/4/W
@@ -97,14 +97,14 @@ grad_factors  any   tf32    32x128x128/8/2   32x128x128/8/2   32x128x128/8/2   3
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 all
-forward       16    fp32    16x32x32/4/2     16x32x32/4/2     16x32x32/4/2     16x32x32/4/2
+forward       16    fp32    16x64x32/8/2     16x64x32/8/2     16x32x32/8/2     16x64x32/8/2
 forward       64    fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 forward       more  fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
-grad_input    16    fp32    16x32x32/4/2     16x32x32/4/2     16x32x32/4/2     16x32x32/4/2
+grad_input    16    fp32    16x64x32/8/2     16x64x32/8/2     16x64x32/8/2     16x64x32/8/2
 grad_input    64    fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 grad_input    more  fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
-grad_factors  any   fp32    32x32x32/4/2     32x32x32/4/2     32x32x32/4/2     32x32x32/4/2
-grad_reduce   any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
+grad_factors  any   fp32    32x32x32/8/2     32x32x32/8/2     32x32x32/8/2     32x32x32/8/2
+grad_reduce   any   16-bit  16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   fp32    16x64x32/8/1     16x64x32/8/1     16x64x32/8/1     16x64x32/8/1
 weight        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
