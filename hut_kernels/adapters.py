@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .definition import PRECISIONS, TRANSFORMS
 from .errors import HUTBackendError
 from .nn import HUTLinear, is_conv1d
 
@@ -117,7 +120,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` to one safetensors file, replacing an old one as a whole.
 
-    The file's metadata holds a format version and every HUT layer's options.
+    The file's metadata holds a format version, every HUT layer's options and a checksum of all
+    that the file says.
 
     Raises:
         ValueError: the model has no HUT layer.
@@ -129,11 +133,12 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
         name: tensor.to("cpu", copy=True).contiguous()
         for name, tensor in adapter_state_dict(model).items()
     }
-    layers = {name: _options(layer) for name, layer in _hut_layers(model).items()}
+    layers = json.dumps({name: _options(layer) for name, layer in _hut_layers(model).items()})
     metadata = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
-        "layers": json.dumps(layers),
+        "layers": layers,
+        "sha256": _checksum(layers, tensors),
     }
     path = Path(file)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -151,11 +156,11 @@ def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     `fused` may differ); `inject(model, target_modules, **adapter_options(file))` makes them.
 
     Raises:
-        ValueError: the file is truncated or is no adapter, or its layers, options, shapes or types
+        ValueError: the file is damaged or is no adapter, or its layers, options, shapes or types
             are not the model's. The model is unchanged.
         HUTBackendError: the factors of the model are on the meta device.
     """
-    saved_layers, tensors = _read(file)
+    saved_layers, tensors, metadata = _read(file)
     layers = _hut_layers(model)
     _check_same_names("HUT layers", saved_layers, layers)
     for name, layer in layers.items():
@@ -164,6 +169,8 @@ def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     _check_same_names("tensors", tensors, factors)
     for name, factor in factors.items():
         _check_fits(name, tensors[name], factor)
+    # Last, for where a file does not fit the model the checks above say more.
+    _check_undamaged(file, saved_layers, tensors, metadata)
     with torch.no_grad():
         for name, factor in factors.items():
             factor.copy_(tensors[name])
@@ -173,10 +180,11 @@ def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
     """The layer options of an adapter file, for `inject(model, target_modules, **options)`.
 
     Raises:
-        ValueError: the file is truncated or is no adapter, or its layers differ in their options,
-            so that one call of `inject` cannot make them.
+        ValueError: the file is damaged or is no adapter, or its layers differ in their options, so
+            that one call of `inject` cannot make them.
     """
-    layers, _ = _read(file)
+    layers, tensors, metadata = _read(file)
+    _check_undamaged(file, layers, tensors, metadata)
     (first, options), *others = layers.items()
     for name, other in others:
         if other != options:
@@ -341,17 +349,28 @@ def _options(layer: HUTLinear) -> dict[str, Any]:
     return options | {"factor_dtype": str(layer.hut_A.dtype).removeprefix("torch.")}
 
 
-def _read(file: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """The options of every layer, and the tensors, of an adapter file."""
+def _read(
+    file: str | os.PathLike[str],
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor], dict[str, str]]:
+    """The options of every layer, the tensors, and the metadata of an adapter file."""
     from safetensors import SafetensorError, safe_open
 
+    if Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{file} is not a file")  # a folder; a pipe would keep its reader waiting
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            keys = opened.keys()
-            tensors = {key: opened.get_tensor(key) for key in keys}
+            layers = _parse_metadata(file, metadata)
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated, or not a safetensors file: {error}") from error
+    return layers, tensors, metadata
+
+
+def _parse_metadata(
+    file: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The options of every layer."""
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{file} is not a hut_kernels adapter: format={metadata.get('format')!r}")
     version = metadata.get("format_version")
@@ -359,21 +378,64 @@ def _read(file: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict
         raise ValueError(
             f"{file} has adapter format version {version}; this hut_kernels reads {_FORMAT_VERSION}"
         )
-    return _parse_layers(file, metadata.get("layers", "")), tensors
-
-
-def _parse_layers(file: str | os.PathLike[str], text: str) -> dict[str, dict[str, Any]]:
     try:
-        layers = json.loads(text)
-        well_formed = bool(layers) and all(
-            set(options) == set(_OPTIONS) and options["factor_dtype"] in _FACTOR_DTYPES
-            for options in layers.values()
-        )
-    except (ValueError, TypeError, AttributeError):
+        layers = json.loads(metadata["layers"])
+        well_formed = bool(layers) and all(map(_well_formed, layers.values()))
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         well_formed = False
     if not well_formed:
         raise ValueError(f"{file} has no readable layer options in its metadata")
     return layers
+
+
+def _well_formed(options: dict[str, Any]) -> bool:
+    """Whether a layer's options are those of some `HUTLinear`; an exception may say no as well."""
+    r, alpha = options["r"], options["alpha"]
+    return (
+        set(options) == set(_OPTIONS)
+        and type(r) is int
+        and r >= 1
+        and (alpha is None or 0 < alpha < math.inf)
+        and options["transform"] in TRANSFORMS
+        and options["offset"] in (0, 1)
+        and 0 <= options["dropout"] < 1
+        and type(options["scale_shift"]) is bool
+        and options["precision"] in PRECISIONS
+        and options["factor_dtype"] in _FACTOR_DTYPES
+    )
+
+
+def _check_undamaged(
+    file: str | os.PathLike[str],
+    layers: Mapping[str, dict[str, Any]],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    if metadata.get("sha256") != _checksum(metadata["layers"], tensors):
+        raise ValueError(f"{file} is damaged: its checksum is not that of its contents")
+    for name, options in layers.items():
+        if not _describes(options, name, tensors):
+            raise ValueError(f"{file} contradicts itself: {name!r} has no factors of {options}")
+
+
+def _describes(options: dict[str, Any], name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a layer's factors are there, and of the rank and type that its options say."""
+    keys = ("hut_A", "hut_B", *(("gamma", "beta") if options["scale_shift"] else ()))
+    factors = [tensors.get(_join(name, key)) for key in keys]
+    dtype, r = _FACTOR_DTYPES[options["factor_dtype"]], options["r"]
+    if any(factor is None or factor.dtype != dtype for factor in factors):
+        return False
+    A, B = factors[:2]
+    return A.ndim == B.ndim == 2 and len(A) == B.shape[1] == r  # type: ignore[union-attr, arg-type]
+
+
+def _checksum(layers: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the layers' options and of each tensor's name, type, shape and bytes."""
+    total = hashlib.sha256(layers.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _check_same_names(what: str, saved: Collection[str], present: Collection[str]) -> None:
