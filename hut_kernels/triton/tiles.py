@@ -81,7 +81,8 @@ def left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P: tl.conste
     """`A[p(o), i]`, float32: `[1, BK]` where all rows are in one group, else `[BO, BK]`."""
     if UNIFORM_P:
         p = group_of(tl.min(o_o, 0), r, O).to(tl.int64)
-        b_a = tl.load(p_a + p * stride_ar + o_k * stride_ak, mask=o_k < K, other=0.0)[None, :]
+        o_a = p * stride_ar + o_k.to(tl.int64) * stride_ak
+        b_a = tl.load(p_a + o_a, mask=o_k < K, other=0.0)[None, :]
     else:
         b_a = load_2d(p_a, group_of(o_o, r, O), stride_ar, o_k, stride_ak, o_o < O, o_k < K)
     return b_a.to(tl.float32)
@@ -91,7 +92,7 @@ def left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P: tl.conste
 def right_tile(p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q: tl.constexpr):
     """`B[o, q(i)]`, float32: `[BO, 1]` where all columns are in one group, else `[BO, BK]`."""
     if UNIFORM_Q:
-        q = group_of(tl.min(o_k, 0), r, K)
+        q = group_of(tl.min(o_k, 0), r, K).to(tl.int64)
         o_b = o_o.to(tl.int64) * stride_bo + q * stride_br
         b_b = tl.load(p_b + o_b, mask=o_o < O, other=0.0)[:, None]
     else:
