@@ -60,6 +60,12 @@ def test_the_wrong_tensor_core_is_found():
     assert "no HGMMA" in found
 
 
+def test_a_thin_product_alone_on_the_tensor_core_is_found():
+    # T's product has 64 rows and takes wgmma; the tokens' product, with 16, does not.
+    found = broken("sm_90", "forward", Row(16, 64, 64, 4, 3, settle=True))
+    assert "multiplications by HGMMA" in found
+
+
 def test_what_does_not_compile_is_a_finding():
     assert "does not compile" in broken("sm_80", "forward", Row(48, 64, 32, 4, 2))
 

@@ -13,6 +13,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -153,8 +154,9 @@ def inspect(config: Config, dump: Path | None = None) -> Report:
     )
     shared = compiled.metadata.shared
     spills = sum(_opcode(line) in ("STL", "LDL") for line in code.lines)
-    loop = _main_loop(code)
-    broken = _broken_rules(config, stack, shared, spills, loop, warnings)
+    lines = _main_loop(code)
+    loop = collections.Counter(_opcode(line) for line in lines)
+    broken = _broken_rules(config, stack, shared, spills, lines, warnings)
     occupancy = _occupancy(config, registers, shared)
     return Report(config, registers, stack, shared, spills, dict(loop), occupancy, broken)
 
@@ -264,25 +266,38 @@ def _is_product(opcode: str) -> bool:
     return opcode in ("HMMA", "HGMMA", "FFMA") or re.fullmatch(r"UTC\w*MMA", opcode) is not None
 
 
-def _main_loop(code: _Code) -> collections.Counter[str]:
-    """The opcodes of the loop over tokens or features: an innermost one with the most products.
+def _main_loop(code: _Code) -> list[str]:
+    """The loop over tokens or features: an innermost one with the most products.
 
     The loop of the reduction multiplies too, but it writes, and the main loop does not.
     """
-    best: collections.Counter[str] = collections.Counter()
+    best: list[str] = []
     for first, last in code.loops:
-        if any(first <= a and b < last and _products(code, a, b) for a, b in code.loops):
+        lines = code.lines[first : last + 1]
+        if any(first <= a and b < last and _products(code.lines[a : b + 1]) for a, b in code.loops):
             continue  # an outer loop: what matters is within
-        count = collections.Counter(_opcode(x) for x in code.lines[first : last + 1])
-        if not (count["STG"] or count["RED"]) and _products(code, first, last) > sum(
-            n for op, n in best.items() if _is_product(op)
-        ):
-            best = count
+        writes = any(_opcode(line) in ("STG", "RED") for line in lines)
+        if not writes and _products(lines) > _products(best):
+            best = lines
     return best
 
 
-def _products(code: _Code, first: int, last: int) -> int:
-    return sum(_is_product(_opcode(line)) for line in code.lines[first : last + 1])
+def _products(lines: list[str]) -> int:
+    return sum(_is_product(_opcode(line)) for line in lines)
+
+
+def _multiplications(lines: list[str], warps: int) -> int:
+    """What the warps' `HMMA.16816` and warp groups' `HGMMA.64x128x16` multiply, all together."""
+    total = 0
+    for line in lines:
+        if shape := re.search(r"\bHMMA\.(16)(8)(\d+)\.", line):
+            groups = warps
+        elif shape := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)\.", line):
+            groups = warps // 4
+        else:
+            continue
+        total += groups * math.prod(int(size) for size in shape.groups())
+    return total
 
 
 def _serialised(ptx: str, folder: Path) -> list[str]:
@@ -307,7 +322,7 @@ def _broken_rules(
     stack: int,
     shared: int,
     spills: int,
-    loop: collections.Counter[str],
+    loop: list[str],
     warnings: list[str],
 ) -> tuple[str, ...]:
     broken = []
@@ -325,10 +340,22 @@ def _broken_rules(
     return tuple(broken)
 
 
-def _broken_loop_rules(config: Config, loop: collections.Counter[str]) -> Iterator[str]:
+def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:
+    loop = collections.Counter(_opcode(line) for line in lines)
     wanted = _TENSOR_CORES.get(config.arch, "HMMA")
-    if not any(re.fullmatch(wanted.replace("*", r"\w*"), opcode) for opcode in loop):
+    products = [line for line in lines if re.fullmatch(wanted.replace("*", r"\w*"), _opcode(line))]
+    # T's own product, of rank BR, is on the tensor cores too; the gradient's T is not in the loop.
+    thin = config.kernel != "grad_factors"
+    tiles = config.row
+    needed = tiles.BO * tiles.BK * (tiles.BN + thin * padded_rank(config.r))
+    done = _multiplications(products, tiles.warps)
+    if not products:
         yield f"no {wanted} in the main loop"
+    elif config.arch == "sm_100":  # its instructions don't tell their shape
+        if len(products) < 1 + thin:
+            yield f"one {wanted} in the main loop, for two products"
+    elif done < needed:
+        yield f"{done} multiplications by {wanted} in the main loop, of {needed} in its products"
     if not (loop["LDGSTS"] or loop["UTMALDG"]):
         yield "no asynchronous copy in the main loop"
     if loop["LDG"]:
