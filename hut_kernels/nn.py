@@ -181,11 +181,18 @@ class HUTLinear(nn.Module):
             self.hut_A.fill_(1.0)
             self.hut_B.fill_(1.0)
         else:
-            nn.init.kaiming_uniform_(self.hut_A, a=math.sqrt(5))
-            self.hut_B.zero_()
+            # Drawn whole, since a factor may be sharded.
+            hut_A, hut_B = (
+                torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
+                for factor in (self.hut_A, self.hut_B)
+            )
+            nn.init.kaiming_uniform_(hut_A, a=math.sqrt(5))
+            hut_B.zero_()
             if self.offset == 0:
-                self.hut_A[0] = 1.0
-                self.hut_B[:, 0] = 1.0
+                hut_A[0] = 1.0
+                hut_B[:, 0] = 1.0
+            _fill(self.hut_A, hut_A)
+            _fill(self.hut_B, hut_B)
         if self.gamma is not None and self.beta is not None:
             self.gamma.fill_(1.0)
             self.beta.zero_()
@@ -304,6 +311,16 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return grad @ weight.to(grad.dtype), None
+
+
+def _fill(parameter: nn.Parameter, value: Tensor) -> None:
+    """Copies the value; into a sharded parameter every rank its part of the first rank's value."""
+    if hasattr(parameter, "_local_tensor"):  # a DTensor: an import that others are spared
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def is_conv1d(module: nn.Module) -> bool:
