@@ -59,19 +59,10 @@ class _ParallelHUTLinear(HUTLinear):
         return weight.t() if self.fan_in_fan_out else weight
 
     def _own_groups(self, factor: Tensor, dim: int) -> Tensor:
-        """The factor whose `r` groups, along `dim`, are those of this rank's shard of the features.
-
-        With n features a shard, feature i of shard s is in the layer's group
-        `(s * n + i) * r // (size * n) = (s * r + i * r // n) // size`, a floor of a floor, where
-        `i * r // n` is its group in the shard alone. So the shard's groups are the r from `s * r`
-        on when each of the layer's stands `size` times in a row, wherever the borders fall.
-        """
+        """The factor whose groups, along `dim`, are those of this rank's shard of the features."""
         if self.transform != "two_sided":
             return factor
-        size, start = self.mesh.size(), self.mesh.get_local_rank() * self.r
-        first, last = start // size, (start + self.r - 1) // size
-        repeated = factor.narrow(dim, first, last - first + 1).repeat_interleave(size, dim)
-        return repeated.narrow(dim, start - first * size, self.r)
+        return shard_groups(factor, dim, self.mesh.get_local_rank(), self.mesh.size())
 
 
 class _ColwiseHUTLinear(_ParallelHUTLinear):
@@ -231,6 +222,29 @@ def _check_shardable(style: str, layer: HUTLinear, mesh: DeviceMesh, side: str) 
             f"{style}: two_sided needs r <= {side} / ranks, a group for each feature of a shard at "
             f"most; got r={layer.r} with {features} / {size} = {features // size}"
         )
+
+
+def shard_groups(factor: Tensor, dim: int, rank: int, size: int) -> Tensor:
+    """A `two_sided` factor for one of `size` equal shards of the features that `dim` groups.
+
+    With n features a shard, feature i of shard s is in the layer's group
+    `(s * n + i) * r // (size * n) = (s * r + i * r // n) // size` (a floor of a floor), and
+    `i * r // n` is its group in the shard alone. So the shard's groups are the r from `s * r` on
+    when each of the layer's stands `size` times in a row, wherever the borders fall.
+
+    Args:
+        factor: `hut_A` for shards of the output features, `hut_B` for shards of the input features.
+        dim: the dimension of r: 0 for `hut_A`, 1 for `hut_B`.
+        rank: which shard.
+        size: how many shards.
+
+    Returns:
+        A tensor of factor's shape. Its gradient comes back to factor without atomics.
+    """
+    r, start = factor.shape[dim], rank * factor.shape[dim]
+    first, last = start // size, (start + r - 1) // size
+    repeated = factor.narrow(dim, first, last - first + 1).repeat_interleave(size, dim)
+    return repeated.narrow(dim, start - first * size, r)
 
 
 def _local(parameter: nn.Parameter | None) -> Any:
