@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 
 import torch
 from torch import Tensor
@@ -59,11 +60,12 @@ def hut_linear(
     Raises:
         ValueError: Shapes that do not fit, an unknown option, tensors on different devices, a
             weight that requires grad.
-        TypeError: A tensor that is not floating point, or float64 on Triton or CUDA.
+        TypeError: What is no dense floating-point tensor, an offset or scaling that is no real
+            number, or float64 on Triton or CUDA.
         HUTBackendError: The backend cannot run here, or the weight is quantised, sharded or on the
             meta device.
     """
-    spec = Spec(transform, offset, scaling, precision)
+    spec = Spec(transform, _number("offset", offset), _number("scaling", scaling), precision)
     _check_options(spec)
     _check_tensors(x, weight, hut_A, hut_B, bias, gamma, beta, transform)
     if weight.requires_grad:
@@ -114,14 +116,15 @@ def hut_weight(
     Raises:
         ValueError, TypeError, HUTBackendError: As `hut_linear`.
     """
-    spec = Spec(transform, offset, scaling)
+    spec = Spec(transform, _number("offset", offset), _number("scaling", scaling))
     _check_options(spec)
-    _check_tensors(None, weight, hut_A, hut_B, None, gamma, None, transform)
+    names = ("weight", *_NAMES[1:])
+    _check_tensors(weight, weight, hut_A, hut_B, None, gamma, None, transform, names)
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {_names(FLOATS)}; got {dtype}")
     chosen = dispatch.choose("auto", (weight, hut_A, hut_B))
-    return ops.weight(weight, hut_A, hut_B, gamma, transform, offset, scaling, dtype, chosen)
+    return ops.weight(weight, hut_A, hut_B, gamma, *spec[:3], dtype, chosen)
 
 
 def check_weight(weight: Tensor) -> None:
@@ -145,6 +148,18 @@ def check_weight(weight: Tensor) -> None:
         raise HUTBackendError(f"weight is quantised ({kind.__name__}); dequantise it first")
 
 
+def _number(name: str, value: object) -> float:
+    """A tensor is refused too: it would get no gradient, and on a GPU cost a synchronisation."""
+    if type(value) is float:
+        return value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number; got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is beyond the range of a float") from error
+
+
 def _check_options(spec: Spec) -> None:
     if spec.transform not in TRANSFORMS:
         raise ValueError(
@@ -161,8 +176,11 @@ def _check_options(spec: Spec) -> None:
         )
 
 
+_NAMES = ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta")
+
+
 def _check_tensors(
-    x: Tensor | None,
+    x: Tensor,
     weight: Tensor,
     hut_A: Tensor,
     hut_B: Tensor,
@@ -170,16 +188,22 @@ def _check_tensors(
     gamma: Tensor | None,
     beta: Tensor | None,
     transform: str,
+    names: tuple[str, ...] = _NAMES,
 ) -> None:
     """Kinds, types, devices and shapes, in this order; nothing is computed."""
     check_weight(weight)
-    device = weight.device if x is None else x.device
-    given = (x, weight, hut_A, hut_B, bias, gamma, beta)
-    for index, tensor in enumerate(given):
-        if tensor is not None and (tensor.dtype not in FLOATS or tensor.device != device):
-            _refuse(
-                ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta")[index], tensor, device
-            )
+    device = getattr(x, "device", None)
+    for index, tensor in enumerate((x, weight, hut_A, hut_B, bias, gamma, beta)):
+        if tensor is None and index > 3:
+            continue
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.dtype not in FLOATS
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.device != device
+        ):
+            _refuse(names[index], tensor, device)
     _check_shapes(x, weight, hut_A, hut_B, bias, gamma, beta)
     if transform == "two_sided" and hut_A.shape[0] > min(weight.shape):
         raise ValueError(
@@ -188,9 +212,14 @@ def _check_tensors(
         )
 
 
-def _refuse(name: str, tensor: Tensor, device: torch.device) -> None:
+def _refuse(name: str, tensor: object, device: torch.device | None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {tensor.dtype}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor; got {kind}")
     if name == "weight" and tensor.is_meta:
         raise HUTBackendError("weight is on the meta device: it has no data to multiply with")
     raise ValueError(
@@ -200,7 +229,7 @@ def _refuse(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def _check_shapes(
-    x: Tensor | None,
+    x: Tensor,
     weight: Tensor,
     hut_A: Tensor,
     hut_B: Tensor,
@@ -215,7 +244,7 @@ def _check_shapes(
     r = hut_A.shape[0]
     if r < 1:
         raise ValueError(f"r must be at least 1; got hut_A of shape {tuple(hut_A.shape)}")
-    if x is not None and (x.ndim < 1 or x.shape[-1] != in_features):
+    if x.ndim < 1 or x.shape[-1] != in_features:
         given = x.shape[-1] if x.ndim else "a scalar"
         raise ValueError(
             f"x's last dimension must be weight's in_features = {in_features}; got {given}"
