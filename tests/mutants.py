@@ -72,9 +72,16 @@ MUTANTS = (
     Mutant(
         "T rounded to 16 bits first",
         TORCH,
-        "        torch.mul(W0, T, out=_take(out, rows))\n",
-        "        torch.mul(W0, T.to(dtype), out=_take(out, rows))\n",
+        "        torch.mul(weight[rows], T, out=out[rows])\n",
+        "        torch.mul(weight[rows], T.to(dtype), out=out[rows])\n",
         ("tests/test_functional.py", "cancels"),
+    ),
+    Mutant(
+        "gamma forgotten in T's constant",
+        TORCH,
+        "        B, constants = B * gamma[:, None], constants * gamma[:, None]\n",
+        "        B = B * gamma[:, None]\n",
+        ("tests/test_ops.py", "match_the_reference"),
     ),
     Mutant(
         "the last block of rows dropped",
@@ -155,9 +162,9 @@ MUTANTS = (
     ),
     Mutant(
         "dx computed though nobody asked",
-        AUTOGRAD,
-        "    if need_x:\n",
-        "    if True:\n",
+        OPS,
+        "    if need_x:\n        grads.append(module",
+        "    if True:\n        grads.append(module",
         ("tests/test_autograd.py", "asked_for"),
     ),
     Mutant(
