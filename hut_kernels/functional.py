@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
 
 import torch
@@ -12,6 +13,8 @@ from . import definition, dispatch, ops
 from .autograd import HUTLinearFunction
 from .definition import FLOATS, PRECISIONS, TRANSFORMS, Spec
 from .errors import HUTBackendError
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def hut_linear(
@@ -150,14 +153,13 @@ def check_weight(weight: Tensor) -> None:
 
 def _number(name: str, value: object) -> float:
     """A tensor is refused too: it would get no gradient, and on a GPU cost a synchronisation."""
-    if type(value) is float:
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
         return value
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number; got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError(f"{name} is beyond the range of a float") from error
+    if _LARGEST < abs(value) < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{name} is beyond the range of float32, in which T is formed")
+    return float(value)
 
 
 def _check_options(spec: Spec) -> None:
