@@ -1,0 +1,118 @@
+"""torch.distributed.checkpoint: a run saved on two ranks goes on with any number of them."""
+
+import copy
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from hut_kernels import load_adapter, save_adapter
+from tests.distributed.conftest import FOUR
+from tests.distributed.pool import Group
+from tests.distributed.test_tensor_parallel import PLAN
+from tests.distributed.training import (
+    FORMS,
+    assert_trained_alike,
+    error,
+    make_model,
+    own_part,
+    train,
+)
+
+# Loading without a process group is what some tests here are about.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+# The factors and their optimiser state alone; the base model has a checkpoint of its own.
+ADAPTER = StateDictOptions(ignore_frozen_params=True)
+
+
+def parallelise(model, engine, world):
+    if engine == "fsdp":
+        for block in model:
+            fully_shard(block)
+        fully_shard(model)
+        return own_part()
+    parallelize_module(model, init_device_mesh("cpu", (world,)), PLAN)
+    return slice(None)
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save(engine, form, folder, world):
+    model = make_model(**FORMS[form])
+    optimizer = train(model, parallelise(model, engine, world), steps=range(2))
+    weights, moments = get_state_dict(model, optimizer, options=ADAPTER)
+    assert len(weights) == len(trained(model))
+    dcp.save({"weights": weights, "moments": moments}, checkpoint_id=folder)
+
+
+def resume(engine, form, folder, world):
+    """Loads the two steps of `save` into a fresh model, and trains two more."""
+    initial = make_model(**FORMS[form])
+    reference, model = copy.deepcopy(initial), copy.deepcopy(initial)
+    train(reference)
+    part = parallelise(model, engine, world) if world > 1 else slice(None)
+    optimizer = train(model, part, steps=range(4, 5))  # makes optimiser state, to be overwritten
+    weights, moments = get_state_dict(model, optimizer, options=ADAPTER)
+    state = {"weights": weights, "moments": moments}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state["weights"],
+        optim_state_dict=state["moments"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
+    )
+    train(model, part, steps=range(2, 4), optimizer=optimizer)
+    assert_trained_alike(model, reference, initial, 1e-12)
+
+
+every_engine = pytest.mark.parametrize("engine", ["fsdp", "tp"])
+every_transform = pytest.mark.parametrize("form", ["residual", "paper"])
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@every_engine
+@every_transform
+def test_checkpoint_saved_on_two_ranks_loads_on_one(ranks, tmp_path, engine, form):
+    ranks.run(save, engine, form, str(tmp_path), 2)
+    resume(engine, form, str(tmp_path), 1)
+
+
+@pytest.mark.parametrize("ranks", [FOUR], indirect=True)
+@every_engine
+@every_transform
+def test_checkpoint_saved_on_two_ranks_loads_on_four(ranks, two, tmp_path, engine, form):
+    two.run(save, engine, form, str(tmp_path), 2)
+    ranks.run(resume, engine, form, str(tmp_path), 4)
+
+
+@pytest.fixture(scope="module")
+def two():
+    group = Group(2)
+    yield group
+    group.close()
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@every_engine
+def test_checkpoint_of_a_sharded_run_becomes_an_adapter_file(ranks, tmp_path, engine):
+    ranks.run(save, engine, "paper", str(tmp_path), 2)
+    plain, reference, loaded = (make_model(**FORMS["paper"]) for _ in range(3))
+    train(reference, steps=range(2))
+    weights = get_model_state_dict(plain, options=ADAPTER)
+    dcp.load({"weights": weights}, checkpoint_id=str(tmp_path))
+    save_adapter(plain, tmp_path / "adapter.safetensors")
+    load_adapter(loaded, tmp_path / "adapter.safetensors")
+    for out, wanted in zip(trained(loaded), trained(reference), strict=True):
+        assert error(out, wanted) <= 1e-12
