@@ -1,0 +1,213 @@
+"""What the fine-tunes gave, in a table, in a picture and in plain sentences."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from benchmarks.plots import COLOURS, STYLE
+from benchmarks.report import (
+    load_sentences,
+    mebibytes,
+    milliseconds,
+    ratio,
+    table,
+    thread_sentences,
+)
+
+Row = dict[str, Any]
+COLOUR = {**COLOURS, "probe": COLOURS["frozen"]}
+# Student's t for 95 %, by the number of values: with three, the normal's 1.96 would flatter.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+POINTS = 32  # of a loss curve
+
+
+def interval(values: Sequence[float]) -> Row:
+    """Mean of the seeds' values and half the width of its 95 % interval, None for one seed."""
+    n, margin = len(values), None
+    if n > 1:
+        margin = T95.get(n, 2.262) * statistics.stdev(values) / n**0.5
+    return {"mean": statistics.fmean(values), "margin": margin, "values": list(values)}
+
+
+def described(data: Row) -> str:
+    """The data in a line."""
+    what = f"{len(data['classes'])} classes" if data["classes"] else "answers to prompts"
+    rows = ", ".join(f"{count} {part}" for part, count in data["rows"].items())
+    return f"{data['dataset']}: {what}; rows: {rows}"
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """The methods at their best rates."""
+    seeds = len(rows[0]["runs"])
+    return table(
+        f"At each method's best rate; accuracy in %, with its 95 % interval over {seeds} seeds",
+        [
+            "",
+            "r",
+            "trained",
+            "rate",
+            "accuracy",
+            "loss",
+            "step ms",
+            "step / LoRA",
+            "peak MiB",
+            "file kB",
+        ],
+        [
+            [
+                row["label"],
+                _or_dash(row["r"], str),
+                f"{row['trainable']:,}",
+                f"{row['rate']:g}",
+                percent(row["accuracy"]),
+                f"{row['loss']['mean']:.3f}",
+                _or_dash(row.get("step"), milliseconds),
+                _or_dash(row.get("step_versus_lora"), ratio),
+                _or_dash(row.get("peak_bytes"), mebibytes),
+                _or_dash(row["adapter_bytes"], lambda size: f"{size / 1000:.0f}"),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def sweep_of(rows: Sequence[Row]) -> str:
+    """Every rate that was tried."""
+    most = max(len(row["sweep"]) for row in rows)
+    cells = [
+        [
+            f"{one['rate']:g}: {100 * one['validation']['accuracy']:.1f}"
+            + ("*" if one["rate"] == row["rate"] else " ")
+            for one in row["sweep"]
+        ]
+        for row in rows
+    ]
+    return table(
+        "The rates tried: accuracy in % on the validation part (* the best)",
+        ["", *[""] * most],
+        [
+            [row["label"], *line, *[""] * (most - len(line))]
+            for row, line in zip(rows, cells, strict=True)
+        ],
+    )
+
+
+def sentences(rows: Sequence[Row], environment: Row, threads: tuple[int, int]) -> list[str]:
+    """What the numbers say, and what they do not."""
+    by = {row["method"]: row for row in rows}
+    lora = by["lora"]
+    counts = sorted({row["trainable"] for row in rows if row["r"]})
+    even = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    return [
+        *load_sentences(environment["load_average"], environment["cpu_count"]),
+        *thread_sentences(*threads),
+        f"Every adapter has {even} parameters; the head is trained beside each, at one rate.",
+        *(_against(row, lora) for row in rows if row["method"].startswith("hut")),
+        *(_edge(row) for row in rows if row["on_edge"] and row["rate"] > 0),
+    ]
+
+
+def _against(row: Row, lora: Row) -> str:
+    mine, other = row["accuracy"], lora["accuracy"]
+    difference = mine["mean"] - other["mean"]
+    if other["margin"] is None:
+        word = "one seed, no interval"
+    elif abs(difference) <= other["margin"]:
+        word = "within LoRA's interval"
+    else:
+        word = "above LoRA's interval" if difference > 0 else "BELOW LoRA's interval"
+    return (
+        f"{row['label']} ends at {percent(mine)} %, LoRA at {percent(other)} %: {word}; its best "
+        f"rate is {row['rate'] / lora['rate']:.3g} times LoRA's."
+    )
+
+
+def _edge(row: Row) -> str:
+    return (
+        f"The best rate of {row['label']}, {row['rate']:g}, is the last one tried on its side: a "
+        "better one may lie beyond."
+    )
+
+
+def percent(q: Row) -> str:
+    """Mean and margin in percent."""
+    return f"{100 * q['mean']:.1f}" + _or_dash(q["margin"], lambda m: f" ± {100 * m:.1f}", "")
+
+
+def _or_dash(value: Any, form: Any, dash: str = "–") -> str:
+    return dash if value is None else form(value)
+
+
+def picture(file: Path, rows: Sequence[Row]) -> None:
+    """Training losses, test accuracies, and what each learning rate gave."""
+    with plt.rc_context(STYLE):
+        figure, (left, middle, right) = plt.subplots(
+            1, 3, figsize=(13, 4), width_ratios=(1.3, 0.9, 1.1), layout="constrained"
+        )
+        _losses(left, rows)
+        _accuracies(middle, rows)
+        _sweep(right, rows)
+        figure.savefig(file, dpi=150)
+        plt.close(figure)
+
+
+def _losses(axes: Axes, rows: Sequence[Row]) -> None:
+    """Mean over the seeds, with the range between them, a point for several steps."""
+    for row in rows:
+        curves = [run["losses"] for run in row["runs"]]
+        steps = min(map(len, curves))
+        if steps == 0:
+            continue
+        ends = np.linspace(0, steps, min(POINTS, steps) + 1).astype(int)[1:]
+        values = np.array([_means(curve, ends) for curve in curves])
+        label = f"{row['label']}, rate {row['rate']:g}"
+        axes.plot(ends, values.mean(0), color=COLOUR[row["method"]], label=label)
+        axes.fill_between(
+            ends, values.min(0), values.max(0), color=COLOUR[row["method"]], alpha=0.15, linewidth=0
+        )
+    axes.set(title="Training loss at each method's best rate", xlabel="step", ylabel="nats")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def _means(curve: Sequence[float], ends: Any) -> list[float]:
+    begins = [0, *ends[:-1]]
+    return [statistics.fmean(curve[a:b]) for a, b in zip(begins, ends, strict=True)]
+
+
+def _accuracies(axes: Axes, rows: Sequence[Row]) -> None:
+    """Mean and interval, and the seeds as dots."""
+    for place, row in zip(range(len(rows), 0, -1), rows, strict=True):
+        q, colour = row["accuracy"], COLOUR[row["method"]]
+        values = [100 * value for value in q["values"]]
+        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.4, markersize=4)
+        margin = 100 * (q["margin"] or 0)
+        axes.errorbar(
+            100 * q["mean"], place, xerr=margin, fmt="D", color=colour, capsize=4, markersize=6
+        )
+        axes.annotate(
+            percent(q), (100 * q["mean"], place), (0, 8), textcoords="offset points", ha="center"
+        )
+    axes.set_yticks(range(len(rows), 0, -1), [row["label"] for row in rows])
+    axes.set_ylim(0.5, len(rows) + 0.6)
+    axes.margins(x=0.15)
+    axes.set(title="Test accuracy, 95 % interval", xlabel="%")
+
+
+def _sweep(axes: Axes, rows: Sequence[Row]) -> None:
+    for row in rows:
+        rates = [one["rate"] for one in row["sweep"]]
+        values = [100 * one["validation"]["accuracy"] for one in row["sweep"]]
+        axes.plot(rates, values, "o-", color=COLOUR[row["method"]], markersize=4)
+        axes.plot(row["rate"], max(values), "*", color=COLOUR[row["method"]], markersize=12)
+    axes.set_xscale("log")
+    axes.set(title="What each learning rate gave", xlabel="learning rate (* the best)")
+    axes.set_ylabel("validation accuracy, %; colours as on the left")

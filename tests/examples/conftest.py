@@ -1,0 +1,118 @@
+"""A tiny model of each kind and datasets in folders: nothing here asks the hub for anything."""
+
+import csv
+import os
+import random
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
+
+NOUNS = ["cat", "dog", "bird", "fish", "horse", "cow", "sheep", "goat"]
+TASTES = {
+    "good": ["kind", "lovely", "fine", "splendid"],
+    "bad": ["awful", "nasty", "grim", "dreadful"],
+}
+WORDS = [*NOUNS, *TASTES["good"], *TASTES["bad"], "the", "is", "eats", "||"]
+
+
+def tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="[SEP]",
+    )
+
+
+@pytest.fixture(scope="session", name="tokenizer")
+def _tokenizer():
+    return tokenizer()
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory, tokenizer):
+    """The folder of a small BERT with random weights."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        initializer_range=0.2,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory, tokenizer):
+    """The folder of a small GPT-2 with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        initializer_range=0.2,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write(folder, name, header, rows):
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+@pytest.fixture(scope="session")
+def tastes(tmp_path_factory):
+    """A folder with a dataset of labelled sentences, in a training and a test file."""
+    folder, draw = tmp_path_factory.mktemp("tastes"), random.Random(0)
+    for name, count in (("train", 240), ("test", 60)):
+        rows = set()
+        while len(rows) < count:
+            label = draw.choice(sorted(TASTES))
+            nouns, adjective = draw.sample(NOUNS, 2), draw.choice(TASTES[label])
+            start = "the" if name == "train" else "is"  # no sentence stands in both
+            rows.add((f"{start} {nouns[0]} is {adjective} the {nouns[1]} eats", label))
+        write(folder, name, ["sentence", "label"], sorted(rows))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory):
+    """A folder with a dataset of prompts and answers, in one file."""
+    folder, draw = tmp_path_factory.mktemp("answers"), random.Random(0)
+    rows = set()
+    while len(rows) < 200:
+        noun, adjective = draw.choice(NOUNS), draw.choice(TASTES["good"])
+        rows.add((f"{noun} {draw.choice(NOUNS)} {adjective}", f"the {noun} is {adjective}"))
+    write(folder, "train", ["asked", "answer"], sorted(rows))
+    return str(folder)

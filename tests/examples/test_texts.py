@@ -1,0 +1,117 @@
+"""Any dataset becomes the same kind of task: parts, batches, labels, and no row in two parts."""
+
+import importlib.util
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from examples import texts
+
+from .conftest import write
+
+needs_datasets = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="needs the package datasets"
+)
+
+
+def load(folder, tokenizer, scored=None, max_length=16):
+    return texts.load(str(folder), None, None, tokenizer, max_length, scored)
+
+
+@needs_datasets
+def test_a_folder_with_labels(tastes, tokenizer):
+    task = load(tastes, tokenizer)
+    assert task.classes == ["bad", "good"]
+    assert task.summary["columns"] == ["sentence"]
+    rows = task.summary["rows"]
+    assert rows["test"] == 60
+    assert rows["train"] + rows["validation"] == 240
+    assert 10 < rows["validation"] < 40
+    assert sum(task.summary["balance"]["test"].values()) == 60
+    batch = task.collate(task.parts["train"][:5])
+    assert batch["labels"].shape == (5,)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (5, 9)
+
+
+@needs_datasets
+def test_pairs_of_texts_and_test_labels_that_are_kept_back(tmp_path, tokenizer):
+    rows = [[f"{n} cat", f"dog {n}", n % 3] for n in range(90)]
+    write(tmp_path, "train", ["premise", "hypothesis", "label"], rows)
+    held_out = [[f"{n} cow", "dog", n % 3] for n in range(30)]
+    write(tmp_path, "validation", ["premise", "hypothesis", "label"], held_out)
+    write(tmp_path, "test", ["premise", "hypothesis", "label"], [["cow", "cat", -1]] * 5)
+    task = load(tmp_path, tokenizer)
+    assert task.classes == [0, 1, 2]
+    assert task.summary["rows"]["test"] == 30  # the labelled ones
+    row = task.parts["test"][0]
+    assert row["input_ids"].count(tokenizer.sep_token_id) == 2
+    assert row["token_type_ids"][-1] == 1
+
+
+@needs_datasets
+def test_a_row_stands_in_one_part_only(tmp_path, tokenizer):
+    write(tmp_path, "train", ["text", "label"], [["cat dog", 0], ["cow", 1], ["bird", 0]])
+    write(tmp_path, "validation", ["text", "label"], [["cow", 1], ["fish", 0]])
+    write(tmp_path, "test", ["text", "label"], [["cat dog", 0], ["fish", 1]])
+    task = load(tmp_path, tokenizer)
+    assert task.summary["rows"] == {"train": 1, "validation": 1, "test": 2}
+    assert task.summary["repeated"] == {"train": 2, "validation": 1, "test": 0}
+
+
+@needs_datasets
+def test_prompts_and_answers(answers, tokenizer):
+    task = load(answers, tokenizer)
+    assert task.classes is None
+    assert all(task.parts.values())
+    batch = task.collate(task.parts["train"][:3])
+    given = tokenizer.convert_tokens_to_ids(["the"])[0]
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        asked = ids.tolist().index(tokenizer.convert_tokens_to_ids("||")) + 1
+        assert (labels[:asked] == texts.IGNORED).all()
+        assert labels[asked] == ids[asked] == given
+        assert tokenizer.eos_token_id in labels
+
+
+@needs_datasets
+def test_datasets_that_do_not_fit_are_refused(tmp_path, tokenizer):
+    for header, row, word in (
+        (["a", "label"], ["cat", 0.5], "numbers such as 0.5"),
+        (["a", "b", "c", "label"], ["cat", "dog", "cow", 1], "a', 'b', 'c"),
+        (["a"], ["cat"], "prompts"),
+    ):
+        folder = tmp_path / word[0] / str(len(header))
+        folder.mkdir(parents=True)
+        write(folder, "train", header, [row] * 3)
+        with pytest.raises(ValueError, match=word):
+            load(folder, tokenizer)
+
+
+def task_of(lengths, tokenizer):
+    rows = [
+        {"input_ids": [n + 4] * length, "attention_mask": [1] * length, "labels": n % 2}
+        for n, length in enumerate(lengths)
+    ]
+    return texts.Task({"train": rows, "test": rows}, ["a", "b"], tokenizer, {})
+
+
+def test_an_epoch_has_every_row_once_in_batches_of_about_one_length(tokenizer):
+    task = task_of([1 + 7 * n % 29 for n in range(290)], tokenizer)
+    batches = list(task.batches(10, 29, seed=0))
+    assert sorted(i for b in batches for i in b["input_ids"][:, 0].tolist()) == list(range(4, 294))
+    padding = [(b["attention_mask"] == 0).float().mean().item() for b in batches]
+    assert sum(padding) / len(padding) < 0.12  # of unsorted batches: about 0.45
+    first, second = (list(task.batches(10, 60, seed=s)) for s in (0, 0))
+    assert len(first) == 60
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True)
+    )
+    other = next(task.batches(10, 1, seed=1))
+    assert not torch.equal(other["input_ids"][:, 0], first[0]["input_ids"][:, 0])
+
+
+def test_scoring_reads_every_row_once(tokenizer):
+    task = task_of([3, 1, 2, 5, 4, 1, 1], tokenizer)
+    seen = [i for b in task.every("test", 3) for i in b["input_ids"][:, 0].tolist()]
+    assert sorted(seen) == list(range(4, 11))
