@@ -86,9 +86,9 @@ class HUTLinear(nn.Module):
         factor_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        _check_form(transform, offset, alpha)
-        _check_rank(r, transform, in_features, out_features)
-        _check_run_options(precision, dropout)
+        check_form(transform, offset, alpha)
+        check_rank(r, transform, in_features, out_features)
+        check_run_options(precision, dropout)
         _check_types(dtype=dtype or torch.get_default_dtype(), factor_dtype=factor_dtype)
         self.in_features = in_features
         self.out_features = out_features
@@ -131,7 +131,7 @@ class HUTLinear(nn.Module):
             HUTBackendError: a quantised, sharded or computed weight.
             ValueError: as for `HUTLinear`.
         """
-        _check_base(linear)
+        check_base(linear)
         conv1d = is_conv1d(linear)
         weight = linear.get_parameter("weight").detach()
         out_features, in_features = weight.t().shape if conv1d else weight.shape
@@ -239,7 +239,7 @@ class HUTLinear(nn.Module):
         # every transform.
         d = F.dropout(x, self.dropout)
         y = self._forward(d)
-        rest = _FrozenProduct.apply((x - d).to(y.dtype), self._matrix())
+        rest = FrozenProduct.apply((x - d).to(y.dtype), self._matrix())
         return y + (rest if self.gamma is None else (self.gamma * rest).to(y.dtype))
 
     def _matrix(self) -> Tensor:
@@ -296,7 +296,7 @@ class HUTLinear(nn.Module):
         return text + (", fan_in_fan_out=True" if self.fan_in_fan_out else "")
 
 
-class _FrozenProduct(torch.autograd.Function):
+class FrozenProduct(torch.autograd.Function):
     """`x weight^T` with the weight cast to x's type in each pass, so that no copy is kept."""
 
     @staticmethod
@@ -334,7 +334,8 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _check_form(transform: str, offset: float, alpha: float | None) -> None:
+def check_form(transform: str, offset: float, alpha: float | None) -> None:
+    """Refuse a transform, offset or alpha that do not go together (ValueError)."""
     if transform not in definition.TRANSFORMS:
         raise ValueError(f"transform must be one of {definition.TRANSFORMS}, got {transform!r}")
     if transform == "two_sided" and offset != 1:
@@ -350,7 +351,8 @@ def _check_form(transform: str, offset: float, alpha: float | None) -> None:
         raise ValueError(f"alpha must be a positive number, got {alpha}")
 
 
-def _check_rank(r: int, transform: str, in_features: int, out_features: int) -> None:
+def check_rank(r: int, transform: str, in_features: int, out_features: int) -> None:
+    """Refuse a rank that is no rank, or more groups than features (ValueError)."""
     if r < 1:
         raise ValueError(f"r must be at least 1, got {r}")
     if transform == "two_sided" and r > min(in_features, out_features):
@@ -360,7 +362,8 @@ def _check_rank(r: int, transform: str, in_features: int, out_features: int) -> 
         )
 
 
-def _check_run_options(precision: str, dropout: float) -> None:
+def check_run_options(precision: str, dropout: float) -> None:
+    """Refuse an unknown precision, or dropout outside [0, 1) (ValueError)."""
     if precision not in definition.PRECISIONS:
         raise ValueError(f"precision must be one of {definition.PRECISIONS}, got {precision!r}")
     if not 0 <= dropout < 1:
@@ -374,7 +377,7 @@ def _check_types(**dtypes: torch.dtype) -> None:
             raise TypeError(f"{name} must be one of {names}, got {dtype}")
 
 
-def _check_base(linear: nn.Module) -> None:
+def check_base(linear: nn.Module) -> None:
     """Refuse what HUT cannot multiply, or what would not compute the same without its own class."""
     kind = type(linear).__name__
     conv1d = is_conv1d(linear)

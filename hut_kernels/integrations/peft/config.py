@@ -7,7 +7,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from ...nn import _check_form, _check_run_options
+from ...nn import check_form, check_run_options
 from .registration import peft_type
 
 
@@ -100,8 +100,8 @@ class HUTConfig(PeftConfig):
             if not isinstance(r, int) or r < 1:
                 raise ValueError(f"r must be an integer of at least 1, got {r!r} for {name!r}")
         for alpha in (self.hut_alpha, *self.alpha_pattern.values()):
-            _check_form(self.transform, self.offset, alpha)
-        _check_run_options(self.precision, self.hut_dropout)
+            check_form(self.transform, self.offset, alpha)
+        check_run_options(self.precision, self.hut_dropout)
         if not isinstance(self.init_weights, bool):
             raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}")
         self._check_layer_options()

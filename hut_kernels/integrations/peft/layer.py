@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ... import definition
 from ...functional import hut_linear, hut_weight
-from ...nn import _check_rank, _FrozenProduct, is_conv1d
+from ...nn import FrozenProduct, check_rank, is_conv1d
 from .base import bias, is_watched, matrix
 from .config import HUTConfig
 
@@ -70,7 +70,7 @@ class HUTLayer(BaseTunerLayer):
         Raises:
             ValueError: `r` is out of range for this layer.
         """
-        _check_rank(r, config.transform, self.in_features, self.out_features)
+        check_rank(r, config.transform, self.in_features, self.out_features)
         self.r[adapter_name] = r
         self.hut_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = 1.0 if alpha is None else alpha / r
@@ -270,7 +270,7 @@ class Linear(nn.Module, HUTLayer):
         # x W0^T + d (W - W0)^T = d W^T + (x - d) W0^T, as in HUTLinear.
         d = dropout(x)
         y = self._product(d, name)
-        rest = _FrozenProduct.apply((x - d).to(y.dtype), matrix(self.base_layer))
+        rest = FrozenProduct.apply((x - d).to(y.dtype), matrix(self.base_layer))
         gamma = _entry(self.hut_gamma, name)
         return y + (rest if gamma is None else (gamma * rest).to(y.dtype))
 
@@ -292,7 +292,7 @@ class Linear(nn.Module, HUTLayer):
         )
 
     def _base_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = _FrozenProduct.apply(x.to(dtype), matrix(self.base_layer))
+        y = FrozenProduct.apply(x.to(dtype), matrix(self.base_layer))
         shift = bias(self.base_layer)
         return y if shift is None else y + shift.to(dtype)
 
