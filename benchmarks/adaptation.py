@@ -21,7 +21,7 @@ from hut_kernels import PAPER, adapter_options, inject, load_adapter, merge, sav
 from .byte_gpt import TARGETS, ByteGPT, windows
 from .corpora import Split
 from .measure import Case, Quantiles, peak_bytes, ratios, wall_time
-from .providers import LoRALinear
+from .methods import LoRALinear
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 POINTS = 40  # of the curve of pre-training

@@ -15,16 +15,19 @@ from typing import Any
 
 import torch
 
-from . import adaptation, corpora, layer, plots, records, report
+from . import adaptation, corpora, layer, plots, records, report, tables
 from .adaptation import Batches, Course
 from .byte_gpt import ByteGPT, GPTConfig
-from .layer import Shape
 from .measure import Quantiles, memory_method, settle_threads
 from .progress import Progress
 from .providers import PROVIDERS, prove
+from .shapes import Shape
 
 Row = dict[str, Any]
 HELD_OUT_SOURCE = 65536  # bytes of the held-out sources that are read, a fraction of them
+# What needs nothing but PyTorch; `python -m benchmarks layer` has PEFT's own layers too.
+COMPARED = ("frozen", "hut_low_rank", "hut_paper", "hut_low_rank_eager", "lora", "hira")
+BASELINES = ("frozen", "lora", "hira", "hut_low_rank_eager")
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def described(options: argparse.Namespace) -> Row:
 
 def prove_providers(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Each provider shows that it computes its formula before it may be timed."""
-    errors = {name: prove(provider, dtype, device) for name, provider in PROVIDERS.items()}
+    errors = {name: prove(PROVIDERS[name], dtype, device) for name in COMPARED}
     say(
         f"All {len(errors)} layers compute their formulas, gradients included: the largest error "
         f"against float64 is {max(errors.values()):.1e}."
@@ -200,7 +203,11 @@ def bench_layers(size: Size, r: int, dtype: torch.dtype, device: torch.device) -
     found = []
     for shape in size.shapes:
         with Progress(f"layer {shape}", 1) as progress:
-            found.append(layer.run(shape, r, dtype, device, size.seconds, progress.to))
+            found.append(
+                layer.measure(
+                    shape, r, dtype, device, size.seconds, COMPARED, BASELINES, progress.to
+                )
+            )
     return found
 
 
@@ -256,11 +263,13 @@ def show(
 ) -> None:
     """Prints the tables and what they say."""
     for some in layer_rows:
-        say("\n" + report.layer_table(some))
+        for table in tables.of(some):
+            say("\n" + table.text())
     say("\n" + report.adaptation_table(rows))
     say("\n" + report.sweep_table(rows))
     say(
-        f"\nMemory by {memory}. LoRA and HiRA are plain PyTorch with the formulas of PEFT's layers."
+        f"\nMemory by {memory}. LoRA and HiRA are plain PyTorch, as lean as it gets; for PEFT's "
+        "own layers see `python -m benchmarks layer`."
     )
     say("\nWhat the numbers say here:")
     for line in sentences:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,32 @@ def forward_case(layer: nn.Module, x: Tensor) -> Case:
     return Case(lambda: layer(x))
 
 
+def backward_case(layer: nn.Module, x: Tensor, g: Tensor) -> Case:
+    """The backward alone: its forward goes before, old gradients are gone."""
+    outputs: list[Tensor] = []
+
+    def prepare() -> None:
+        clear_gradients(layer, x)
+        outputs[:] = [layer(x)]
+
+    return Case(lambda: outputs.pop().backward(g), prepare)
+
+
 def step_case(layer: nn.Module, x: Tensor, g: Tensor) -> Case:
     """Forward and backward; the upstream gradient `g` is at hand, old gradients are gone."""
 
-    def clear() -> None:
-        x.grad = None
-        layer.zero_grad(set_to_none=True)
+    def run() -> Tensor:
+        y = layer(x)
+        y.backward(g)
+        return y
 
-    return Case(lambda: layer(x).backward(g), clear)
+    return Case(run, lambda: clear_gradients(layer, x))
+
+
+def clear_gradients(layer: nn.Module, x: Tensor) -> None:
+    """No gradient is there to add to, in the layer and in its input."""
+    x.grad = None
+    layer.zero_grad(set_to_none=True)
 
 
 def interleaved(
@@ -67,6 +87,7 @@ def interleaved(
     rounds: int = 1000,
     min_rounds: int = 5,
     on_round: Callable[[float], object] = lambda share: None,
+    timer: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[Key, list[float]]:
     """Times every case once per round, so that whatever drifts hits all of them alike.
 
@@ -80,11 +101,14 @@ def interleaved(
         rounds: The most rounds.
         min_rounds: The fewest rounds.
         on_round: Called after each round with the share that is done, for a progress bar.
+        timer: Gives the seconds of one call; by default a wall clock, and on a CUDA device events
+            around the call with a cold L2 cache.
 
     Returns:
         For each name the seconds of each round; the same index is the same round.
     """
-    timer = _CudaTimer(device) if device.type == "cuda" else wall_time
+    if timer is None:
+        timer = _CudaTimer(device) if device.type == "cuda" else wall_time
     times: dict[Key, list[float]] = {name: [] for name in cases}
     names, warm_up, begin = list(cases), 2, time.perf_counter()
     for number in range(rounds + warm_up):
@@ -110,6 +134,15 @@ def wall_time(run: Callable[[], object], device: torch.device | None = None) -> 
     run()
     if on_cuda:
         torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def host_time(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the call returns, on an idle device: work left to the device does not count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
     return time.perf_counter() - begin
 
 
@@ -146,17 +179,45 @@ def peak_bytes(case: Case, device: torch.device) -> int:
 
     On CUDA by the allocator's own counters. On a CPU by the allocation events of PyTorch's
     profiler: they come from the allocator too, so they see what operators allocate inside, and they
-    count exactly. Not counted there: what a matrix library packs in buffers of its own.
+    count exactly. Not counted there: what a matrix library packs in buffers of its own. The call
+    has a thread of its own, so that a workspace kept from call to call, by thread, counts too.
     """
     case.prepare()
     if device.type != "cuda":
-        return _peak_of_events(case.run)
+        return int(_in_a_thread(lambda: _live_bytes(case.run)).max())
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     case.run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def kept_bytes(case: Case, device: torch.device) -> int:
+    """The bytes still out at the end of the call, its result at hand, above those before it.
+
+    A workspace that outlives the call is not among them: a first call has made it already.
+    """
+
+    def kept() -> int:
+        case.run()
+        case.prepare()
+        if device.type != "cuda":
+            return int(_live_bytes(case.run)[-1])
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        result = case.run()
+        after = torch.cuda.memory_allocated(device)
+        del result  # not before the counter is read
+        return after - before
+
+    case.prepare()
+    return _in_a_thread(kept)
+
+
+def _in_a_thread(call: Callable[[], Result]) -> Result:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
 
 def memory_method(device: torch.device) -> str:
@@ -199,12 +260,14 @@ class _CudaTimer:
         return self.begin.elapsed_time(self.end) / 1e3
 
 
-def _peak_of_events(run: Callable[[], object]) -> int:
+def _live_bytes(run: Callable[[], object]) -> np.ndarray:
+    """The bytes out after each allocation and release, above those before the call."""
     with (
         _quiet_stderr(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        run()
+        result = run()
+    del result  # not before the profiler has stopped
     with tempfile.TemporaryDirectory() as folder, _quiet_stderr():
         file = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(file))
@@ -212,8 +275,7 @@ def _peak_of_events(run: Callable[[], object]) -> int:
     changes = [event for event in events if event.get("name") == "[memory]"]
     changes.sort(key=lambda event: event["ts"])
     # What was allocated before the profiler began is not reported when freed: it stays resident.
-    live = np.cumsum([0] + [event["args"]["Bytes"] for event in changes])
-    return int(live.max())
+    return np.cumsum([0] + [event["args"]["Bytes"] for event in changes])
 
 
 @contextlib.contextmanager

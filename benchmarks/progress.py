@@ -1,10 +1,13 @@
-"""A progress bar on a terminal, and plain lines anywhere else."""
+"""A progress bar on a terminal where tqdm is installed, and plain lines anywhere else."""
 
 import os
 import sys
 from types import TracebackType
 
-from tqdm import tqdm
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
 
 
 class Progress:
@@ -19,7 +22,8 @@ class Progress:
         self.label, self.total, self.done, self.tenth = label, total, 0.0, 0
         self.bar: tqdm | None = None
         # Some terminals have no width, in containers for one: a bar would be invisible there.
-        if sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
+        wide = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns
+        if tqdm is not None and wide:
             form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
             self.bar = tqdm(total=total, desc=label, bar_format=form, dynamic_ncols=True)
 

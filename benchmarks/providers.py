@@ -1,142 +1,311 @@
-"""The layers to compare: each says how it is built, and which formula it claims to compute.
+"""The ways to run an adapted layer that are compared, each with the formula it claims to compute.
 
-LoRA and HiRA stand here as plain PyTorch modules with the formulas of PEFT's layers, their adapters
-in the type of the base weight (PEFT keeps them in fp32 unless told otherwise, which costs more over
-a 16-bit base). HUT's factors are fp32, its default.
+What starts with `peft_` is PEFT's own layer, as users get it: adapters in fp32, or, with `_cast`,
+in the compute type. `lora` and `hira` are `methods.py`'s. HUT comes in two forms, `hut_low_rank`
+and `hut_paper`, each fused as the planner likes, or in one of the other `MODES`.
 """
 
+import contextlib
+import fnmatch
+import importlib.util
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hut_kernels import PAPER, HUTLinear
+from hut_kernels import PAPER, backends, inject, planner
+
+from . import methods
+from .measure import Case, backward_case, clear_gradients, forward_case, step_case
+from .methods import FrozenLinear, HiRALinear, LoRALinear, Parameters, plain_name, replaced
 
 # ‖out − reference‖ / ‖reference‖ against float64, as in docs/definition.md.
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+EAGER, COMPILED, GRAPH = "eager", "torch.compile", "CUDA graph"
 
-
-class _Adapted(nn.Module):
-    """A frozen linear layer's weight and bias, shared with it, and factors beside them."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
-
-    def factors(self, r: int) -> tuple[nn.Parameter, nn.Parameter]:
-        out_features, in_features = self.weight.shape
-        A = nn.Parameter(self.weight.new_empty(r, in_features))
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        return A, nn.Parameter(self.weight.new_zeros(out_features, r))
-
-
-class LoRALinear(_Adapted):
-    """`y = x Wᵀ + bias + (x Aᵀ) Bᵀ`: LoRA with alpha = r and without dropout."""
-
-    def __init__(self, linear: nn.Linear, r: int) -> None:
-        super().__init__(linear)
-        self.lora_A, self.lora_B = self.factors(r)
-
-    def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return F.linear(x, self.weight, self.bias) + update
-
-    def to_linear(self) -> nn.Linear:
-        """The merged layer, its weight `W + B A`."""
-        out_features, in_features = self.weight.shape
-        linear = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter((self.weight + self.lora_B @ self.lora_A).detach())
-        linear.bias = self.bias
-        return linear
-
-
-class HiRALinear(_Adapted):
-    """`y = x Wᵀ + bias + x (W ⊙ (B A))ᵀ`: HiRA, two full products forward, three backward."""
-
-    def __init__(self, linear: nn.Linear, r: int) -> None:
-        super().__init__(linear)
-        self.hira_A, self.hira_B = self.factors(r)
-
-    def forward(self, x: Tensor) -> Tensor:
-        update = F.linear(x, self.weight * (self.hira_B @ self.hira_A))
-        return F.linear(x, self.weight, self.bias) + update
-
-
-class FrozenLinear(_Adapted):
-    """A linear layer that trains nothing; its backward still computes the gradient of `x`."""
-
-    def __init__(self, linear: nn.Linear, r: int) -> None:
-        super().__init__(linear)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-def _frozen(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x @ weight.T + bias
-
-
-def _lora(x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    return x @ (weight + lora_B @ lora_A).T + bias
-
-
-def _hira(x: Tensor, weight: Tensor, bias: Tensor, hira_A: Tensor, hira_B: Tensor) -> Tensor:
-    return x @ (weight * (1 + hira_B @ hira_A)).T + bias
-
-
-def _low_rank(x: Tensor, weight: Tensor, bias: Tensor, hut_A: Tensor, hut_B: Tensor) -> Tensor:
-    return _hira(x, weight, bias, hut_A, hut_B)
-
-
-def _paper(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-) -> Tensor:
-    (out_features, in_features), r = weight.shape, len(hut_A)
-    p = [o * r // out_features for o in range(out_features)]
-    q = [i * r // in_features for i in range(in_features)]
-    return gamma * (x @ (weight * hut_B[:, q] * hut_A[p]).T + bias) + beta
+Adapt = Callable[[nn.Module, str, int], nn.Module]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to run an adapted layer.
+    """One way to run adapted layers.
 
     Attributes:
         label: What tables call it.
-        make: Builds it from a linear layer, whose weight it shares, and a rank.
-        formula: What it claims to compute, from `x` and its parameters by name.
+        method: Whose costs it has, a key of `cost.METHODS`.
+        adapt: Puts adapters of a rank into the modules of a model whose whole names match a regular
+            expression, and freezes the rest; changes the model.
+        formula: What a layer claims to compute, from `x` and its parameters by plain name.
+        adapters: `"float32"`, or `"compute"` for the compute type.
+        run: `EAGER`, `COMPILED` or `GRAPH`.
+        force: Strategies that the planner has to take.
     """
 
     label: str
-    make: Callable[[nn.Linear, int], nn.Module]
-    formula: Callable[..., Tensor]
+    method: str
+    adapt: Adapt
+    formula: Callable[[Tensor, Parameters], Tensor]
+    adapters: str = "float32"
+    run: str = EAGER
+    force: Mapping[str, str] = field(default_factory=dict)
+
+    def make(self, linear: nn.Module, r: int) -> nn.Module:
+        """One adapted layer over `linear`, whose weight it shares."""
+        model = self.adapt(nn.Sequential(linear), "0", r)
+        return next(m for name, m in model.named_modules() if name.rpartition(".")[2] == "0")
+
+    @property
+    def for_models(self) -> bool:
+        """Whether it can be one of many layers of a model: no graph of its own, nothing forced."""
+        return self.run == EAGER and not self.force
+
+    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run here, in words; None where it can."""
+        if isinstance(self.adapt, _PEFT) and importlib.util.find_spec("peft") is None:
+            return "peft is not installed (pip install 'hut_kernels[bench]')"
+        if self.adapters == "compute" and dtype == torch.float32:
+            return "adapters are in the compute type as it is, float32"
+        if self.run == GRAPH and device.type != "cuda":
+            return "CUDA graphs need a CUDA device"
+        if self.force and not (device.type == "cuda" and backends()["triton"]["available"]):
+            return "only the Triton backend has strategies to force"
+        return None
+
+    def adapter_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of its adapters over a base of type `dtype`."""
+        return dtype if self.adapters == "compute" else torch.float32
 
 
-def _hut(**options: Any) -> Callable[[nn.Linear, int], nn.Module]:
-    return partial(HUTLinear.from_linear, **options)
+@dataclass(frozen=True)
+class _PEFT:
+    """`get_peft_model` with one of PEFT's configurations, dropout off."""
+
+    config: str
+    options: Callable[[int], Mapping[str, Any]]
+    cast: bool
+
+    def __call__(self, model: nn.Module, targets: str, r: int) -> nn.Module:
+        import peft
+
+        with warnings.catch_warnings():  # on Conv1D layers, whose layout PEFT corrects by itself
+            warnings.simplefilter("ignore")
+            config = getattr(peft, self.config)(r=r, target_modules=targets, **self.options(r))
+            return peft.get_peft_model(model, config, autocast_adapter_dtype=not self.cast)
 
 
-PROVIDERS = {
-    "frozen": Provider("frozen linear", FrozenLinear, _frozen),
-    "hut_low_rank": Provider("HUT low_rank, fused", _hut(), _low_rank),
-    "hut_paper": Provider("HUT paper's form, fused", _hut(**PAPER), _paper),
-    "hut_eager": Provider("HUT low_rank, eager", _hut(fused=False), _low_rank),
-    "lora": Provider("LoRA", LoRALinear, _lora),
-    "hira": Provider("HiRA", HiRALinear, _hira),
+def _own(layer: Callable[[nn.Module, int], nn.Module]) -> Adapt:
+    def adapt(model: nn.Module, targets: str, r: int) -> nn.Module:
+        return replaced(model, targets, lambda linear: layer(linear, r))
+
+    return adapt
+
+
+def _hut(**options: Any) -> Adapt:
+    def adapt(model: nn.Module, targets: str, r: int) -> nn.Module:
+        inject(model, targets, r, **options)
+        return model
+
+    return adapt
+
+
+FUSED = {"forward": planner.FUSED, "grad_input": planner.FUSED, "grad_factors": planner.FUSED}
+STAGED = {"forward": planner.STAGED, "grad_input": planner.STAGED, "grad_factors": planner.CHUNKED}
+MODES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # suffix: what labels add, options of the layer, fields of the provider
+    "": ("", {}, {}),
+    "_fused": (", forced fused", {}, {"force": FUSED}),
+    "_staged": (", forced staged", {}, {"force": STAGED}),
+    "_compiled": (", compiled", {}, {"run": COMPILED}),
+    "_graph": (", graph", {}, {"run": GRAPH}),
+    "_eager": (", plain PyTorch", {"fused": False}, {}),
+    "_eager_compiled": (", plain PyTorch compiled", {"fused": False}, {"run": COMPILED}),
+    "_eager_graph": (", plain PyTorch graph", {"fused": False}, {"run": GRAPH}),
 }
+FORMS = {
+    "hut_low_rank": ("HUT low_rank", "hut_low_rank", {}, methods.low_rank_formula),
+    "hut_paper": ("HUT paper's form", "hut_two_sided", PAPER, methods.paper_formula),
+}
+PEFT_METHODS = {
+    "lora": ("LoRA", "LoraConfig", lambda r: {"lora_alpha": r}, methods.lora_formula),
+    "hira": ("HiRA", "HiraConfig", lambda r: {}, methods.hira_formula),
+    "loha": ("LoHa", "LoHaConfig", lambda r: {"alpha": r}, methods.loha_formula),
+}
+
+
+def _hut_provider(form: str, mode: str) -> Provider:
+    label, method, options, formula = FORMS[form]
+    addition, more, fields = MODES[mode]
+    method = f"{method}_eager" if mode.startswith("_eager") else method
+    return Provider(f"{label}{addition}", method, _hut(**options, **more), formula, **fields)
+
+
+def _peft_provider(name: str, cast: bool) -> Provider:
+    label, config, options, formula = PEFT_METHODS[name]
+    return Provider(
+        f"{label} (PEFT{', adapters cast' if cast else ''})",
+        f"peft_{name}",
+        _PEFT(config, options, cast),
+        formula,
+        "compute" if cast else "float32",
+    )
+
+
+LORA = Provider("LoRA, lean", "lora", _own(LoRALinear), methods.lora_formula)
+PROVIDERS = {
+    "frozen": Provider("frozen linear", "frozen", _own(FrozenLinear), methods.frozen_formula),
+    "lora": LORA,
+    "lora_graph": Provider(
+        "LoRA, lean, graph", "lora", _own(LoRALinear), methods.lora_formula, run=GRAPH
+    ),
+    **{
+        f"peft_{name}{'_cast' if cast else ''}": _peft_provider(name, cast)
+        for name in PEFT_METHODS
+        for cast in (False, True)
+    },
+    "hira": Provider("HiRA, plain PyTorch", "hira", _own(HiRALinear), methods.hira_formula),
+    **{f"{form}{mode}": _hut_provider(form, mode) for form in FORMS for mode in MODES},
+}
+
+
+def named(patterns: Sequence[str]) -> list[str]:
+    """The names of providers that match shell patterns, in the registry's order.
+
+    Raises:
+        ValueError: A pattern that matches none.
+    """
+    for pattern in patterns:
+        if not fnmatch.filter(PROVIDERS, pattern):
+            raise ValueError(f"no provider matches {pattern!r}; there are {', '.join(PROVIDERS)}")
+    return [name for name in PROVIDERS if any(fnmatch.fnmatchcase(name, each) for each in patterns)]
+
+
+def passes(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Case]:
+    """What of a layer can be timed: `forward`, `backward` (but in graphs), `step`.
+
+    Each leaves its gradients in `x` and the layer's parameters; running `step` gives the output.
+
+    Args:
+        provider: How to run it.
+        layer: What `provider.make` gave.
+        x: The input; its gradient is computed where it requires one.
+        g: The upstream gradient.
+    """
+    if provider.run == GRAPH:
+        return _graph_passes(layer, x, g)
+    # One graph for one shape, or an error: no fall-back to eager, in whole or in part, unseen.
+    compiled = provider.run == COMPILED
+    call = torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer
+    cases = {
+        "forward": forward_case(call, x),
+        "backward": backward_case(call, x, g),
+        "step": step_case(call, x, g),
+    }
+    if not provider.force:
+        return cases
+    return {name: _forced(case, provider.force) for name, case in cases.items()}
+
+
+def _forced(case: Case, force: Mapping[str, str]) -> Case:
+    def within(call: Callable[[], object]) -> object:
+        with planner.force(**force):
+            return call()
+
+    return Case(partial(within, case.run), partial(within, case.prepare))
+
+
+def _graph_passes(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Case]:
+    """The forward and the step, each captured once; a replay costs the host one launch."""
+
+    def step() -> Tensor:
+        y = layer(x)
+        y.backward(g)
+        return y
+
+    stream = torch.cuda.Stream(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # kernels are compiled, and libraries have their buffers
+            step()
+    torch.cuda.current_stream(x.device).wait_stream(stream)
+    return {"forward": _captured(lambda: layer(x), layer, x), "step": _captured(step, layer, x)}
+
+
+def _captured(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Case:
+    clear_gradients(layer, x)  # a replay then writes gradients, where it would add to old ones
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return y
+
+    return Case(replay)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Which providers may be timed.
+
+    Attributes:
+        errors: Of each that proved its formula, the largest relative error.
+        left_out: Why the others may not, by name.
+        wrong: Those of the others that failed their proof: a defect, not a lack.
+    """
+
+    errors: dict[str, float]
+    left_out: dict[str, str]
+    wrong: list[str]
+
+
+def admit(
+    names: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    on_each: Callable[[str], object] = lambda name: None,
+) -> Admission:
+    """Has each provider prove its formula, where it can run at all.
+
+    Args:
+        names: Keys of `PROVIDERS`.
+        dtype: Type of the activations and the base weight.
+        device: Where to run.
+        on_each: Called with each name before its turn.
+    """
+    found = Admission({}, {}, [])
+    for name in names:
+        on_each(name)
+        reason = PROVIDERS[name].missing(device, dtype)
+        if reason is None:
+            try:
+                found.errors[name] = prove(PROVIDERS[name], dtype, device)
+                continue
+            except ArithmeticError as failure:
+                reason = str(failure)
+                found.wrong.append(name)
+            except Exception as failure:  # an old PEFT, no compiler: the rest can be measured
+                reason = _first_line(failure)
+        found.left_out[name] = reason
+    return found
+
+
+@contextlib.contextmanager
+def survived(name: str, left_out: dict[str, str]) -> Iterator[None]:
+    """Notes what goes wrong with one provider, so that the others are measured all the same."""
+    try:
+        yield
+    except Exception as failure:
+        left_out[name] = _first_line(failure)
+
+
+def _first_line(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def prove(provider: Provider, dtype: torch.dtype, device: torch.device, r: int = 4) -> float:
@@ -156,16 +325,13 @@ def prove(provider: Provider, dtype: torch.dtype, device: torch.device, r: int =
     """
     generator = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=generator)
-    layer = provider.make(nn.Linear(40, 56, device=device, dtype=dtype), r)
+    layer = provider.make(nn.Linear(48, 64, device=device, dtype=dtype), r)
     with torch.no_grad():  # off the identity, or half of the gradients would be zero
         for parameter in layer.parameters():
             parameter.add_(0.3 * normal(parameter.shape).to(parameter))
-    x, g = (normal(24, size).to(device, dtype) for size in (40, 56))
-    got = _outputs(layer, x, g, dict(layer.named_parameters()))
-    exact = {name: tensor.detach().double() for name, tensor in layer.named_parameters()}
-    for name, tensor in layer.named_parameters():
-        exact[name].requires_grad_(tensor.requires_grad)
-    expected = _outputs(partial(provider.formula, **exact), x.double(), g.double(), exact)
+    x, g = (normal(24, size).to(device, dtype) for size in (48, 64))
+    got = _outcome(provider, layer, x, g)
+    expected = _expected(provider, layer, x, g)
     errors = {name: _relative_error(got.get(name), expected[name]) for name in expected}
     for name, error in errors.items():
         if not error <= LIMITS[dtype]:  # written so that NaN does not pass
@@ -176,15 +342,29 @@ def prove(provider: Provider, dtype: torch.dtype, device: torch.device, r: int =
     return max(errors.values())
 
 
-def _outputs(
-    layer: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, parameters: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The output, and the gradients of `x` and of every trainable parameter."""
-    x = x.detach().clone().requires_grad_()
-    y = layer(x)
-    y.backward(g)
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    return {"y": y.detach(), "dx": x.grad, **{f"d {name}": d for name, d in gradients.items()}}
+def _outcome(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The output of a step as it will be timed, and the gradients of all that has one."""
+    x = x.clone().requires_grad_()
+    step = passes(provider, layer, x, g)["step"]
+    step.prepare()
+    y = step.run()
+    return {"y": y.detach(), "dx": x.grad, **_gradients(layer.named_parameters())}
+
+
+def _expected(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """The same by the formula, in float64 and by autograd."""
+    x = x.double().requires_grad_()
+    exact = {
+        plain_name(name): p.detach().double().requires_grad_(p.requires_grad)
+        for name, p in layer.named_parameters()
+    }
+    y = provider.formula(x, exact)
+    y.backward(g.double())
+    return {"y": y.detach(), "dx": x.grad, **_gradients(exact.items())}
+
+
+def _gradients(parameters: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"d {plain_name(name)}": p.grad for name, p in parameters if p.grad is not None}
 
 
 def _relative_error(got: Tensor | None, expected: Tensor) -> float:

@@ -31,27 +31,6 @@ def mebibytes(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
-def layer_table(rows: Sequence[Row]) -> str:
-    """One shape of the layer benchmark."""
-    first = rows[0]
-    shape = f"{first['tokens']} tokens, {first['in_features']} -> {first['out_features']}"
-    return table(
-        f"Layer: {shape}, r {first['r']}, {first['dtype']}; milliseconds as median (p20–p80)",
-        ["", "forward", "step", "forward / frozen", "step / frozen", "peak MiB"],
-        [
-            [
-                row["label"],
-                milliseconds(row["forward"]),
-                milliseconds(row["step"]),
-                ratio(row["forward_ratio"]),
-                ratio(row["step_ratio"]),
-                mebibytes(row["peak_bytes"]),
-            ]
-            for row in rows
-        ],
-    )
-
-
 def adaptation_table(rows: Sequence[Row]) -> str:
     """The methods at their best learning rates."""
     return table(
@@ -95,29 +74,36 @@ def sweep_table(rows: Sequence[Row]) -> str:
 
 
 def layer_sentences(rows: Sequence[Row]) -> list[str]:
-    """What one shape's numbers say."""
+    """What one shape's numbers say; every row is compared with all that stands beside HUT's."""
     by = {row["provider"]: row for row in rows}
-    first = rows[0]
-    where = f"{first['tokens']}x{first['in_features']}x{first['out_features']}"
+    case = rows[0]["case"]
+    where = f"{case['tokens']}x{case['in_features']}x{case['out_features']}"
     times = ", ".join(
-        f"{row['label']} {row['step_ratio']['median']:.2f}x" for row in rows if row != by["frozen"]
+        f"{row['label']} {row['versus']['frozen']['step']['median']:.2f}x"
+        for row in rows
+        if row != by["frozen"]
     )
+    others = [name for name in rows[0]["versus"] if name != "frozen"]
     lines = [f"At {where} a step takes, against the frozen layer's: {times}."]
     for name in ("hut_low_rank", "hut_paper"):
-        versus = [_versus(by[name], by[other]) for other in ("lora", "hira", "hut_eager")]
+        versus = [_versus(by[name], by[other]) for other in others]
         lines.append(f"There {by[name]['label']} is {', '.join(versus)}.")
-    fused, *others = (by[name] for name in ("hut_low_rank", "hut_eager", "lora", "hira"))
-    memory = ", ".join(f"{row['label']} {mebibytes(row['peak_bytes'])}" for row in others)
+    memory = ", ".join(f"{by[name]['label']} {_peak(by[name])}" for name in others)
+    fused = by["hut_low_rank"]
     lines.append(
-        f"{fused['label']} holds {mebibytes(fused['peak_bytes'])} MiB at the step's peak above what"
-        f" is resident; {memory}."
+        f"{fused['label']} holds {_peak(fused)} MiB at the step's peak above what is resident; "
+        f"{memory}."
     )
     return lines
 
 
+def _peak(row: Row) -> str:
+    return mebibytes(row["bytes"]["peak"])
+
+
 def _versus(row: Row, other: Row) -> str:
     """How one step's time stands to another's; level where the middle of the ratio holds 1."""
-    q, label = row["step_versus"][other["provider"]], other["label"]
+    q, label = row["versus"][other["provider"]]["step"], other["label"]
     if q["p20"] <= 1 <= q["p80"]:
         return f"level with {label} within the spread ({q['p20']:.2f}–{q['p80']:.2f}x its time)"
     word = "faster" if q["median"] < 1 else "slower"

@@ -1,53 +1,21 @@
-"""What the benchmarks stand on: proofs, timing, memory counts, texts, verdicts, records."""
+"""What the benchmarks and the demo stand on: timing, memory counts, texts, verdicts, records."""
 
 import json
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("tqdm")
 
 from benchmarks import adaptation, corpora, cpu_ratios, measure, records, report
 from benchmarks.byte_gpt import ByteGPT, GPTConfig
-from benchmarks.layer import Shape
-from benchmarks.providers import PROVIDERS, LoRALinear, prove
+from benchmarks.shapes import Shape
 
 CPU = torch.device("cpu")
-
-
-class TestProviders:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("name", PROVIDERS)
-    def test_each_computes_its_formula(self, name, dtype):
-        prove(PROVIDERS[name], dtype, CPU)
-
-    def test_a_wrong_output_is_found(self):
-        class Doubled(LoRALinear):
-            def forward(self, x):
-                return 2 * super().forward(x)
-
-        with pytest.raises(ArithmeticError, match="LoRA: y"):
-            prove(replace(PROVIDERS["lora"], make=Doubled), torch.float32, CPU)
-
-    def test_a_gradient_that_is_missing_is_found(self):
-        class Dead(LoRALinear):
-            def forward(self, x):
-                weight = self.weight + self.lora_B.detach() @ self.lora_A
-                return nn.functional.linear(x, weight, self.bias)
-
-        with pytest.raises(ArithmeticError, match="d lora_B"):
-            prove(replace(PROVIDERS["lora"], make=Dead), torch.float32, CPU)
-
-    def test_a_merged_lora_layer_computes_the_same(self):
-        layer = LoRALinear(nn.Linear(6, 5), 2)
-        nn.init.normal_(layer.lora_B)
-        x = torch.randn(3, 6)
-        torch.testing.assert_close(layer.to_linear()(x), layer(x))
 
 
 class TestMeasure:
@@ -92,6 +60,36 @@ class TestMeasure:
         x = torch.ones(1000)
         case = measure.Case(lambda: torch.ops.benchmarks_test.doubled(x))
         assert measure.peak_bytes(case, CPU) >= 40_000
+
+    def test_peak_bytes_count_a_workspace_that_calls_share(self):
+        buffers = threading.local()
+
+        def run():
+            if not hasattr(buffers, "one"):
+                buffers.one = torch.ones(10_000)
+            return buffers.one.sum()
+
+        run()
+        case = measure.Case(run)
+        assert measure.peak_bytes(case, CPU) >= 40_000
+        assert measure.kept_bytes(case, CPU) < 100
+
+    def test_kept_bytes_are_those_at_the_end_not_at_the_peak(self):
+        case = measure.Case(lambda: (torch.ones(10_000) * 2)[:100].clone())
+        assert 400 <= measure.kept_bytes(case, CPU) < 500
+
+    def test_a_backward_is_timed_without_its_forward(self):
+        ran = []
+        layer = torch.nn.Linear(3, 3)
+        layer.register_forward_hook(lambda *_: ran.append("forward"))
+        x = torch.ones(2, 3, requires_grad=True)
+        case = measure.backward_case(layer, x, torch.ones(2, 3))
+        for _ in range(2):
+            case.prepare()
+            assert ran.pop() == "forward"
+            case.run()
+            assert not ran
+        torch.testing.assert_close(x.grad, torch.ones(2, 3) @ layer.weight)  # not added up
 
     def test_threads_are_never_more_than_there_were(self):
         threads = torch.get_num_threads()
@@ -190,7 +188,7 @@ class TestReport:
         ],
     )
     def test_a_layer_wins_and_loses_by_its_numbers(self, p20, median, p80, said):
-        row = {"step_versus": {"lora": {"p20": p20, "median": median, "p80": p80}}}
+        row = {"versus": {"lora": {"step": {"p20": p20, "median": median, "p80": p80}}}}
         assert report._versus(row, {"provider": "lora", "label": "LoRA"}) == said
 
     @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""Two records compared: row by row a verdict that respects the spread, machines told apart.
+
+On one machine times are compared. Between machines a time says how fast the machine is, so what is
+compared there is each row's ratio to a baseline that both records have.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .records import differences, machine
+from .tables import NONE, Table, at, measured
+
+Row = dict[str, Any]
+FASTER, SLOWER, LEVEL = "faster", "slower", "no difference beyond the spread"
+LESS, MORE, SAME = "less memory", "more memory", "same memory"
+TOLERANCE = 0.01  # of a byte count: allocators round
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure of one row in both records.
+
+    Attributes:
+        what: Suite, provider, case and figure, in words.
+        first, second: The figures; seconds, a ratio, or bytes.
+        ratio: The second's median over the first's.
+        verdict: One of this module's words.
+    """
+
+    what: str
+    first: str
+    second: str
+    ratio: float
+    verdict: str
+
+
+def findings(first: Sequence[Row], second: Sequence[Row]) -> Iterator[Finding]:
+    """A verdict for each figure that both records have."""
+    same = same_machine(first, second)
+    others = {_identity(row): row for row in measured(second)}
+    for row in measured(first):
+        other = others.get(_identity(row))
+        if other is None:
+            continue
+        yield from _times(row, other) if same else _ratios(row, other)
+        if other["environment"]["device"] == row["environment"]["device"]:
+            yield from _bytes(row, other)
+
+
+def same_machine(first: Sequence[Row], second: Sequence[Row]) -> bool:
+    return machine(first[0]["environment"]) == machine(second[0]["environment"])
+
+
+def report(first: Sequence[Row], second: Sequence[Row], names: tuple[str, str]) -> Table:
+    """All findings, under words on the machines and the versions.
+
+    Raises:
+        ValueError: The records have no figure in common.
+    """
+    found = list(findings(first, second))
+    if not found:
+        raise ValueError(f"{names[0]} and {names[1]} have no figure in common")
+    kind = "times" if same_machine(first, second) else "ratios to the baseline"
+    return Table(
+        f"{names[1]} against {names[0]}: {kind}, medians",
+        ["", names[0], names[1], "second / first", "verdict"],
+        [[one.what, one.first, one.second, f"{one.ratio:.2f}", one.verdict] for one in found],
+        ["", *notes(first, second), *_only_in(first, second, names)],
+    )
+
+
+def notes(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
+    """Whether one machine measured both, and in which versions they differ."""
+    one, other = first[0]["environment"], second[0]["environment"]
+    unlike = differences(machine(one), machine(other))
+    lines = ["Both were measured on the same machine."]
+    if unlike:
+        lines = [
+            f"Measured on DIFFERENT machines ({'; '.join(unlike)}): times are not comparable, so "
+            "ratios to a common baseline are compared."
+        ]
+    versions = differences(one["versions"], other["versions"])
+    if versions:
+        lines.append(f"Versions differ: {'; '.join(versions)}.")
+    commits = [
+        f"{e['commit'] or 'unknown'}{' (dirty)' if e['dirty'] else ''}" for e in (one, other)
+    ]
+    if commits[0] != commits[1]:
+        lines.append(f"Commits: {commits[0]}, {commits[1]}.")
+    return lines
+
+
+def verdict(first: Mapping[str, float], second: Mapping[str, float]) -> str:
+    """Whether the middles of two samples, p20 to p80, lie apart."""
+    if first["p80"] < second["p20"]:
+        return SLOWER
+    if second["p80"] < first["p20"]:
+        return FASTER
+    return LEVEL
+
+
+def _times(row: Row, other: Row) -> Iterator[Finding]:
+    for one, q in row.get("seconds", {}).items():
+        p = at(other, f"seconds.{one}")
+        if p is not None:
+            yield _finding(f"{_words(row)}: {one}", q, p, "{:.3g} ms", 1e3)
+
+
+def _ratios(row: Row, other: Row) -> Iterator[Finding]:
+    for baseline, passes in row.get("versus", {}).items():
+        for one, q in passes.items():
+            p = at(other, f"versus.{baseline}.{one}")
+            if p is not None and baseline != row["provider"]:
+                yield _finding(f"{_words(row)}: {one} / {baseline}", q, p, "{:.2f}x", 1)
+
+
+def _finding(
+    what: str, q: Mapping[str, float], p: Mapping[str, float], form: str, scale: float
+) -> Finding:
+    first, second = (form.format(scale * figure["median"]) for figure in (q, p))
+    return Finding(what, first, second, p["median"] / q["median"], verdict(q, p))
+
+
+def _bytes(row: Row, other: Row) -> Iterator[Finding]:
+    for name in ("saved", "peak"):
+        a, b = at(row, f"bytes.{name}"), at(other, f"bytes.{name}")
+        if a and b:
+            word = MORE if b > (1 + TOLERANCE) * a else LESS if b < (1 - TOLERANCE) * a else SAME
+            sizes = (f"{size / 2**20:.1f} MiB" for size in (a, b))
+            yield Finding(f"{_words(row)}: {name}", *sizes, b / a, word)
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    types = row.get("types", {})
+    return (
+        row["suite"],
+        row["provider"],
+        tuple(sorted(row["case"].items())),
+        tuple(sorted((key, str(value)) for key, value in types.items())),
+    )
+
+
+def _words(row: Row) -> str:
+    case = row["case"]
+    if "width" in case:
+        where = f"{case['depth']} x {case['width']}, {case['tokens']} tokens"
+    elif "model" in case:
+        checkpointing = ", checkpointing" if case["checkpointing"] else ""
+        where = f"{case['model']}, {case['targets']}{checkpointing}"
+    else:
+        where = f"{case['tokens']}x{case['in_features']}x{case['out_features']}"
+    dtype = at(row, "types.compute") or NONE
+    return f"{row['suite']} {row['provider']} {where} r {case['r']} {dtype}"
+
+
+def _only_in(first: Sequence[Row], second: Sequence[Row], names: tuple[str, str]) -> list[str]:
+    sets = [{_identity(row) for row in measured(rows)} for rows in (first, second)]
+    counts = [len(sets[0] - sets[1]), len(sets[1] - sets[0])]
+    return [
+        f"{count} rows are in {name} alone."
+        for count, name in zip(counts, names, strict=True)
+        if count
+    ]

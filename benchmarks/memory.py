@@ -1,0 +1,79 @@
+"""The memory suite: what a stack of adapted layers holds, beside what theory says."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import cost
+from .layer import labels
+from .measure import forward_case, kept_bytes, peak_bytes, step_case
+from .methods import sharing_copy
+from .providers import PROVIDERS, survived
+from .shapes import Shape
+
+Row = dict[str, Any]
+
+
+def measure(
+    shape: Shape,
+    depths: Sequence[int],
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    names: Sequence[str],
+    on_each: Callable[[float], object] = lambda share: None,
+) -> list[Row]:
+    """Bytes that stacks of square layers hold: after a forward, and at a step's peak.
+
+    Both are counted above what is resident: weights, factors, the stack's input and the upstream
+    gradient. `saved` holds the stack's output too, `saved_by_theory` is `cost.Method.stack_kept`.
+
+    Args:
+        shape: Tokens, and the width twice.
+        depths: How many layers, for each stack.
+        r: Rank of the factors.
+        dtype: Type of the activations and the base weights.
+        device: Where to run.
+        names: Keys of `PROVIDERS`; they have proved their formulas.
+        on_each: Called with the share that is done.
+
+    Returns:
+        One row per depth and provider.
+
+    Raises:
+        ValueError: A shape that is not square.
+    """
+    tokens, width, out_features = shape
+    if width != out_features:
+        raise ValueError(f"a stack needs a square shape, {shape} is not")
+    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    g = torch.randn(tokens, width, device=device, dtype=dtype)
+    rows: list[Row] = []
+    for depth in depths:
+        base = nn.Sequential(
+            *(nn.Linear(width, width, device=device, dtype=dtype) for _ in range(depth))
+        )
+        case = {"tokens": tokens, "width": width, "depth": depth, "r": r}
+        for name in names:
+            row = {"suite": "memory", **labels(name, dtype), "case": case}
+            left_out: dict[str, str] = {}
+            with survived(name, left_out):
+                stack = PROVIDERS[name].adapt(sharing_copy(base), r"\d+", r)
+                row["bytes"] = {
+                    "saved": kept_bytes(forward_case(stack, x), device),
+                    "saved_by_theory": _theory(name, shape, depth, r, dtype),
+                    "peak": peak_bytes(step_case(stack, x, g), device),
+                }
+            if left_out:
+                row["left_out"] = left_out[name]
+            rows.append(row)
+            on_each(len(rows) / (len(depths) * len(names)))
+    return rows
+
+
+def _theory(name: str, shape: Shape, depth: int, r: int, dtype: torch.dtype) -> int | None:
+    provider = PROVIDERS[name]
+    adapter = provider.adapter_dtype(dtype).itemsize
+    return cost.METHODS[provider.method].stack_kept(shape, r, depth, dtype.itemsize, adapter)

@@ -1,0 +1,472 @@
+"""Tables of the suites' rows, for terminals and for Markdown, and the sentences under them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import cost, report
+from .layer import PASSES
+from .records import differences, machine
+
+Row = dict[str, Any]
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a header, rows of cells, and lines to stand under them."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        return "\n".join([report.table(self.title, self.header, self.rows), *self.notes])
+
+    def markdown(self) -> str:
+        aligned = ["---", *("---:" for _ in self.header[1:])]
+        lines = [self.header, aligned, *self.rows]
+        body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return "\n\n".join([f"**{self.title}**", body, *self.notes])
+
+
+def of(rows: Sequence[Row]) -> list[Table]:
+    """Every table that the rows make, those of one suite together."""
+    makers: dict[str, Callable[[Sequence[Row]], list[Table]]] = {
+        "layer": _layer,
+        "overhead": _overhead,
+        "memory": _memory,
+        "model": _model,
+        "cost": _cost,
+    }
+    return [table for suite, some in grouped(rows, "suite") for table in makers[suite](some)]
+
+
+def grouped(rows: Iterable[Row], *paths: str) -> list[tuple[Any, list[Row]]]:
+    """Rows by what stands at dotted paths, in order of appearance; one path gives a bare key."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        key = tuple(at(row, path) for path in paths)
+        groups.setdefault(key if len(paths) > 1 else key[0], []).append(row)
+    return list(groups.items())
+
+
+def at(row: Mapping[str, Any], path: str) -> Any:
+    """What stands at a dotted path; None where it leads nowhere."""
+    value: Any = row
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """The rows with figures."""
+    return [row for row in rows if "left_out" not in row]
+
+
+def left_out(rows: Iterable[Row]) -> list[str]:
+    """One line for each reason, with the labels that it holds for."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if "left_out" in row:
+            reasons.setdefault(row["left_out"], {})[row["label"]] = None
+    return [f"Left out: {'; '.join(labels)} ({reason})." for reason, labels in reasons.items()]
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """What rows of one run were measured on, in a sentence."""
+    found = rows[0]["environment"]
+    versions = found["versions"]
+    names = [name for name in ("torch", "triton", "peft") if versions.get(name)]
+    commit = f"commit {found['commit'][:10]}" if found["commit"] else "no commit known"
+    if found["dirty"]:
+        commit += " with uncommitted changes"
+    where = found["device_name"]
+    if found["device"] == "cpu":
+        threads = found["threads"]
+        where += f", {threads} thread{'s' if threads > 1 else ''} of {found['cpu_count']} CPUs"
+    else:
+        where += f", driver {found['driver']}, CUDA {found['cuda']}"
+    software = ", ".join(f"{name} {versions[name]}" for name in names)
+    return f"Measured on {where}; {software}; {commit}; {found['date'][:10]}."
+
+
+# One maker for each suite
+
+
+def _layer(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    for (tokens, K, O, r, dtype), some in grouped(
+        rows, "case.tokens", "case.in_features", "case.out_features", "case.r", "types.compute"
+    ):
+        baselines = _baselines(some)
+        tables.append(
+            Table(
+                f"Layer: {tokens} tokens, {K} → {O}, r {r}, {dtype}; "
+                "milliseconds, medians (p20–p80)",
+                [
+                    "",
+                    *PASSES,
+                    *(f"step / {label}" for label in baselines.values()),
+                    "TFLOP/s",
+                    "of the floor",
+                    "peak MiB",
+                ],
+                [
+                    [
+                        row["label"],
+                        _milliseconds(row, "forward", spread=False),
+                        _milliseconds(row, "backward", spread=False),
+                        _milliseconds(row, "step"),
+                        *(_versus(row, name) for name in baselines),
+                        _rate(row),
+                        _percent(at(row, "floor_share.step.median")),
+                        _mebibytes(at(row, "bytes.peak")),
+                    ]
+                    for row in measured(some)
+                ],
+                left_out(some),
+            )
+        )
+    return tables
+
+
+def _overhead(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    for (r, dtype), some in grouped(rows, "case.r", "types.compute"):
+        baselines = _baselines(some)
+        tables.append(
+            Table(
+                f"Host time of a call on 16x16 tensors, r {r}, {dtype}; microseconds, medians",
+                ["", *PASSES, *(f"step / {label}" for label in baselines.values())],
+                [
+                    [
+                        row["label"],
+                        *(_microseconds(at(row, f"seconds.{one}.median")) for one in PASSES),
+                        *(_versus(row, name) for name in baselines),
+                    ]
+                    for row in measured(some)
+                ],
+                left_out(some),
+            )
+        )
+    return tables
+
+
+def _memory(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    for (tokens, width, r, dtype), some in grouped(
+        rows, "case.tokens", "case.width", "case.r", "types.compute"
+    ):
+        depths = list(dict.fromkeys(row["case"]["depth"] for row in some))
+        deepest = depths[-1]
+        body = []
+        for name, own in grouped(measured(some), "provider"):
+            by_depth = {row["case"]["depth"]: row for row in own}
+            last = by_depth.get(deepest)
+            body.append(
+                [
+                    own[0]["label"] if name else "",
+                    own[0]["types"]["adapter"],
+                    _mebibytes(at(last or {}, "bytes.saved")),
+                    _mebibytes(at(last or {}, "bytes.saved_by_theory")),
+                    *(_mebibytes(at(by_depth.get(depth, {}), "bytes.peak")) for depth in depths),
+                ]
+            )
+        tables.append(
+            Table(
+                f"Memory of a stack of {width}x{width} layers, {tokens} tokens, r {r}, {dtype}; "
+                "MiB above what is resident",
+                [
+                    "",
+                    "adapters",
+                    f"kept after forward, {deepest} layers",
+                    "by theory",
+                    *(f"step's peak, {depth}" for depth in depths),
+                ],
+                body,
+                left_out(some),
+            )
+        )
+    return tables
+
+
+def _model(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    for (name, targets, checkpointing, dtype), some in grouped(
+        rows, "case.model", "case.targets", "case.checkpointing", "types.compute"
+    ):
+        case, baselines = some[0]["case"], _baselines(some)
+        blocks = f"{case['blocks']} of {case['blocks_of']} blocks"
+        if case["blocks"] == case["blocks_of"]:
+            blocks = f"all {case['blocks']} blocks"
+        tables.append(
+            Table(
+                f"Training {name}, {targets} adapted, "
+                f"{'with' if checkpointing else 'without'} activation checkpointing: {blocks}, "
+                f"{case['batch']} x {case['sequence']} tokens, r {case['r']}, {dtype}",
+                [
+                    "",
+                    "step ms",
+                    "tokens/s",
+                    *(f"step / {label}" for label in baselines.values()),
+                    "products alone / LoRA",
+                    "peak MiB",
+                    "trainable",
+                ],
+                [
+                    [
+                        row["label"],
+                        _milliseconds(row, "step"),
+                        f"{row['tokens_per_second']['median']:,.0f}",
+                        *(_versus(row, other) for other in baselines),
+                        _number(at(row, "counts.products_over_lora")),
+                        _mebibytes(at(row, "bytes.peak")),
+                        f"{row['counts']['trainable']:,}",
+                    ]
+                    for row in measured(some)
+                ],
+                left_out(some),
+            )
+        )
+    return tables
+
+
+def _cost(rows: Sequence[Row]) -> list[Table]:
+    """Three tables: a layer, the adaptation over the rank, whole models."""
+    layers = [row for row in rows if row["case"]["what"] == "layer"]
+    models = [row for row in rows if row["case"]["what"] == "model"]
+    return [*_layer_costs(layers), *_rank_costs(layers), *_model_costs(models)]
+
+
+def _layer_costs(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    for (tokens, K, O), some in grouped(
+        rows, "case.tokens", "case.in_features", "case.out_features"
+    ):
+        r = some[0]["case"]["r"]
+        tables.append(
+            Table(
+                f"By count: a training step at {tokens} tokens, {K} → {O}, r {r}, 16-bit",
+                [
+                    "",
+                    "full products",
+                    "GFLOP",
+                    "/ LoRA",
+                    "MB moved at least",
+                    "weight-sized temporaries",
+                    "trainable",
+                ],
+                [
+                    [
+                        row["label"],
+                        f"{counts['forward_products']} + {counts['backward_products']}",
+                        f"{counts['step_operations'] / 1e9:.2f}",
+                        f"{counts['step_over_lora']:.2f}",
+                        f"{counts['step_bytes'] / 1e6:.1f}",
+                        str(counts["temporaries"]),
+                        f"{counts['trainable']:,}",
+                    ]
+                    for row in some
+                    if row["case"]["r"] == r
+                    for counts in [row["counts"]]
+                ],
+                [
+                    "HUT's third full product makes its training step dearer than LoRA's; full "
+                    "fine-tuning has the same three, and an optimiser state of the weight's size.",
+                ],
+            )
+        )
+    return tables
+
+
+def _rank_costs(rows: Sequence[Row]) -> list[Table]:
+    if not rows:
+        return []
+    ranks = sorted({row["case"]["r"] for row in rows})
+    body = []
+    for _, some in grouped(rows, "provider"):
+        by_rank = {row["case"]["r"]: row["counts"]["adaptation_per_weight"] for row in some}
+        if by_rank[ranks[0]] is not None and not some[0]["provider"].endswith("_eager"):
+            body.append([some[0]["label"], *(str(by_rank[r]) for r in ranks)])
+    return [
+        Table(
+            "By count: operations per weight that adapt a weight, over the rank",
+            ["", *(f"r {r}" for r in ranks)],
+            body,
+            [
+                "This is the saving of HUT's paper: its two-sided form adapts a weight with 2 "
+                "multiplications whatever the rank is. Beside the full products of a training step "
+                "(twice the number of tokens for each weight, each) it is small."
+            ],
+        )
+    ]
+
+
+def _model_costs(rows: Sequence[Row]) -> list[Table]:
+    if not rows:
+        return []
+    body = []
+    paths = ("case.model", "case.targets", "case.checkpointing")
+    for (name, targets, checkpointing), some in grouped(rows, *paths):
+        by = {row["provider"]: row["counts"] for row in some if row["case"] == some[0]["case"]}
+        hut = by["hut_low_rank"]
+        body.append(
+            [
+                name,
+                targets,
+                "yes" if checkpointing else "no",
+                _percent(hut["adapted_share"]),
+                f"{hut['third_product_alone']:.2f}",
+                f"{hut['step_over_lora']:.2f}",
+                *(f"{by[other]['step_over_lora']:.2f}" for other in OTHERS),
+            ]
+        )
+    labels = [f"{cost.METHODS[name].label} / LoRA" for name in OTHERS]
+    case = rows[0]["case"]
+    return [
+        Table(
+            f"By count: a step of a model's linear layers over LoRA's, {case['tokens']} tokens, "
+            f"r {case['r']}",
+            [
+                "",
+                "adapted",
+                "checkpointing",
+                "f",
+                "(2 + c + f) / (2 + c)",
+                "HUT low_rank / LoRA",
+                *labels,
+            ],
+            body,
+            ["Full fine-tuning trains every layer, whichever are adapted."],
+        )
+    ]
+
+
+OTHERS = ("hut_two_sided", "peft_hira", "full")
+
+
+# Short forms, for README.md and docs/
+
+
+def ratios_over_shapes(rows: Sequence[Row], baselines: Sequence[str]) -> list[Table]:
+    """For each baseline and type: providers down, shapes across, a step's ratio and its spread."""
+    tables = []
+    rows = [row for row in rows if row["suite"] == "layer"]
+    for (dtype, r), some in grouped(rows, "types.compute", "case.r"):
+        shapes = grouped(measured(some), "case.in_features", "case.out_features", "case.tokens")
+        shapes.sort(key=lambda group: group[0])
+        for baseline in baselines:
+            by = {key: {row["provider"]: row for row in own} for key, own in shapes}
+            labels = {row["provider"]: row["label"] for row in measured(some)}
+            body = [
+                [label, *(_versus(by[key].get(name, {}), baseline) for key in by)]
+                for name, label in labels.items()
+            ]
+            tables.append(
+                Table(
+                    f"Time of a step (forward and backward) over that of {labels[baseline]}: "
+                    f"{dtype}, r {r}; median (p20–p80), below 1 is faster",
+                    ["", *(f"{K} → {O}, {tokens} tokens" for K, O, tokens in by)],
+                    body,
+                    left_out(some),
+                )
+            )
+    return tables
+
+
+def who_wins(rows: Sequence[Row], ours: str, theirs: str) -> str:
+    """How often, and by how much, one provider's step is faster than another's, and the reverse."""
+    pairs = [
+        (row, row["versus"][theirs]["step"])
+        for row in measured(rows)
+        if row["provider"] == ours and "step" in row.get("versus", {}).get(theirs, {})
+    ]
+    if not pairs:
+        return ""
+    labels = {row["provider"]: row["label"] for row in rows}
+    us, them = labels[ours], labels[theirs]
+    slower = [q["median"] for _, q in pairs if q["p20"] > 1]
+    faster = [q["median"] for _, q in pairs if q["p80"] < 1]
+    level = len(pairs) - len(slower) - len(faster)
+    parts = []
+    if slower:
+        parts.append(f"{us} takes longer than {them} in {len(slower)} ({_span(slower)})")
+    if faster:
+        parts.append(f"{us} takes less time than {them} in {len(faster)} ({_span(faster)})")
+    if level:
+        parts.append(f"the two are level within the spread in {level}")
+    return f"Of {len(pairs)} steps measured, {'; '.join(parts)}."
+
+
+def _span(medians: Sequence[float]) -> str:
+    low, high = f"{min(medians):.2f}", f"{max(medians):.2f}"
+    return f"{low}x its time" if low == high else f"{low} to {high} times its time"
+
+
+def mixed_machines(rows: Sequence[Row]) -> list[str]:
+    """A warning where rows of one table come from different machines."""
+    first = machine(rows[0]["environment"])
+    other = next((row for row in rows if machine(row["environment"]) != first), None)
+    if other is None:
+        return []
+    unlike = "; ".join(differences(first, machine(other["environment"])))
+    return [f"These rows are NOT of one machine ({unlike}): compare their ratios, not their times."]
+
+
+# Cells
+
+
+def _baselines(rows: Sequence[Row]) -> dict[str, str]:
+    """The providers that these rows are compared with, and their labels."""
+    labels = {row["provider"]: row["label"] for row in rows}
+    names = dict.fromkeys(name for row in measured(rows) for name in row.get("versus", {}))
+    return {name: labels.get(name, name) for name in names}
+
+
+def _milliseconds(row: Row, one: str, spread: bool = True) -> str:
+    q = at(row, f"seconds.{one}")
+    if q is None:
+        return NONE
+    return _quantiles(q, 1e3) if spread else _significant(1e3 * q["median"])
+
+
+def _microseconds(seconds: float | None) -> str:
+    return NONE if seconds is None else f"{1e6 * seconds:.0f}"
+
+
+def _versus(row: Row, baseline: str) -> str:
+    q = at(row, f"versus.{baseline}.step")
+    return NONE if q is None else f"{q['median']:.2f} ({q['p20']:.2f}–{q['p80']:.2f})"
+
+
+def _quantiles(q: Mapping[str, float], scale: float) -> str:
+    p20, median, p80 = (_significant(scale * q[key]) for key in ("p20", "median", "p80"))
+    return f"{median} ({p20}–{p80})"
+
+
+def _rate(row: Row) -> str:
+    operations, seconds = at(row, "operations.step"), at(row, "seconds.step.median")
+    return NONE if not operations or not seconds else _significant(operations / seconds / 1e12)
+
+
+def _significant(value: float) -> str:
+    """Three digits, without an exponent."""
+    return (
+        f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+        if value >= 0.1
+        else f"{value:.3f}"
+    )
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.0f} %"
+
+
+def _mebibytes(size: int | None) -> str:
+    return NONE if size is None else f"{size / 2**20:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
