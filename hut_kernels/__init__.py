@@ -1,5 +1,6 @@
 """Fused kernels and layers for HUT (Hadamard Updated Transformation, arXiv 2409.13501)."""
 
+from . import flops
 from .adapters import (
     adapter_options,
     adapter_state_dict,
@@ -13,6 +14,8 @@ from .dispatch import backends, explain
 from .errors import HUTBackendError
 from .functional import hut_linear, hut_weight
 from .nn import PAPER, HUTLinear
+
+flops.register()
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,102 @@
+"""FLOP formulas of `torch.ops.hut.*` for `torch.utils.flop_counter.FlopCounterMode`.
+
+As that counts elsewhere: matrix products alone, those made again in backward included. A HUT step
+has three full products, `2 N O K` operations each. `low_rank` has thin ones besides, `2 O K r` for
+every T that is formed and for each factor's gradient.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+Shape = Sequence[int]
+
+
+def forward(
+    x: Shape, weight: Shape, hut_A: Shape, hut_B: Shape, bias: Any, gamma: Any, beta: Any,
+    transform: str, offset: float, scaling: float, precision: str, backend: str, **_: Any,
+) -> int:  # fmt: skip
+    """Operations of `hut::forward`, from its arguments with shapes for tensors."""
+    return _product(x, weight, precision) + _thin(weight, hut_A, transform)
+
+
+def backward(
+    grad: Shape, x: Shape, weight: Shape, hut_A: Shape, hut_B: Shape, gamma: Any,
+    transform: str, offset: float, scaling: float, precision: str,
+    need_x: bool, need_A: bool, need_B: bool, need_gamma: bool, backend: str, **_: Any,
+) -> int:  # fmt: skip
+    """Operations of `hut::backward`: dx, and G with its reductions, where they are needed."""
+    thin = _thin(weight, hut_A, transform)
+    operations = _product(grad, weight, precision) + thin if need_x else 0
+    if need_A or need_B or need_gamma:
+        operations += _product(grad, weight) + thin * (need_A + (need_B or need_gamma))
+    return operations
+
+
+def weight(
+    weight: Shape, hut_A: Shape, hut_B: Shape, gamma: Any,
+    transform: str, offset: float, scaling: float, dtype: Any, backend: str, **_: Any,
+) -> int:  # fmt: skip
+    """Operations of `hut::weight`."""
+    return _thin(weight, hut_A, transform)
+
+
+def _product(activations: Shape, weight: Shape, precision: str = "merged") -> int:
+    products = 2 if precision == "split" else 1
+    return products * 2 * math.prod(activations[:-1]) * math.prod(weight)
+
+
+def _thin(weight: Shape, hut_A: Shape, transform: str) -> int:
+    """T's low-rank product; the two_sided T, and what is reduced with it, has none."""
+    return 2 * math.prod(weight) * hut_A[0] if transform == "low_rank" else 0
+
+
+def register() -> None:
+    """Makes the formulas known to every `FlopCounterMode`, now or once its module is imported.
+
+    That module imports triton, which is not for `import hut_kernels` to do.
+    """
+    if _COUNTER in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for formula in (forward, backward, weight):
+        register_flop_formula(getattr(torch.ops.hut, formula.__name__))(formula)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds nothing itself, but lets the counter's module run `_register` when it is loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            _register()
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
