@@ -1,0 +1,16 @@
+// The Python module: importing it registers the operators of ops.cpp.
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", "CUDA kernels of hut_kernels, as torch.ops.hut_cuda.", -1,
+      nullptr, nullptr, nullptr, nullptr, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  // What the kernels are compiled for, such as "80 90 120+PTX".
+  if (module && PyModule_AddStringConstant(module, "architectures", HUT_ARCHITECTURES) < 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}
