@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import definition
+from .autograd import FrozenProduct
 from .errors import HUTBackendError
 from .functional import hut_linear, hut_weight
 
@@ -131,7 +132,7 @@ class HUTLinear(nn.Module):
             HUTBackendError: a quantised, sharded or computed weight.
             ValueError: as for `HUTLinear`.
         """
-        check_base(linear)
+        check_linear(linear)
         conv1d = is_conv1d(linear)
         weight = linear.get_parameter("weight").detach()
         out_features, in_features = weight.t().shape if conv1d else weight.shape
@@ -296,23 +297,6 @@ class HUTLinear(nn.Module):
         return text + (", fan_in_fan_out=True" if self.fan_in_fan_out else "")
 
 
-class FrozenProduct(torch.autograd.Function):
-    """`x weight^T` with the weight cast to x's type in each pass, so that no copy is kept."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight.to(x.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None
-
-
 def _fill(parameter: nn.Parameter, value: Tensor) -> None:
     """Copies the value; into a sharded parameter every rank its part of the first rank's value."""
     if hasattr(parameter, "_local_tensor"):  # a DTensor: an import that others are spared
@@ -377,7 +361,7 @@ def _check_types(**dtypes: torch.dtype) -> None:
             raise TypeError(f"{name} must be one of {names}, got {dtype}")
 
 
-def check_base(linear: nn.Module) -> None:
+def check_linear(linear: nn.Module) -> None:
     """Refuse what HUT cannot multiply, or what would not compute the same without its own class."""
     kind = type(linear).__name__
     conv1d = is_conv1d(linear)

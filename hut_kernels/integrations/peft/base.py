@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...nn import check_base, is_conv1d
+from ...nn import check_linear, is_conv1d
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -21,12 +21,12 @@ def check_base(base: nn.Module) -> None:
     if hasattr(base, "_old_forward"):  # an accelerate hook wraps the class's own forward
         wrapped = vars(base).pop("forward", None)
         try:
-            check_base(base)
+            check_linear(base)
         finally:
             if wrapped is not None:
                 vars(base)["forward"] = wrapped
     else:
-        check_base(base)
+        check_linear(base)
 
 
 def is_watched(base: nn.Module) -> bool:

@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ... import definition
+from ...autograd import FrozenProduct
 from ...functional import hut_linear, hut_weight
-from ...nn import FrozenProduct, check_rank, is_conv1d
+from ...nn import check_rank, is_conv1d
 from .base import bias, is_watched, matrix
 from .config import HUTConfig
 
