@@ -26,6 +26,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from hut_kernels import (
     save_adapter,
 )
 from hut_kernels.adapters import _checksum
+from hut_kernels.definition import FLOATS
 
 from .references import TRAINABLE, Case, lay, limit, make
 
@@ -102,6 +104,16 @@ def fuzz_hut_linear(rng: random.Random) -> str:
     return outcome
 
 
+def is_plain(value: Any) -> bool:
+    """A tensor that can be changed further."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype in FLOATS
+        and value.layout is torch.strided
+        and not (value.is_nested or value.is_quantized or value.is_meta)
+    )
+
+
 def trainable(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and not value.is_inference()
 
@@ -142,7 +154,7 @@ def spoil(rng: random.Random, arguments: dict[str, Any]) -> None:
         return
     name = rng.choice(NAMES)
     value = arguments[name]
-    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
+    if is_plain(value):
         arguments[name] = rng.choice(CHANGES)(rng, value)
     else:
         arguments[name] = rng.choice([None, 1.0, torch.ones(rng.choice([0, 1, 17]))])
@@ -181,9 +193,10 @@ def overlapping(rng: random.Random, tensor: Tensor) -> Tensor:
 
 def special(rng: random.Random, tensor: Tensor) -> Tensor:
     """Values at and beyond the edges of the type."""
-    changed = tensor.clone()
+    changed = tensor.detach().clone()
     if changed.numel():
         value = rng.choice([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40])
+        changed = changed.contiguous()
         changed.view(-1)[rng.randrange(changed.numel())] = value
     return changed
 
@@ -214,8 +227,8 @@ def foreign_layout(rng: random.Random, tensor: Tensor) -> Any:
 
 def not_a_tensor(rng: random.Random, tensor: Tensor) -> Any:
     return rng.choice(
-        [None, 0, 1.5, "x", [1.0], (), {}, object(), torch.Tensor, tensor.double().tolist(),
-         tensor.double().numpy(), nn.Linear(2, 2), torch.float32]
+        [None, 0, 1.5, "x", [1.0], (), {}, object(), torch.Tensor, tensor.shape, [[1.0]],
+         np.ones(tensor.shape[:1]), nn.Linear(2, 2), torch.float32]
     )  # fmt: skip
 
 
@@ -227,7 +240,7 @@ def other_kind(rng: random.Random, tensor: Tensor) -> Tensor:
     if change == 1:
         with torch.inference_mode():
             return tensor.clone()
-    return tensor.detach().requires_grad_() if trainable(tensor) else tensor
+    return tensor.detach().requires_grad_() if trainable(tensor) else tensor.clone()
 
 
 CHANGES = (
@@ -264,8 +277,8 @@ def check_answer(arguments: dict[str, Any], y: Tensor, rng: random.Random, autoc
     dtype = torch.bfloat16 if autocast and x.dtype != torch.float64 else x.dtype
     if y.shape != (*x.shape[:-1], len(weight)) or y.dtype != dtype:
         raise Finding(f"y is {y.dtype} {tuple(y.shape)}")
-    if x.is_meta:
-        return "meta"
+    if x.is_meta or not all(map(math.isfinite, (arguments["offset"], arguments["scaling"]))):
+        return "right kind"
     case = as_case(arguments, y, rng, dtype)
     expected, size = case.expected(), absolute(case).expected()
     results = {"y": y}
@@ -284,15 +297,19 @@ def check_answer(arguments: dict[str, Any], y: Tensor, rng: random.Random, autoc
 def as_case(arguments: dict[str, Any], y: Tensor, rng: random.Random, dtype: torch.dtype) -> Case:
     tensors = {n: None if arguments[n] is None else arguments[n].detach() for n in NAMES}
     grad = torch.rand(y.shape, generator=torch.Generator().manual_seed(rng.randrange(99)))
-    options = {n: arguments[n] for n in ("transform", "offset", "scaling") if n in arguments}
+    options = {n: arguments[n] for n in ("transform", "offset", "scaling", "precision")}
     tensors["x"] = tensors["x"].to(dtype)
     return Case(**tensors, grad=grad.to(dtype), **options)
 
 
 def absolute(case: Case) -> Case:
-    """Every term of every sum without its sign: what rounding errors are relative to."""
+    """Every term of every sum without its sign: what rounding errors are relative to.
+
+    `split` adds the products with W0 and with `W0 * (T - 1)`.
+    """
     tensors = {n: value.abs() for n in (*NAMES, "grad") if (value := getattr(case, n)) is not None}
-    return case.replace(**tensors, offset=abs(case.offset), scaling=abs(case.scaling))
+    offset = abs(case.offset) + (2 if case.precision == "split" else 0)
+    return case.replace(**tensors, offset=offset, scaling=abs(case.scaling))
 
 
 def compare(
@@ -300,7 +317,8 @@ def compare(
 ) -> None:
     if tuple(out.shape) != expected.shape:
         raise Finding(f"{name} has shape {tuple(out.shape)}, not {expected.shape}")
-    if not math.isfinite(size.sum()) or size.max(initial=0.0) > torch.finfo(dtype).max / 8:
+    largest = min(torch.finfo(dtype).max, torch.finfo(out.dtype).max)
+    if not math.isfinite(size.sum()) or size.max(initial=0.0) > largest / 8:
         return  # NaN or Inf were given, or the type's range is left: as in any other layer
     values = out.detach().double().numpy()
     norm = math.sqrt((size**2).sum())
