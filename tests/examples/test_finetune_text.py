@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 from examples import finetune_report, finetune_text
 from examples.finetune_text import METHODS, PRESETS, Run, Score, next_rate, parse
 
-SMALL = ["--batch", "16", "--r", "4", "--tried", "3", "--seeds", "2", "--device", "cpu"]
+SMALL = ["--batch", "8", "--r", "4", "--tried", "3", "--seeds", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +32,7 @@ def _quickly():
 def classified(tmp_path_factory, bert, tastes):
     pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("classified")
-    data = ["--model", bert, "--dataset", tastes, "--epochs", "4"]
+    data = ["--model", bert, "--dataset", tastes, "--epochs", "2"]
     assert finetune_text.main([*data, *SMALL, "--out", str(folder)]) == 0
     return folder, json.loads((folder / "finetune.json").read_text())
 
@@ -41,9 +41,7 @@ def test_every_method_goes_through_the_same_loop(classified):
     folder, record = classified
     assert (folder / "finetune.png").read_bytes().startswith(b"\x89PNG")
     assert [row["method"] for row in record["methods"]] == list(METHODS)
-    assert record["environment"]["load_average"] == pytest.approx(
-        record["environment"]["load_average"]
-    )
+    assert record["load_average_at_end"] is None or record["load_average_at_end"] >= 0
     assert {"date", "cpu", "commit", "versions"} <= set(record["environment"])
     for row in record["methods"]:
         assert len(row["runs"]) == len(row["accuracy"]["values"]) == 2
@@ -70,11 +68,17 @@ def test_methods_are_even(classified):
 
 
 def test_every_adapter_learns(classified):
+    """Random features suffice for the labels; an adapter that trains fits them far better."""
     _, record = classified
+    last = {
+        row["method"]: statistics.fmean(x for run in row["runs"] for x in run["losses"][-40:])
+        for row in record["methods"]
+    }
+    floor = last.pop("probe")
+    for name, loss in last.items():
+        assert loss < 0.6 * floor, name
     for row in record["methods"]:
-        for run in row["runs"]:
-            assert statistics.fmean(run["losses"][-8:]) < 0.8 * statistics.fmean(run["losses"][:4])
-        assert row["accuracy"]["mean"] > 0.75, row["method"]
+        assert row["accuracy"]["mean"] > 0.9, row["method"]
 
 
 def test_the_sentences_quote_the_numbers(classified):
@@ -88,7 +92,7 @@ def test_the_sentences_quote_the_numbers(classified):
 
 def test_a_generation_goes_through_it_too(tmp_path, gpt2, answers):
     pytest.importorskip("datasets")
-    data = ["--model", gpt2, "--dataset", answers, "--epochs", "2", "--target", "c_attn"]
+    data = ["--model", gpt2, "--dataset", answers, "--epochs", "1", "--target", "c_attn"]
     assert finetune_text.main([*data, *SMALL, "--out", str(tmp_path)]) == 0
     rows = {
         row["method"]: row

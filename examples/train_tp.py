@@ -1,0 +1,61 @@
+"""HUT under tensor parallelism: every process has some heads and hidden features of each block.
+
+    torchrun --standalone --nproc_per_node 2 -m examples.train_tp
+    torchrun --standalone --nproc_per_node 4 -m examples.train_tp --replicas 2
+
+With --replicas the processes form a grid: each row of it shares a model, and has a part of each
+batch; over the rows FSDP2 shards what tensor parallelism left on a process.
+"""
+
+import argparse
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from examples.tiny_gpt import loss_of, make_batch, make_model, report, save, start
+from hut_kernels.distributed import HUTColwiseParallel, HUTRowwiseParallel
+
+PLAN = {
+    "blocks.*.attention.q": HUTColwiseParallel(),
+    "blocks.*.attention.k": HUTColwiseParallel(),
+    "blocks.*.attention.v": HUTColwiseParallel(),
+    "blocks.*.attention.o": HUTRowwiseParallel(),
+    "blocks.*.mlp.up": HUTColwiseParallel(),
+    "blocks.*.mlp.down": HUTRowwiseParallel(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--replicas", type=int, default=1, help="rows of the grid of processes")
+    parser.add_argument("--output", default="adapter.safetensors")
+    args = parser.parse_args()
+
+    device = start()
+    shape = (args.replicas, dist.get_world_size() // args.replicas)
+    grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
+    model = make_model().to(device)
+    parallelize_module(model, grid["tp"], PLAN)
+    if args.replicas > 1:
+        for block in model.blocks:
+            fully_shard(block, mesh=grid["dp"])
+        fully_shard(model, mesh=grid["dp"])
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=1e-2)
+    for step in range(args.steps):
+        tokens = make_batch(step).chunk(args.replicas)[grid["dp"].get_local_rank()].to(device)
+        loss = loss_of(model, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        report(step, loss)
+    save(model, args.output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
