@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -27,6 +28,7 @@ def backends() -> dict[str, dict[str, object]]:
         it runs) and, where there is one, `version`.
     """
     missing = _triton_missing() or _no_device()
+    extension = _extension_missing() or _extension_idle()
     return {
         "torch": {
             "available": True,
@@ -38,12 +40,18 @@ def backends() -> dict[str, dict[str, object]]:
             "reason": missing or ("interpreter, on the CPU" if interpreting() else "CUDA device"),
             "version": _version("triton"),
         },
-        "cuda": {"available": False, "reason": _extension_missing(), "version": None},
+        "cuda": {
+            "available": extension is None,
+            "reason": extension or f"CUDA device; compiled for {architectures()}",
+            "version": None,
+        },
     }
 
 
 def choose(name: str, tensors: Sequence[Tensor]) -> str:
-    """The backend that runs a call: `torch`, `triton` or `cuda`.
+    """The backend that runs a call, by its name in `ops`: `torch`, `triton`, `cuda` or `planned`.
+
+    `planned` is what "auto" means where both Triton and the compiled extension run.
 
     Args:
         name: One of `BACKENDS`.
@@ -56,18 +64,18 @@ def choose(name: str, tensors: Sequence[Tensor]) -> str:
     """
     device = tensors[0].device
     if name == "auto":
-        usable = (
-            device.type == "cuda"
-            and not _any_float64(tensors)
-            and _triton_missing() is None
-            and _device_missing(device.index) is None
-        )
-        return "triton" if usable else "torch"
+        if device.type != "cuda" or _any_float64(tensors):
+            return "torch"
+        with_triton = _triton_missing() is None and _device_missing(device.index) is None
+        with_extension = _extension_unusable(device) is None
+        if with_triton and with_extension:
+            return "planned"
+        return "triton" if with_triton else "cuda" if with_extension else "torch"
     if name == "torch":
         return name
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-    missing = _extension_missing() if name == "cuda" else _triton_unusable(device)
+    missing = _extension_unusable(device) if name == "cuda" else _triton_unusable(device)
     if missing:
         raise HUTBackendError(f'backend="{name}" cannot run here: {missing}')
     if _any_float64(tensors):
@@ -207,8 +215,68 @@ def _device_missing(index: int | None) -> str | None:
     return None
 
 
-def _extension_missing() -> str:
-    return "the compiled extension is not part of this version"
+@functools.cache
+def _extension_missing() -> str | None:
+    if importlib.util.find_spec("hut_kernels._C") is None:
+        return (
+            "the compiled extension is not built (with nvcc at hand: "
+            "HUT_KERNELS_CUDA=1 pip install --no-build-isolation .)"
+        )
+    try:
+        importlib.import_module("hut_kernels._C")
+    except ImportError as error:
+        return f"the compiled extension does not load: {error}"
+    return None
+
+
+def architectures() -> str:
+    """What the compiled extension, which must be there, is compiled for: `"80 90 120+PTX"`."""
+    return importlib.import_module("hut_kernels._C").architectures
+
+
+def _extension_idle() -> str | None:
+    """Why the extension, though loaded, has nothing to run on."""
+    if not torch.cuda.is_available():
+        return f"the compiled extension is loaded, for {architectures()}, but no CUDA device found"
+    return _device_uncovered(None)
+
+
+def _extension_unusable(device: torch.device) -> str | None:
+    missing = _extension_missing()
+    if missing:
+        return missing
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and the compiled extension needs a CUDA device"
+    return _device_uncovered(device.index)
+
+
+@functools.cache
+def _device_uncovered(index: int | None) -> str | None:
+    if torch.version.hip:
+        return "the compiled extension has no kernels for ROCm"
+    capability = torch.cuda.get_device_capability(index)
+    if covers(architectures(), capability):
+        return None
+    return (
+        f"the compiled extension is built for {architectures()}, and the device has compute "
+        f"capability {capability[0]}.{capability[1]} (TORCH_CUDA_ARCH_LIST chooses others)"
+    )
+
+
+def covers(compiled: str, capability: tuple[int, int]) -> bool:
+    """Whether a build for `"80 90 120+PTX"` runs on a device.
+
+    Machine code runs on later devices of the same major version, PTX on all later ones.
+    """
+    major, minor = capability
+    for architecture in compiled.split():
+        number = "".join(filter(str.isdigit, architecture))
+        built = int(number[:-1]), int(number[-1])
+        if architecture.endswith("+PTX") and capability >= built:
+            return True
+        if major == built[0] and minor >= built[1]:
+            return True
+    return False
 
 
 def _version(package: str) -> str | None:

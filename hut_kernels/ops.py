@@ -28,6 +28,14 @@ def _backend(name: str) -> ModuleType:
         from .triton import backend as triton_backend
 
         return triton_backend
+    if name == "cuda":
+        from . import cuda
+
+        return cuda
+    if name == "planned":
+        from . import planned
+
+        return planned
     return torch_backend
 
 
@@ -127,12 +135,14 @@ def backward(
     their types, the last is float32 (float64 for float64). `x` is needed for all but `dx`.
     """
     spec = Spec(transform, offset, scaling, precision)
+    needs = Needs(need_A, need_B, need_gamma)
     module = _backend(backend)
+    if hasattr(module, "backward"):  # all of it in one call
+        return module.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
     grads = []
     if need_x:
         grads.append(module.grad_input(grad, weight, hut_A, hut_B, gamma, spec))
     if need_A or need_B or need_gamma:
-        needs = Needs(need_A, need_B, need_gamma)
         factors = module.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
         grads += [factor for factor in factors if factor is not None]
     return grads

@@ -245,7 +245,7 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
         FUSED if fusible and problem.N <= even.forward else STAGED,
         FUSED if fusible and problem.N <= even.grad_input else STAGED,
         FUSED if problem.aligned and problem.N <= even.grad_factors else CHUNKED,
-        _chunk_rows(problem, device),
+        _chunk_rows(problem.K, device),
         even.source,
     )
 
@@ -265,9 +265,9 @@ def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
     )
 
 
-def _chunk_rows(problem: Problem, device: Device) -> int:
+def _chunk_rows(columns: int, device: Device) -> int:
     """Rows of G, float32, that take half of L2; a multiple of 128, so that tiles stay whole."""
-    rows = device.l2 // 2 // max(1, 4 * problem.K)
+    rows = device.l2 // 2 // max(1, 4 * columns)
     return max(128, rows // 128 * 128)
 
 
@@ -302,6 +302,47 @@ def _fewer(tiles: int, spans_now: int) -> int:
     """The next smaller number of equal spans over `tiles` that leaves no span empty."""
     length = -(-tiles // (spans_now - 1))
     return -(-tiles // length)
+
+
+# Weights of a layer up to which a call takes longer to launch than to run, so that the extension's
+# short way to the device decides. An estimate: about 10 us on an H100 at 512 tokens.
+LAUNCH_BOUND = 1 << 21
+
+
+def extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
+    """Whether the compiled extension is expected to be faster than Triton at a part of a layer.
+
+    Where Triton too would go through a workspace and the BLAS, the extension does the same with
+    less host time; where Triton's fused kernels save device time, they keep the layers that are
+    large enough to show it.
+    """
+    if _forced:  # strategies by name are Triton's
+        return False
+    return O * K <= LAUNCH_BOUND or N > getattr(break_even(device), part)
+
+
+_STRIP = 64  # rows or columns of G whose sums a block of the extension's reduction makes
+_RESIDENT = 3  # of its blocks on a multiprocessor at once
+
+
+@functools.lru_cache(maxsize=4096)
+def strips(
+    rows: int, columns: int, r: int, weight_item: int, device: Device
+) -> tuple[int, int, int]:
+    """How the extension divides the reduction of G, `[rows, columns]` as W0 is stored.
+
+    A block sums a strip of rows (of columns) over one span of the columns (of the rows). As many
+    spans as fill the device, while the partial sums stay within a quarter of W0's bytes.
+
+    Returns:
+        Rows of G at a time; spans for the sums of rows; spans for the sums of columns.
+    """
+    chunk = _chunk_rows(columns, device)
+    row_strips, column_strips = -(-min(chunk, rows) // _STRIP), -(-columns // _STRIP)
+    filling = -(-_RESIDENT * device.sms // max(1, row_strips + column_strips))
+    affordable = 1 + rows * columns * weight_item // 4 // (4 * r * max(1, rows + columns))
+    spans = max(1, min(filling, affordable))
+    return chunk, max(1, min(spans, column_strips)), max(1, min(spans, row_strips))
 
 
 def split(tiles: int, steps: int, sms: int) -> int:
