@@ -1,12 +1,16 @@
 """The task from documentation strings: nothing in a text tells its family by name."""
 
 import itertools
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from examples import docstrings
-from examples.docstrings import MASK, Documented, common, distinct, documented, masked
+from examples.docstrings import Documented, common, distinct, documented, masked
 
 
 def text_of(text, family="files"):
@@ -56,26 +60,39 @@ def test_the_first_of_two_like_texts_is_kept():
     assert distinct([first, second]) == [first]
 
 
-def test_it_is_dealt_the_same_way_every_time(monkeypatch):
-    monkeypatch.setattr(
-        docstrings, "FAMILIES", {"files": "tarfile shutil os", "network": "ssl ftplib socket http"}
-    )
-    monkeypatch.setattr(docstrings, "PARTS", {"train": 40, "validation": 10, "test": 20})
-    rows, summary = docstrings.load()
-    again, same = docstrings.load()
-    assert rows == again
-    assert summary == same
-    assert {part: len(some) for part, some in rows.items()} == {
-        "train": 80,
-        "validation": 20,
-        "test": 40,
-    }
-    for some in rows.values():
+SOME = {"files": "tarfile shutil os", "network": "ssl ftplib socket http"}
+FEW = {"train": 40, "validation": 10, "test": 20}
+
+
+def load_some():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstrings, "FAMILIES", SOME)
+        patch.setattr(docstrings, "PARTS", FEW)
+        return docstrings.load()
+
+
+def test_no_text_is_nearly_one_of_another_part():
+    rows, _ = load_some()
+    for part, some in rows.items():
         labels = [row["label"] for row in some]
-        assert labels.count("files") == labels.count("network")
+        assert labels.count("files") == labels.count("network") == FEW[part]
     texts = [text_of(row["text"]) for some in rows.values() for row in some]
     assert all(common(a, b) < docstrings.NEAR for a, b in itertools.combinations(texts, 2))
-    assert all(MASK in row["text"] or row["text"] for row in rows["train"])
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_another_process_deals_the_same(seed):
+    """Strings hash differently in each process: nothing may depend on the order of a set."""
+    code = "from tests.examples.test_docstrings import load_some; print(load_some()[1]['digest'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == load_some()[1]["digest"]
 
 
 def test_a_text_keeps_its_part_when_others_come_or_go():
