@@ -22,7 +22,7 @@ endif
 
 # Two pip calls at once would spoil the environment.
 .NOTPARALLEL:
-.PHONY: help venv demo finetune test test-cpu test-kernels lint types mutants fuzz matrix bench-cpu gate gpu peft-suite docs clean
+.PHONY: help venv demo finetune test test-cpu test-kernels lint types mutants bench fuzz matrix bench-cpu gate gpu peft-suite docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -67,6 +67,9 @@ fuzz: $(call ready,test) ## 20,000 hostile calls and adapter files: refused in w
 
 matrix: $(call ready,test) ## the suite beside other versions of Triton, PyTorch and Python
 	$(PY) -m tests.matrix $(ARGS)
+
+bench: $(call ready,bench) ## HUT beside LoRA, HiRA and plain PyTorch: ARGS="layer --quick"
+	$(PY) -m benchmarks $(or $(ARGS),layer)
 
 bench-cpu: $(call ready,bench) ## times of the CPU fallback as ratios to its plain products
 	$(PY) -m benchmarks.cpu_ratios $(ARGS)

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
+        prog="hut-bench" if Path(sys.argv[0]).stem == "hut-bench" else "python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -181,6 +181,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.suite == "cost":
         print("\n\n".join(table.text() for table in tables.of(rows)))
         return 0
+    print("", *tables.left_out(rows), sep="\n")
     _say_how(environment, threads, options)
     for name in wrong:
         print(f"{name} does NOT compute its formula: it was not timed.")
@@ -255,11 +256,11 @@ def _names(options: argparse.Namespace) -> tuple[list[str], list[str]]:
 def _admit(names: Sequence[str], dtype: torch.dtype, options: argparse.Namespace) -> Admission:
     """Who may be timed, by proof; compiled providers on a CPU only where they are named."""
     device = _device(options)
-    slow = {
+    slow = [
         name
         for name in names
         if PROVIDERS[name].run == COMPILED and device.type == "cpu" and not options.provider
-    }
+    ]
     names = [name for name in names if name not in slow]
     with Progress(f"proofs, {layer.type_name(dtype)}", len(names)) as progress:
         found = admit(names, dtype, device, lambda name: progress.to(names.index(name), name))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .records import differences, machine
-from .tables import NONE, Table, at, measured
+from .tables import NONE, Table, at, measured, where_of
 
 Row = dict[str, Any]
 FASTER, SLOWER, LEVEL = "faster", "slower", "no difference beyond the spread"
@@ -142,16 +142,8 @@ def _identity(row: Row) -> tuple[Any, ...]:
 
 
 def _words(row: Row) -> str:
-    case = row["case"]
-    if "width" in case:
-        where = f"{case['depth']} x {case['width']}, {case['tokens']} tokens"
-    elif "model" in case:
-        checkpointing = ", checkpointing" if case["checkpointing"] else ""
-        where = f"{case['model']}, {case['targets']}{checkpointing}"
-    else:
-        where = f"{case['tokens']}x{case['in_features']}x{case['out_features']}"
     dtype = at(row, "types.compute") or NONE
-    return f"{row['suite']} {row['provider']} {where} r {case['r']} {dtype}"
+    return f"{row['suite']} {row['provider']} {where_of(row['case'])} r {row['case']['r']} {dtype}"
 
 
 def _only_in(first: Sequence[Row], second: Sequence[Row], names: tuple[str, str]) -> list[str]:

@@ -48,7 +48,8 @@ def _generated(found: re.Match[str]) -> str:
     own = [row for row in rows if row["suite"] == found["kind"]]
     if not own:
         raise ValueError(f"{found['file']} has no row of {found['kind']!r}")
-    return "\n\n".join([*(table.markdown() for table in tables.of(own)), tables.provenance(own)])
+    parts = [*(table.markdown() for table in tables.of(own)), *tables.left_out(own)]
+    return "\n\n".join([*parts, tables.provenance(own)])
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -61,6 +62,7 @@ def _summary(rows: Sequence[Row]) -> str:
         [
             *(table.markdown() for table in tables.ratios_over_shapes(rows, ["peft_lora"])),
             " ".join(sentence for sentence in sentences if sentence),
+            *tables.left_out(rows),
             tables.provenance(rows),
         ]
     )

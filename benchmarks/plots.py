@@ -1,5 +1,6 @@
 """Pictures: of records (time over N, share of the floor, memory, training), and of the demo."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with plt.rc_context(STYLE):
             figure = picture(some)
-            figure.supxlabel(tables.provenance(some), fontsize=7.5, color="#666666")
+            about = textwrap.fill(tables.provenance(some), int(16 * figure.get_figwidth()))
+            figure.supxlabel(about, fontsize=7.5, color="#666666")
             for kind in ("png", "svg"):
                 files.append(folder / f"{name}.{kind}")
                 figure.savefig(files[-1], dpi=150)
@@ -105,36 +107,39 @@ def share_of_floor(rows: Sequence[Row]) -> Figure:
             axes.plot(tokens, shares, label=own[0]["label"], **_style(name))
         axes.axhline(100, color="#444444", linewidth=1)
         axes.set(title=_layer_title(sizes, some), xlabel="tokens", ylabel="% of the floor")
-        axes.set_ylim(0, 110)
+        axes.set_ylim(0, max(110, axes.get_ylim()[1]))
         _token_axis(axes, some)
     _legend(figure)
     return figure
 
 
 def memory_over_depth(rows: Sequence[Row]) -> Figure:
-    """What stacks keep for backward, with theory as crosses, and what a step holds at its peak."""
+    """What the deepest stack keeps for backward, and each stack's peak, over the layers."""
     stacks = tables.grouped(rows, "case.tokens", "case.width", "case.r", "types.compute")
     figure, grid = plt.subplots(
-        len(stacks), 2, figsize=(11, 4.6 * len(stacks)), squeeze=False, layout="constrained"
+        len(stacks), 2, figsize=(13, 4.4 * len(stacks)), squeeze=False, layout="constrained"
     )
-    for (left, right), ((tokens, width, r, dtype), some) in zip(grid, stacks, strict=True):
+    for (kept, peak), ((tokens, width, r, dtype), some) in zip(grid, stacks, strict=True):
+        depths = sorted({row["case"]["depth"] for row in some})
+        _kept_bars(kept, [row for row in some if row["case"]["depth"] == depths[-1]])
+        kept.set_title(f"{depths[-1]} layers, {width}x{width}, {tokens} tokens, r {r}, {dtype}")
         for name, own in _over(some, "case.depth"):
-            depths = [row["case"]["depth"] for row in own]
-            for axes, key in ((left, "saved"), (right, "peak")):
-                sizes = [row["bytes"][key] / 2**20 for row in own]
-                axes.plot(depths, sizes, label=own[0]["label"], **_style(name))
-            theory = [row["bytes"]["saved_by_theory"] for row in own]
-            if None not in theory:
-                left.plot(depths, [size / 2**20 for size in theory], "x", color="#222222", ms=5)
-        left.plot([], [], "x", color="#222222", label="by theory", ms=5)
-        what = f"{width}x{width}, {tokens} tokens, r {r}, {dtype}"
-        left.set(title=f"Kept after the forward: {what}", ylabel="MiB above what is resident")
-        right.set(title="At a step's peak")
-        for axes in (left, right):
-            axes.set(xlabel="layers", ylim=(0, None))
-            axes.set_xticks(sorted({row["case"]["depth"] for row in some}))
-    _legend(figure)
+            sizes = [row["bytes"]["peak"] / 2**20 for row in own]
+            peak.plot([row["case"]["depth"] for row in own], sizes, **_style(name))
+        peak.set(xlabel="layers", ylabel="MiB above what is resident", ylim=(0, None))
+        peak.set(title="A step's peak (colours as on the left)", xticks=depths)
     return figure
+
+
+def _kept_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    """What is kept after a forward, and where theory puts it."""
+    sizes = [row["bytes"]["saved"] / 2**20 for row in rows]
+    _bars(axes, rows, [{"p20": s, "median": s, "p80": s} for s in sizes], "{:.1f}")
+    theory = [row["bytes"]["saved_by_theory"] for row in rows]
+    known = [(s / 2**20, len(rows) - i) for i, s in enumerate(theory) if s is not None]
+    axes.plot(*zip(*known, strict=True), "k|", ms=14, mew=2, label="by theory")
+    axes.set_xlabel("MiB kept after the forward, above what is resident")
+    axes.legend(loc="lower right")
 
 
 def training(rows: Sequence[Row]) -> Figure:
@@ -164,7 +169,7 @@ def _panels(
     across = min(3, len(groups))
     down = -(-len(groups) // across)
     figure, grid = plt.subplots(
-        down, across, figsize=(5.5 * across, 4.2 * down), squeeze=False, layout="constrained"
+        down, across, figsize=(4.5 * across + 2.5, 4.2 * down), squeeze=False, layout="constrained"
     )
     panels = list(grid.flat)
     for axes in panels[len(groups) :]:

@@ -168,8 +168,8 @@ def load_sentences(load: float | None, cpus: int) -> list[str]:
     if load is None or load < 0.3 * cpus:
         return []
     return [
-        f"The machine was busy (load average {load:.1f} on {cpus} CPUs): losses stand, but times "
-        "count only on an idle machine."
+        f"The machine was busy (load average {load:.1f} on {cpus} CPUs): times count only on an "
+        "idle machine."
     ]
 
 

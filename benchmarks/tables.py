@@ -65,13 +65,25 @@ def measured(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if "left_out" not in row]
 
 
-def left_out(rows: Iterable[Row]) -> list[str]:
-    """One line for each reason, with the labels that it holds for."""
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """One line for each reason, with the labels that it holds for; and where, if not everywhere."""
+    somewhere = {row["label"] for row in measured(rows)}
     reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         if "left_out" in row:
-            reasons.setdefault(row["left_out"], {})[row["label"]] = None
+            where = f" at {where_of(row['case'])}" if row["label"] in somewhere else ""
+            reasons.setdefault(row["left_out"], {})[f"{row['label']}{where}"] = None
     return [f"Left out: {'; '.join(labels)} ({reason})." for reason, labels in reasons.items()]
+
+
+def where_of(case: Mapping[str, Any]) -> str:
+    """A case in a few words."""
+    if "width" in case:
+        return f"{case['depth']} x {case['width']}, {case['tokens']} tokens"
+    if "model" in case:
+        checkpointing = ", checkpointing" if case["checkpointing"] else ""
+        return f"{case['model']}, {case['targets']}{checkpointing}"
+    return f"{case['tokens']}x{case['in_features']}x{case['out_features']}"
 
 
 def provenance(rows: Sequence[Row]) -> str:
@@ -126,7 +138,6 @@ def _layer(rows: Sequence[Row]) -> list[Table]:
                     ]
                     for row in measured(some)
                 ],
-                left_out(some),
             )
         )
     return tables
@@ -148,7 +159,6 @@ def _overhead(rows: Sequence[Row]) -> list[Table]:
                     ]
                     for row in measured(some)
                 ],
-                left_out(some),
             )
         )
     return tables
@@ -186,7 +196,6 @@ def _memory(rows: Sequence[Row]) -> list[Table]:
                     *(f"step's peak, {depth}" for depth in depths),
                 ],
                 body,
-                left_out(some),
             )
         )
     return tables
@@ -227,7 +236,6 @@ def _model(rows: Sequence[Row]) -> list[Table]:
                     ]
                     for row in measured(some)
                 ],
-                left_out(some),
             )
         )
     return tables
@@ -370,7 +378,6 @@ def ratios_over_shapes(rows: Sequence[Row], baselines: Sequence[str]) -> list[Ta
                     f"{dtype}, r {r}; median (p20–p80), below 1 is faster",
                     ["", *(f"{K} → {O}, {tokens} tokens" for K, O, tokens in by)],
                     body,
-                    left_out(some),
                 )
             )
     return tables
