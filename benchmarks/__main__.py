@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import compare, cost, documents, layer, memory, model, overhead, records, report, tables
-from .measure import memory_method, settle_threads
+from .measure import OtherPrograms, memory_method, settle_threads
 from .progress import Progress
 from .providers import COMPILED, PROVIDERS, Admission, admit, named
 from .shapes import MODELS, Shape, parsed
@@ -42,6 +42,7 @@ EVERYWHERE = (
 )
 BASELINES = ("peft_lora", "lora")
 SLOW_TO_COMPILE = "compiling takes long on a CPU; name it with --provider"
+BUSY = 0.05  # of the CPUs, taken by other programs
 SEQUENCE = 128  # tokens of a text in the model suite; half of it on a CPU
 
 
@@ -169,13 +170,14 @@ def _run(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     wrong: list[str] = []
     threads = settle_threads() if options.suite != "cost" else (1, 1)
-    environment = records.environment(_device(options))
+    environment, others = records.environment(_device(options)), OtherPrograms()
     try:
         for found in _groups(options, wrong):
             rows += found
             for table in tables.of(found) if options.suite != "cost" else []:
                 print(f"\n{table.text()}", flush=True)
     finally:  # what was measured before an interruption is kept
+        environment["other_programs_share"] = others.share()
         if rows:
             _write(rows, environment, options)
     if options.suite == "cost":
@@ -199,8 +201,13 @@ def _say_how(environment: Row, threads: tuple[int, int], options: argparse.Names
     print(f"\n{tables.provenance([{'environment': environment}])}")
     if options.suite in ("layer", "memory", "model"):
         print(f"Memory by {memory_method(_device(options))}.")
-    busy = report.load_sentences(environment["load_average"], environment["cpu_count"])
-    for line in (*report.thread_sentences(*threads), *busy):
+    busy = environment["other_programs_share"]
+    if busy is not None and busy > BUSY:
+        print(
+            f"Other programs took {100 * busy:.0f} % of the CPUs meanwhile: times count only on an "
+            "idle machine."
+        )
+    for line in report.thread_sentences(*threads):
         print(line)
 
 

@@ -174,6 +174,33 @@ def settle_threads(seconds: float = 0.5) -> tuple[int, int]:
     return before, torch.get_num_threads()
 
 
+class OtherPrograms:
+    """How much of the CPUs other programs take, from when this is made on."""
+
+    def __init__(self) -> None:
+        self.begin, self.before = time.perf_counter(), self._seconds()
+
+    def share(self) -> float | None:
+        """Of all CPUs, 0 to 1; None where Linux's /proc does not tell."""
+        now = self._seconds()
+        if now is None or self.before is None:
+            return None
+        elapsed = time.perf_counter() - self.begin
+        return max(0.0, (now - self.before) / (elapsed * (os.cpu_count() or 1)))
+
+    @staticmethod
+    def _seconds() -> float | None:
+        """CPU seconds of all programs since the system started, without this one's."""
+        try:
+            first = Path("/proc/stat").read_text().split("\n", 1)[0]
+        except OSError:
+            return None
+        user, nice, system, _, _, interrupts, soft, *_ = map(int, first.split()[1:])
+        busy = (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return busy - own.user - own.system - own.children_user - own.children_system
+
+
 def peak_bytes(case: Case, device: torch.device) -> int:
     """The most bytes that PyTorch's allocator had out during the call, above those before it.
 

@@ -39,6 +39,7 @@ _ENVIRONMENT = (
     "versions",
     "commit",
     "dirty",
+    "other_programs_share",
 )
 # What a row of each suite holds beside its identity, if it was not left out.
 _FIGURES = {

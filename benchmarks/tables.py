@@ -100,6 +100,9 @@ def provenance(rows: Sequence[Row]) -> str:
         where += f", {threads} thread{'s' if threads > 1 else ''} of {found['cpu_count']} CPUs"
     else:
         where += f", driver {found['driver']}, CUDA {found['cuda']}"
+    busy = found["other_programs_share"]
+    if busy is not None:
+        where += f", other programs at {100 * busy:.0f} %"
     software = ", ".join(f"{name} {versions[name]}" for name in names)
     return f"Measured on {where}; {software}; {commit}; {found['date'][:10]}."
 
