@@ -78,13 +78,13 @@ class Method:
 METHODS = {
     "probe": Method("linear probe", (3e-2, 1e-1)),
     "lora": Method("LoRA", (1e-3, 3e-3), lambda r: LoraConfig(r=r, lora_alpha=r)),
-    "hira": Method("HiRA", (1e-2, 3e-2), lambda r: HiraConfig(r=r)),
     "hut_low_rank": Method("HUT low_rank", (1e-2, 3e-2), lambda r: HUTConfig(r=r)),
     "hut_paper": Method(
         "HUT paper's form",
         (3e-3, 1e-2),
         lambda r: HUTConfig(r=r, transform="two_sided", scale_shift=True),
     ),
+    "hira": Method("HiRA", (1e-2, 3e-2), lambda r: HiraConfig(r=r)),
 }
 
 
@@ -124,7 +124,7 @@ class Recipe:
 # Models and datasets are those of HUT's paper. The other settings follow what LoRA's authors chose
 # for the same pairs, since the paper's own were not at hand.
 PRESETS = {
-    "docstrings": Recipe(target=["query", "key", "value"], max_length=32),
+    "docstrings": Recipe(target=["query", "key", "value"], epochs=1, max_length=32),
     "glue": Recipe(
         model="FacebookAI/roberta-large",
         dataset="nyu-mll/glue",
@@ -367,27 +367,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench = Bench(task, recipe, options.device)
     say(f"{report.described(task.summary)}\n{bench.steps} steps on {environment['device_name']}")
-    studies: dict[str, Study] = {}
-    for name, method in METHODS.items():
-        studies[name] = bench.study(method)
-        row = row_of(name, studies[name])
-        say(f"{method.label}: accuracy {report.percent(row['accuracy'])} %, rate {row['rate']:g}")
-    costs = bench.costs(studies)
-    rows = [{**row_of(name, study), **costs.get(name, {})} for name, study in studies.items()]
-
-    sentences = report.sentences(rows, environment, threads)
-    record = {
+    record: Row = {
+        "complete": False,
         "environment": environment,
-        "load_average_at_end": records.load_average(),
         "recipe": {**asdict(recipe), "model": recipe.model or WEIGHTS},
         "data": task.summary,
         "steps": bench.steps,
         "head_rate": rung(HEAD_RATE, recipe.rungs),
         "memory_method": memory_method(options.device),
-        "methods": rows,
-        "sentences": sentences,
-        "seconds": perf_counter() - begin,
+        "methods": [],
     }
+    studies: dict[str, Study] = {}
+    for name, method in METHODS.items():
+        studies[name] = bench.study(method)
+        row = row_of(name, studies[name])
+        say(f"{method.label}: accuracy {report.percent(row['accuracy'])} %, rate {row['rate']:g}")
+        record["methods"].append(row)
+        records.write(options.out / "finetune.json", "finetune", record)
+    costs = bench.costs(studies)
+    record["methods"] = rows = [
+        {**row, **costs.get(row["method"], {})} for row in record["methods"]
+    ]
+    record["sentences"] = sentences = report.sentences(rows, environment, threads)
+    record["load_average_at_end"] = records.load_average()
+    record |= {"seconds": perf_counter() - begin, "complete": True}
     records.write(options.out / "finetune.json", "finetune", record)
     report.picture(options.out / "finetune.png", rows)
     say("\n" + report.table_of(rows) + "\n\n" + report.sweep_of(rows) + "\n")

@@ -41,6 +41,7 @@ def test_every_method_goes_through_the_same_loop(classified):
     folder, record = classified
     assert (folder / "finetune.png").read_bytes().startswith(b"\x89PNG")
     assert [row["method"] for row in record["methods"]] == list(METHODS)
+    assert record["complete"]
     assert record["load_average_at_end"] is None or record["load_average_at_end"] >= 0
     assert {"date", "cpu", "commit", "versions"} <= set(record["environment"])
     for row in record["methods"]:
@@ -54,6 +55,24 @@ def test_every_method_goes_through_the_same_loop(classified):
         assert row["runs"][0]["losses"] != row["runs"][1]["losses"]
 
 
+def test_what_was_done_is_kept_when_the_rest_breaks_off(tmp_path, bert, tastes, monkeypatch):
+    pytest.importorskip("datasets")
+    study = finetune_text.Bench.study
+
+    def breaks_off(bench, method):
+        if method is not METHODS["probe"]:
+            raise KeyboardInterrupt
+        return study(bench, method)
+
+    monkeypatch.setattr(finetune_text.Bench, "study", breaks_off)
+    data = ["--model", bert, "--dataset", tastes, "--epochs", "0.1"]
+    with pytest.raises(KeyboardInterrupt):
+        finetune_text.main([*data, *SMALL, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "finetune.json").read_text())
+    assert not record["complete"]
+    assert [row["method"] for row in record["methods"]] == ["probe"]
+
+
 def test_methods_are_even(classified):
     _, record = classified
     rows = {row["method"]: row for row in record["methods"]}
@@ -61,7 +80,7 @@ def test_methods_are_even(classified):
     # Query and value of one layer, 32 to 32; the paper's form trades a rank for scale and shift.
     assert {row["trainable"] for row in adapters} == {2 * 4 * 64}
     assert {row["head"] for row in rows.values()} == {2 * 32 + 2}
-    assert [row["r"] for row in adapters] == [4, 4, 4, 3]
+    assert {row["method"]: row["r"] for row in adapters if row["r"] != 4} == {"hut_paper": 3}
     assert rows["probe"]["trainable"] == 0
     size = 4 * (2 * 4 * 64 + 66)
     assert all(size < row["adapter_bytes"] < size + 4000 for row in adapters)
