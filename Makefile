@@ -22,7 +22,7 @@ endif
 
 # Two pip calls at once would spoil the environment.
 .NOTPARALLEL:
-.PHONY: help venv demo finetune test test-cpu test-kernels lint types mutants bench fuzz matrix bench-cpu gate gpu peft-suite docs clean
+.PHONY: help venv demo finetune test test-cpu test-kernels lint types mutants bench fuzz matrix bench-cpu gate ext gpu peft-suite docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -76,6 +76,9 @@ bench-cpu: $(call ready,bench) ## times of the CPU fallback as ratios to its pla
 
 gate: $(call ready,test) ## compile every kernel for every architecture, and check the machine code
 	$(PY) -m hut_kernels.triton.gate $(ARGS)
+
+ext: $(call ready,dev) ## compile the CUDA extension in place (nvcc, no GPU; TORCH_CUDA_ARCH_LIST)
+	HUT_KERNELS_CUDA=1 $(PY) setup.py -q build_ext --inplace --build-temp build/ext
 
 # Needs torch, triton and numpy alone: on a GPU machine, `make gpu PY=python3` uses what is there.
 gpu: $(call ready,test) ## check and measure the kernels on this machine's GPU, and record it

@@ -58,10 +58,11 @@ def backward(
 ) -> list[Tensor]:
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
     if _empty(grad, weight):
-        made = (grad_input(grad, weight, hut_A, hut_B, gamma, spec),) if need_x else ()
+        dx = grad_input(grad, weight, hut_A, hut_B, gamma, spec) if need_x else None
+        factors: FactorGrads = (None, None, None)
         if x is not None and any(needs):
-            made += grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
-        return [gradient for gradient in made if gradient is not None]
+            factors = grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
+        return [gradient for gradient in (dx, *factors) if gradient is not None]
     layout = _layout(weight, spec)
     rows, columns = weight.shape[::-1] if layout[0] else weight.shape
     chunk, row_spans, column_spans = planner.strips(

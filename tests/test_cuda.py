@@ -35,6 +35,7 @@ from .references import (
     update_of,
 )
 
+pytestmark = pytest.mark.timeout(900)  # the first test compiles: 10 s of one core
 _MISSING = csrc.missing()
 compiled = pytest.mark.skipif(_MISSING is not None, reason=f"csrc/ is not compiled: {_MISSING}")
 
@@ -337,3 +338,44 @@ def test_the_public_functions_reach_it(emulation, monkeypatch):
     assert error(hut_linear(*arguments, backend="cuda"), case.expected()["y"]) < 1e-6
     monkeypatch.setattr(dispatch, "choose", lambda name, tensors: "cuda")
     assert error(hut_weight(*arguments[1:]), case.merged_weight()) < 1e-6
+
+
+# On a GPU
+
+
+def test_the_gpu_commands_cases_are_the_extensions():
+    from benchmarks.gpu import extension
+
+    found = extension.cases(quick=False)
+    assert len(found) > 50
+    assert {case.backend for case in found} == {"cuda"}
+    assert len({str(case) for case in found}) == len(found)
+    assert {case.layout for case in found} == {"", "transposed", "expanded", "sliced"}
+    assert {case.dtype for case in found} == {"bfloat16", "float16", "float32"}
+
+
+@compiled
+@pytest.mark.parametrize("change", [{}, {"transform": "two_sided"}, {"layout": "sliced"}], ids=str)
+def test_the_gpu_commands_check_passes_and_fails(emulation, change, monkeypatch):
+    from benchmarks.gpu import cases as gpu_cases
+
+    case = gpu_cases.Case(
+        17, 72, 80, 4, "float32", strategies=gpu_cases.STAGED, backend="cuda",
+        vectors=("bias", "gamma", "beta"), **change,
+    )  # fmt: skip
+    assert gpu_cases.check(case, torch.device("cpu"))["status"] == "passed"
+    monkeypatch.setattr(emulation, "_split", lambda spec: True)
+    monkeypatch.setattr(emulation, "_layout", lambda weight, spec: (False, False, 0.9, 1.0))
+    assert gpu_cases.check(case, torch.device("cpu"))["status"] == "failed"
+
+
+def test_host_times_by_provider(monkeypatch):
+    from benchmarks.gpu import extension, suites
+
+    monkeypatch.setattr(extension, "LAYER", suites.Layer(16, 16))
+    monkeypatch.setattr(extension, "TOKENS", 4)
+    bench = suites.Bench(torch.device("cpu"), planner.DEVICES[0], None, None, backend="torch")
+    rows = list(extension.launching(bench, ("torch", "peft_lora")))
+    assert [row["provider"] for row in rows] == ["torch", "peft_lora"]
+    assert all(row["seconds"] > 0 for row in rows if "error" not in row)
+    assert "peft_lora" in extension.launching_text(rows)

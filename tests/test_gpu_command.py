@@ -831,6 +831,7 @@ def fake_run(folder, backend="torch", dtype="bfloat16", quick=False, broken=(), 
         (command, "STEP_TOKENS", (5,)),
         (command, "QUICK_STEP_TOKENS", (5,)),
         (command.gc, "freeze", lambda: None),
+        (command.extension, "missing", lambda: "not built"),
         (suites, "TOKENS", (1, 16, 20)),
         (suites, "QUICK_TOKENS", (1, 16)),
         (suites, "TILE_TOKENS", dict.fromkeys(suites.TILES, (16,))),
@@ -867,14 +868,15 @@ def test_the_whole_command_on_a_fake_device(tmp_path, capsys):
     assert record["schema_version"] == records.SCHEMA_VERSION
     assert record["suite"] == "gpu"
     assert [phase["name"] for phase in record["phases"]] == [
-        "correctness", "large", "sanitizer", "ceilings", "tokens", "steps", "weight", "tiles",
-        "tile checks", "conclusions", "summary",
+        "correctness", "large", "sanitizer", "ceilings", "tokens", "steps", "weight", "launching",
+        "tiles", "tile checks", "conclusions", "summary",
     ]  # fmt: skip
     assert not any("broke off" in phase["note"] for phase in record["phases"]), record["phases"]
     wanted = {"driver", "commit", "dirty", "date", "versions", "device_name", "capability"}
     assert wanted <= set(record["environment"])
     assert record["correctness"]["counts"]["passed"] > 0
     assert record["correctness"]["failures"] == []
+    assert record["extension"] == "not built"
     suites_seen = {row["suite"] for row in record["rows"]}
     assert suites_seen == {"tokens", "step", "weight", "tiles"}
     for row in record["rows"]:

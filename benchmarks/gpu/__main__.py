@@ -28,7 +28,7 @@ from hut_kernels import backends, dispatch, planner
 
 from .. import records
 from ..report import table
-from . import findings, lists, suites, workers
+from . import extension, findings, lists, suites, workers
 from .cases import PARTS, Case
 from .sanitizer import Sanitizers
 from .suites import Bench, Layer
@@ -45,6 +45,7 @@ ENDS = {
     "tokens": 0.66,
     "steps": 0.70,
     "weight": 0.72,
+    "launching": 0.73,
     "tile checks": 0.86,
     "tiles": 0.98,
 }
@@ -55,7 +56,8 @@ QUICK_ENDS = {
     "ceilings": 0.62,
     "tokens": 0.88,
     "steps": 0.94,
-    "weight": 0.98,
+    "weight": 0.97,
+    "launching": 0.98,
 }
 # The first is the one of the targets; later ones are measured while there is time.
 LAYERS = (
@@ -282,7 +284,11 @@ def check_device(run: Run, device: torch.device, options: argparse.Namespace) ->
     quick = options.quick
     sanitizers = None if quick else Sanitizers(run.until("sanitizer"))
     jobs = _jobs(options, torch.cuda.mem_get_info(device)[0])
-    results = _checks(run, "correctness", lists.device_cases(quick), jobs)
+    cases = lists.device_cases(quick)
+    run.record["extension"] = extension.missing() or "available"
+    if extension.missing() is None:
+        cases = extension.cases(quick) + cases
+    results = _checks(run, "correctness", cases, jobs)
     # What found no room beside the others goes with what needs most of the device.
     crowded = [case for case, result in results if result["status"] == "skipped"]
     results = [entry for entry in results if entry[1]["status"] != "skipped"]
@@ -388,6 +394,10 @@ def measure_device(run: Run, bench: Bench, options: argparse.Namespace) -> None:
     with run.phase("weight") as entry:
         for layer in layers:
             _measure(run, "weight", entry, layer, suites.weights(bench, [layer]))
+    with run.phase("launching") as entry:
+        entry["note"] = extension.missing() or ""
+        for row in () if entry["note"] else extension.launching(bench):
+            run.add(row)
     with run.phase("tiles") as entry:
         if quick:
             entry["note"] = "left out by --quick"

@@ -109,6 +109,8 @@ class Case:
         if self.row:
             extras.append(f"{self.kernel} row {self.row}")
         how = "planned" if self.strategies is None else "/".join(self.strategies)
+        if self.backend == "cuda":  # it has one strategy
+            how = "compiled"
         words = f"N {self.N} K {self.K} O {self.O} r {self.r} {kind} {form} {how}"
         return " ".join([words, *filter(None, extras)])
 

@@ -11,6 +11,7 @@ from hut_kernels import planner
 
 from ..report import table
 from .cases import PARTS
+from .extension import launching_text
 
 Row = dict[str, Any]
 OTHER = {"forward": "staged", "grad_input": "staged", "grad_factors": "chunked"}
@@ -248,6 +249,7 @@ def summary(record: Row, device: planner.Device) -> str:
         *(tokens_text(some) for some in _by_layer(rows, "tokens")),
         *(steps_text(some) for some in _by_layer(rows, "step")),
         weight_text([row for row in rows if row.get("suite") == "weight"]),
+        launching_text([row for row in rows if row.get("suite") == "launching"]),
         verdicts_text(record.get("verdicts", []), device),
         changes_text(record.get("tile_changes", []), record.get("proposal"), record),
         left_out_text(record),

@@ -1,0 +1,113 @@
+"""The compiled extension (docs/extension.md) on the GPU: its correctness cases, its host time.
+
+Both are left out, with a sentence in the record, where the extension is not built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hut_kernels import backends
+
+from ..report import table
+from . import lists
+from .cases import STAGED, Case
+from .suites import Bench, Layer, _eager_steps, tensors
+from .timing import Call
+
+Row = dict[str, Any]
+LAYER, TOKENS = Layer(1024, 1024), 512
+PROVIDERS = ("cuda", "triton", "peft_lora")
+
+
+def missing() -> str | None:
+    """Why the extension does not run here."""
+    state = backends()["cuda"]
+    return None if state["available"] else str(state["reason"])
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every shape, layout, type and transform of the staged cases, by the extension."""
+    chosen = itertools.chain(lists._odd(), lists._plans(), [] if quick else lists._real())
+    found = [dataclasses.replace(case, backend="cuda") for case in chosen]
+    found = [case for case in found if case.strategies == STAGED]
+    updates = [case for case in lists._updates() if case.strategies == STAGED]
+    found += [dataclasses.replace(case, backend="cuda") for case in updates]
+    return lists._seeded(found)
+
+
+def launching(bench: Bench, providers: Sequence[str] = PROVIDERS) -> Iterator[Row]:
+    """Host time of a forward and a backward by each provider, where launching is what takes it."""
+    sets = tensors(bench, LAYER, TOKENS, ["step"])[:1]
+    for provider in providers:
+        row: Row = {
+            "suite": "launching",
+            **LAYER.as_dict(),
+            "N": TOKENS,
+            "provider": provider,
+        }
+        if provider != "peft_lora":
+            calls = _eager_steps(sets, LAYER, dataclasses.replace(bench, backend=provider))
+        elif importlib.util.find_spec("peft") is None:
+            yield {**row, "error": "peft is not installed"}
+            continue
+        else:
+            calls = [_peft_step(sets[0].weight, sets[0].x, sets[0].grad)]
+        yield {**row, "seconds": host_time(calls[0], _wait(bench.device))}
+
+
+def host_time(call: Call, wait: Callable[[], object], steps: int = 50, rounds: int = 9) -> float:
+    """Seconds until a call returns, the device's work not waited for: the best of the rounds.
+
+    The device is idle when a round begins, and a round is short enough not to fill its queue.
+    """
+    for _ in range(steps):
+        call()
+    times = []
+    for _ in range(rounds):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            call()
+        times.append((time.perf_counter() - begin) / steps)
+    wait()
+    return min(times)
+
+
+def _wait(device: torch.device) -> Callable[[], object]:
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def _peft_step(weight: Tensor, x: Tensor, grad: Tensor) -> Call:
+    """The same for PEFT's LoRA layer."""
+    import peft
+
+    linear = nn.Linear(*weight.t().shape, bias=False, device=weight.device, dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    config = peft.LoraConfig(r=LAYER.r, target_modules=["0"])
+    model = peft.inject_adapter_in_model(config, nn.Sequential(linear))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> object:
+        inputs = x.detach().requires_grad_()
+        return torch.autograd.grad(model(inputs), (inputs, *trained), grad)
+
+    return step
+
+
+def launching_text(rows: Sequence[Row]) -> str:
+    """The host times on one screen."""
+    lines = [
+        [row["provider"], f"{row['seconds'] * 1e6:.1f}" if "seconds" in row else row["error"]]
+        for row in rows
+    ]
+    title = f"Host time, forward + backward, {LAYER.K} x {LAYER.O}, N = {TOKENS}"
+    return table(title, ["", "us"], lines) if lines else ""
