@@ -1,6 +1,11 @@
 """HUT under Hugging Face's Accelerate, which picks the engine from how the program is launched.
 
-accelerate launch --num_processes 2 -m examples.train_accelerate          # add --cpu without GPUs
+    accelerate launch --num_processes 2 -m examples.train_accelerate
+
+Without GPUs, Accelerate starts several processes only when told so twice:
+
+    export ACCELERATE_USE_CPU=true
+    accelerate launch --multi_gpu --num_processes 2 -m examples.train_accelerate
 """
 
 import argparse
@@ -15,14 +20,15 @@ from hut_kernels import save_adapter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--output", default="adapter.safetensors")
     args = parser.parse_args()
 
     accelerator = Accelerator()
+    accelerator.print(f"{accelerator.num_processes} processes on {accelerator.device.type}")
     model = make_model()
     factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=1e-2)
+    optimizer = torch.optim.AdamW(factors, lr=3e-2)
     rows = torch.cat([make_batch(step) for step in range(args.steps)])
     # Each process gets its part of every 16 rows.
     loader = DataLoader(rows, batch_size=16 // accelerator.num_processes)

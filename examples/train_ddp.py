@@ -16,14 +16,14 @@ from examples.tiny_gpt import loss_of, make_batch, make_model, report, save, sta
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--output", default="adapter.safetensors")
     args = parser.parse_args()
 
     device = start()
     model = DistributedDataParallel(make_model().to(device))
     factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=1e-2)
+    optimizer = torch.optim.AdamW(factors, lr=3e-2)
     for step in range(args.steps):
         tokens = make_batch(step).chunk(dist.get_world_size())[dist.get_rank()].to(device)
         loss = loss_of(model, tokens)

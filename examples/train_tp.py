@@ -30,7 +30,7 @@ PLAN = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--replicas", type=int, default=1, help="rows of the grid of processes")
     parser.add_argument("--output", default="adapter.safetensors")
     args = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
             fully_shard(block, mesh=grid["dp"])
         fully_shard(model, mesh=grid["dp"])
     factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=1e-2)
+    optimizer = torch.optim.AdamW(factors, lr=3e-2)
     for step in range(args.steps):
         tokens = make_batch(step).chunk(args.replicas)[grid["dp"].get_local_rank()].to(device)
         loss = loss_of(model, tokens)

@@ -108,6 +108,18 @@ def test_tensor_parallel_within_fsdp_trains_as_one_process(ranks, form):
     ranks.run(trains_over_two_dimensions, form)
 
 
+def trains_beside_plain_layers():
+    initial = make_model(targets=["up"], **FORMS["paper"])
+    reference, model = copy.deepcopy(initial), copy.deepcopy(initial)
+    train(reference)
+    train(parallelize_module(model, mesh(), {**PLAN, "*.down": RowwiseParallel()}))
+    assert_trained_alike(model, reference, initial, 1e-12)
+
+
+def test_styles_stand_in_one_plan_with_torchs(ranks):
+    ranks.run(trains_beside_plain_layers)
+
+
 def make_layer(in_features=24, out_features=20, conv1d=False, **options):
     torch.manual_seed(0)
     options = {"factor_dtype": torch.float64, **options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,12 +44,15 @@ class Block(nn.Module):
 
 
 def make_model(
-    dtype: torch.dtype = torch.float64, factor_dtype: torch.dtype | None = None, **options: Any
+    dtype: torch.dtype = torch.float64,
+    factor_dtype: torch.dtype | None = None,
+    targets: Sequence[str] = ("up", "down"),
+    **options: Any,
 ) -> nn.Module:
     """Two blocks of HUT layers whose factors are random, so that no gradient vanishes."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block()).to(dtype)
-    inject(model, ["up", "down"], factor_dtype=factor_dtype or dtype, **options)
+    inject(model, list(targets), factor_dtype=factor_dtype or dtype, **options)
     for module in model.modules():
         if isinstance(module, HUTLinear):
             randomise(module)
