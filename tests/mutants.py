@@ -42,6 +42,9 @@ TORCH = "hut_kernels/torch_backend.py"
 AUTOGRAD = "hut_kernels/autograd.py"
 OPS = "hut_kernels/ops.py"
 FUNCTIONAL = "hut_kernels/functional.py"
+ADAPTERS = "hut_kernels/adapters.py"
+FLOPS = "hut_kernels/flops.py"
+DISTRIBUTED = "hut_kernels/distributed.py"
 PLANNER = "hut_kernels/planner.py"
 TRITON = "hut_kernels/triton"
 
@@ -293,6 +296,160 @@ MUTANTS = (
         '    minus = 1.0 if spec.precision == "split" else 0.0\n',
         "    minus = 0.0\n",
         ("tests/triton/test_backend.py", "split"),
+    ),
+    Mutant(
+        "kernel: a group's vector addressed in 32 bits",
+        f"{TRITON}/tiles.py",
+        "        o_a = p * stride_ar + o_k.to(tl.int64) * stride_ak\n",
+        "        o_a = p * stride_ar + o_k * stride_ak\n",
+        ("tests/reliability/test_limits.py", "widened or kernels_read"),
+    ),
+    Mutant(
+        "kernel: a tile addressed in 32 bits",
+        f"{TRITON}/tiles.py",
+        "    o_columns = o_columns.to(tl.int64)\n",
+        "",
+        ("tests/reliability/test_limits.py", "widened or kernels_read"),
+    ),
+    Mutant(
+        "the fake gives another shape",
+        OPS,
+        "    return x.new_empty((*x.shape[:-1], weight.shape[0]))\n",
+        "    return x.new_empty((*x.shape[:-1], weight.shape[1]))\n",
+        ("tests/reliability/test_compile.py", "one_graph_for_any"),
+    ),
+    Mutant(
+        "a backward that cannot be traced",
+        AUTOGRAD,
+        "        d_x = next(grads) if need_x else None\n",
+        "        torch._dynamo.graph_break()\n        d_x = next(grads) if need_x else None\n",
+        ("tests/reliability/test_compile.py", "one_graph_for_any"),
+    ),
+    Mutant(
+        "a tensor accepted for a number",
+        FUNCTIONAL,
+        "    if not isinstance(value, numbers.Real):\n",
+        "    if not isinstance(value, (numbers.Real, Tensor)):\n",
+        ("tests/reliability/test_hostile.py", "no_float32_number"),
+    ),
+    Mutant(
+        "sparse tensors let through",
+        FUNCTIONAL,
+        "            or tensor.layout is not torch.strided\n",
+        "",
+        ("tests/reliability/test_hostile.py", "no_dense_tensor"),
+    ),
+    Mutant(
+        "a module for Linux alone imported",
+        FUNCTIONAL,
+        "import contextlib\n",
+        "import contextlib\nimport fcntl  # noqa: F401\n",
+        ("tests/reliability/test_imports.py", "linux"),
+    ),
+    Mutant(
+        "triton imported by the package",
+        FLOPS,
+        "    if _COUNTER in sys.modules:\n",
+        "    if True:\n",
+        ("tests/reliability/test_imports.py", "touches"),
+    ),
+    Mutant(
+        "operations: G's product not counted",
+        FLOPS,
+        "        operations += _product(grad, weight) + thin * ",
+        "        operations += thin * ",
+        ("tests/reliability/test_flops.py", "step"),
+    ),
+    Mutant(
+        "operations: formulas registered only if the counter is there",
+        FLOPS,
+        "        sys.meta_path.insert(0, _AfterImport())\n",
+        "        pass\n",
+        ("tests/reliability/test_flops.py", "order"),
+    ),
+    Mutant(
+        "adapter: the checksum not compared",
+        ADAPTERS,
+        '    if metadata.get("sha256") != _checksum(metadata["layers"], tensors):\n',
+        "    if False:\n",
+        ("tests/reliability/test_hostile.py", "flipped"),
+    ),
+    Mutant(
+        "adapter: the checksum without the factors' bytes",
+        ADAPTERS,
+        "        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)\n",
+        "",
+        ("tests/reliability/test_hostile.py", "flipped"),
+    ),
+    Mutant(
+        "adapter: a rank that the factors do not have",
+        ADAPTERS,
+        "        if not _describes(options, name, tensors):\n",
+        "        if False:\n",
+        ("tests/reliability/test_hostile.py", "lies"),
+    ),
+    Mutant(
+        "adapter: a device opened for reading",
+        ADAPTERS,
+        "    if Path(file).exists() and not Path(file).is_file():\n",
+        "    if Path(file).is_dir():\n",
+        ("tests/reliability/test_hostile.py", "device"),
+    ),
+    Mutant(
+        "adapter: written before all is checked",
+        ADAPTERS,
+        "        _check_fits(name, tensors[name], factor)\n",
+        "        _check_fits(name, tensors[name], factor)\n        factor.copy_(tensors[name])\n",
+        ("tests/test_adapters.py", "damaged or another_model"),
+    ),
+    Mutant(
+        "adapter: options that exhaust the parser",
+        ADAPTERS,
+        "TypeError, AttributeError, RecursionError):\n",
+        "TypeError, AttributeError):\n",
+        ("tests/reliability/test_hostile.py", "exhaust"),
+    ),
+    Mutant(
+        "tensor parallel: a replicated factor's gradient not summed",
+        DISTRIBUTED,
+        ".full_tensor(grad_placements=(Partial(),))",
+        ".full_tensor()",
+        ("tests/distributed/test_tensor_parallel.py", "output_and_gradients"),
+    ),
+    Mutant(
+        "tensor parallel: an input's gradient not summed",
+        DISTRIBUTED,
+        "part = (Partial(),) if self.local_input.is_replicate() else None\n",
+        "part = None\n",
+        ("tests/distributed/test_tensor_parallel.py", "output_and_gradients"),
+    ),
+    Mutant(
+        "tensor parallel: bias and beta on every rank",
+        DISTRIBUTED,
+        " * (self.mesh.get_local_rank() == 0)\n",
+        "\n",
+        ("tests/distributed/test_tensor_parallel.py", "output_and_gradients"),
+    ),
+    Mutant(
+        "tensor parallel: every shard reads the first groups",
+        DISTRIBUTED,
+        "    return repeated.narrow(dim, start - first * size, r)\n",
+        "    return repeated.narrow(dim, 0, r)\n",
+        ("tests/distributed/test_tensor_parallel.py", "groups_of_a_shard"),
+    ),
+    Mutant(
+        "tensor parallel: a Conv1D cut along its other side",
+        DISTRIBUTED,
+        "dim = 1 - self.layer_class.sharded",
+        "dim = self.layer_class.sharded",
+        ("tests/distributed/test_tensor_parallel.py", "every_kind"),
+    ),
+    Mutant(
+        "tensor parallel: a parameter that FSDP2 sharded is read",
+        DISTRIBUTED,
+        "isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1:\n",
+        "isinstance(parameter, DTensor):\n",
+        ("tests/distributed/test_tensor_parallel.py", "within_fsdp"),
     ),
 )
 
