@@ -124,7 +124,7 @@ class Recipe:
 # Models and datasets are those of HUT's paper. The other settings follow what LoRA's authors chose
 # for the same pairs, since the paper's own were not at hand.
 PRESETS = {
-    "docstrings": Recipe(target=["query", "key", "value"], epochs=1, max_length=32),
+    "docstrings": Recipe(target=["query", "key", "value"], batch=16, epochs=1, max_length=32),
     "glue": Recipe(
         model="FacebookAI/roberta-large",
         dataset="nyu-mll/glue",
