@@ -72,9 +72,9 @@ forward       more  tf32    128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W 1
 grad_input    16    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x64/4/4     64x64x64/4/3
 grad_input    64    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x64/4/4     64x64x64/4/3
 grad_input    more  16-bit  128x64x128/8/3   128x64x128/8/3   128x64x128/8/3   64x64x64/4/3
-grad_input    16    tf32    64x64x64/4/3     64x64x64/4/3     64x64x64/4/3     64x32x64/4/3
-grad_input    64    tf32    64x64x64/4/3     64x64x64/4/3     64x64x64/4/3     64x32x64/4/3
-grad_input    more  tf32    128x64x64/8/3    128x64x64/8/3    128x64x64/8/2    64x32x64/4/3
+grad_input    16    tf32    64x64x64/4/3     64x64x64/4/3     64x64x64/4/3     64x64x64/4/2
+grad_input    64    tf32    64x64x64/4/3     64x64x64/4/3     64x64x64/4/3     64x64x64/4/2
+grad_input    more  tf32    128x64x64/8/3    128x64x64/8/3    128x64x64/8/2    128x64x64/8/2
 grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
 grad_factors  any   tf32    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
 weight        any   16-bit  16x32x64/4/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
