@@ -138,7 +138,9 @@ def compile_one(tools: Toolchain, source: Path, target: Path, flags: Sequence[st
     if source.suffix == ".cu":
         own = [*generate_code(tools.architectures), "-Xptxas=-v"]
     else:
-        own = ["-Xcompiler=-Wall", f'-DHUT_ARCHITECTURES="{" ".join(tools.architectures)}"']
+        names = f'-DHUT_ARCHITECTURES="{" ".join(tools.architectures)}"'
+        # Errors name their place in the source, and should not name the builder's folders.
+        own = [f"-Xcompiler=-Wall,-fmacro-prefix-map={_ROOT}/=", names]
     return run_nvcc(tools, [
         *FLAGS, *own, *flags, *tools.includes, "-c", str(source), "-o", str(target),
     ])  # fmt: skip
@@ -202,7 +204,8 @@ def extensions() -> list[Extension]:
     except Impossible as reason:
         if demand == "1":
             sys.exit(f"HUT_KERNELS_CUDA=1, but the CUDA extension cannot be built: {reason}.")
-        print(f"hut_kernels is built without its CUDA extension: {reason}.", file=sys.stderr)
+        if not {"egg_info", "dist_info"} & set(sys.argv):  # pip asks for these first: say it once
+            print(f"hut_kernels is built without its CUDA extension: {reason}.", file=sys.stderr)
         return []
     csrc = _ROOT / "csrc"
     return [

@@ -316,8 +316,12 @@ def extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
     less host time; where Triton's fused kernels save device time, they keep the layers that are
     large enough to show it.
     """
-    if _forced:  # strategies by name are Triton's
-        return False
+    # Strategies by name are Triton's.
+    return not _forced and _extension_wins(part, N, O, K, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
     return O * K <= LAUNCH_BOUND or N > getattr(break_even(device), part)
 
 

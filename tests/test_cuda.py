@@ -65,8 +65,6 @@ def emulation(tmp_path_factory):
             torch.use_deterministic_algorithms(True)
             yield cuda
             torch.use_deterministic_algorithms(False)
-    if isinstance(sys.modules.get("hut_kernels.cuda"), types.ModuleType):
-        del sys.modules["hut_kernels.cuda"]
 
 
 @compiled
