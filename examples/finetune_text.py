@@ -146,7 +146,7 @@ PRESETS = {
         rungs=-2,
     ),
 }
-QUICK = {"epochs": 0.6, "tried": 2, "seeds": 1, "scored": 300}
+QUICK: Row = {"epochs": 0.6, "tried": 2, "seeds": 1, "scored": 300}
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Study:
     `model` is that of the best rate and seed 0.
     """
 
-    r: int
+    r: int | None
     tried: dict[float, Run]
     runs: list[Run]
     model: nn.Module

@@ -18,6 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from . import docstrings
 
 Row = dict[str, Any]
+# Rows by part, the columns of text in them, and the classes' names if there are labels.
+Source = tuple[dict[str, list[Row]], list[str], list[str] | None]
 PARTS = ("train", "validation", "test")  # to learn, to choose a learning rate, to report
 STRINGS = ("string", "large_string")  # types of columns of text
 IGNORED = -100  # the label of what is not predicted, in transformers
@@ -87,11 +89,10 @@ def load(
         ValueError: no training rows, labels that are not classes, or columns that do not fit.
     """
     if dataset == "docstrings":
-        parts, described = docstrings.load()
-        columns, classes = ["text"], sorted(docstrings.FAMILIES)
-        parts = {part: _numbered(rows, classes) for part, rows in parts.items()}
+        source, described = from_docstrings()
     else:
-        (parts, columns, classes), described = from_hub(dataset, subset, revision), {}
+        source, described = from_hub(dataset, subset, revision), {}
+    parts, columns, classes = source
     parts, repeated = without_repeats(parts, columns)
     parts = {part: rows if part == "train" else rows[:scored] for part, rows in parts.items()}
     tokenizer.padding_side = "right"
@@ -114,10 +115,16 @@ def load(
     return Task(tokenised, classes, tokenizer, summary)
 
 
-def from_hub(
-    dataset: str, subset: str | None, revision: str | None
-) -> tuple[dict[str, list[Row]], list[str], list[str] | None]:
-    """The rows of a dataset by part, its columns of text, and its classes, if it has labels.
+def from_docstrings() -> tuple[Source, Row]:
+    """The texts of docstrings.py, and what it says about them."""
+    parts, described = docstrings.load()
+    classes = sorted(docstrings.FAMILIES)
+    numbered = {part: _numbered(rows, classes) for part, rows in parts.items()}
+    return (numbered, ["text"], classes), described
+
+
+def from_hub(dataset: str, subset: str | None, revision: str | None) -> Source:
+    """A dataset of the hub or of a folder.
 
     A part that the dataset lacks, or has without labels, is cut from the training rows.
     """
