@@ -5,6 +5,8 @@ backward and AdamW over the adapters; embeddings, heads and everything else are 
 """
 
 import gc
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,9 +133,14 @@ class Setting:
 
 def build(setting: Setting, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The frozen model, in training mode."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # what it says is about checkpoints and generation
     model = RECIPES[setting.model].build(setting.blocks).to(device, dtype).train()
     if setting.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # its new name is not there in every supported version
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.requires_grad_(False)
 
 
@@ -213,8 +220,6 @@ def training_step(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[],
 
 def adapted_share(model: nn.Module, targets: str) -> float:
     """The share of the linear work in adapted layers, heads included: f of docs/performance.md."""
-    import re
-
     sizes = {
         name: module.weight.numel()
         for name, module in model.named_modules()

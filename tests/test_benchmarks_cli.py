@@ -1,0 +1,195 @@
+"""`python -m benchmarks`: suites run, write, plot and compare; the package holds the command."""
+
+import csv
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import __main__ as cli
+from benchmarks import providers, records
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = None
+
+FEW = ["--provider", "lora", "hut_low_rank", "--baseline", "lora", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setattr(cli, "settle_threads", lambda: (1, 1))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A record of each suite that has a picture, at sizes that take no time."""
+    folder = tmp_path_factory.mktemp("records")
+    commands = {
+        "layer": ["--shapes", "32x48", "--tokens", "4", "16", "--rank", "4", "--seconds", "0.02"],
+        "memory": ["--shapes", "32x32", "--tokens", "8", "--rank", "2", "--depths", "1", "2"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "settle_threads", lambda: (1, 1))
+        for suite, options in commands.items():
+            file = str(folder / f"{suite}.jsonl")
+            assert cli.main([suite, *options, *FEW, "--json", file]) == 0
+    return folder
+
+
+class TestSuites:
+    def test_a_record_holds_every_row_with_its_proof(self, files):
+        rows = records.read_lines(files / "layer.jsonl")
+        found = [(row["provider"], row["case"]["tokens"]) for row in rows]
+        assert found == [(name, tokens) for tokens in (4, 16) for name in ("lora", "hut_low_rank")]
+        assert all(row["proof"] < 2e-6 for row in rows)
+        assert rows[0]["environment"]["date"] == rows[-1]["environment"]["date"]
+
+    def test_a_table_is_printed_with_its_origin(self, capsys):
+        arguments = ["overhead", "--seconds", "0.01", "--rank", "2", "--device", "cpu"]
+        assert cli.main([*arguments, "--provider", "lora*", "--baseline", "lora"]) == 0
+        text = capsys.readouterr().out
+        assert "step / LoRA, lean" in text
+        assert "Left out: LoRA, lean, graph (CUDA graphs need a CUDA device)." in text
+        assert "Measured on" in text
+
+    def test_csv_has_a_column_for_each_figure(self, tmp_path):
+        file = tmp_path / "r.csv"
+        arguments = ["layer", "--shapes", "4x8x8", "--rank", "2", "--seconds", "0", *FEW]
+        assert cli.main([*arguments, "--csv", str(file)]) == 0
+        lines = list(csv.DictReader(file.open()))
+        assert [line["provider"] for line in lines] == ["lora", "hut_low_rank"]
+        assert float(lines[1]["versus.lora.step.median"]) > 0
+        assert lines[0]["environment.torch"] == lines[1]["environment.torch"] != ""
+
+    def test_a_provider_that_is_wrong_fails_the_command_and_is_not_timed(
+        self, monkeypatch, tmp_path, capsys
+    ):
+        monkeypatch.setitem(providers.LIMITS, torch.float32, 1e-12)
+        file = tmp_path / "r.jsonl"
+        arguments = ["layer", "--shapes", "4x8x8", "--rank", "2", "--seconds", "0", *FEW]
+        assert cli.main([*arguments, "--json", str(file)]) == 1
+        assert "does NOT compute its formula" in capsys.readouterr().out
+        assert not file.exists()  # nothing was measured at all
+
+    def test_costs_are_counted_without_a_device(self, capsys):
+        assert cli.main(["cost", "--shapes", "1024x1024"]) == 0
+        text = capsys.readouterr().out
+        assert "third full product makes its training step dearer" in text
+        assert "2 multiplications whatever the rank is" in text
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["layer", "--shapes", "12"], "is no shape"),
+            (["layer", "--provider", "nobody"], "no provider matches"),
+            (["layer", "--device", "cuda"], "sees no CUDA device"),
+            (["memory", "--shapes", "4x8", *FEW], "needs a square shape"),
+            (["plot", "missing.jsonl"], "missing.jsonl"),
+        ],
+    )
+    def test_what_cannot_be_is_said_in_a_line(self, arguments, complaint, capsys):
+        if arguments[-1] == "cuda" and torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+        assert cli.main(arguments) == 1
+        assert complaint in capsys.readouterr().err
+
+    @pytest.mark.parametrize("suite", records.SUITES)
+    def test_every_suite_has_its_sizes_and_its_help(self, suite, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([suite, "--help"])
+        assert stopped.value.code == 0
+        assert "--quick" in capsys.readouterr().out
+        assert len(cli.SIZES[suite]) == 4
+
+    def test_defaults_reach_each_group_of_the_model_suite(self):
+        options = SimpleNamespace(
+            shapes=None, blocks=None, tokens=None, rank=[16], suite="model",
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        settings = list(cli._settings(options, cli.SIZES["model"][0]))
+        assert len({(s.model, s.targets, s.checkpointing) for s in settings}) == 8
+        assert {s.blocks for s in settings} == {2}
+        assert {s.tokens for s in settings} == {64}
+
+
+class TestFiles:
+    def test_pictures_are_drawn_as_png_and_svg(self, files, tmp_path):
+        pytest.importorskip("matplotlib")
+        some = [str(files / f"{suite}.jsonl") for suite in ("layer", "memory")]
+        assert cli.main(["plot", *some, "--out", str(tmp_path)]) == 0
+        names = {file.name for file in tmp_path.iterdir()}
+        assert names == {
+            f"{name}.{kind}"
+            for name in ("layer-time", "layer-floor", "memory")
+            for kind in ("png", "svg")
+        }
+        assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "memory.svg").read_text()
+
+    def test_training_is_drawn_too(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        from benchmarks import model, plots
+
+        environment = {**records.environment(torch.device("cpu")), "other_programs_share": None}
+        q = {"p20": 1.0, "median": 2.0, "p80": 3.0, "samples": 3}
+        rows = [
+            {
+                "suite": "model", "provider": name, "label": name, "environment": environment,
+                "types": {"compute": "float32"}, "tokens_per_second": q, "bytes": {"peak": 5},
+                "case": model.Setting("gpt2-medium", "few", True, 2, 1, 8, 4).case(),
+            }
+            for name in ("lora", "hut_low_rank")
+        ]  # fmt: skip
+        assert [file.name for file in plots.draw(rows, tmp_path)] == ["model.png", "model.svg"]
+
+    def test_every_provider_has_a_colour(self):
+        pytest.importorskip("matplotlib")
+        from benchmarks import plots
+
+        for name in providers.PROVIDERS:
+            assert plots._style(name)["color"].startswith("#")
+
+    def test_records_are_compared_and_checked(self, files, capsys):
+        file = str(files / "layer.jsonl")
+        assert cli.main(["compare", file, file]) == 0
+        assert "no difference beyond the spread" in capsys.readouterr().out
+        assert cli.main(["check", file]) == 0
+        assert "4 valid rows" in capsys.readouterr().out
+
+    def test_a_bad_record_fails_the_check(self, tmp_path, capsys):
+        (tmp_path / "r.jsonl").write_text("{}\n")
+        assert cli.main(["check", str(tmp_path / "r.jsonl")]) == 1
+        assert "line 1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(tomllib is None, reason="needs tomllib, of Python 3.11")
+class TestPackage:
+    @pytest.fixture
+    def project(self):
+        return tomllib.loads((records.ROOT / "pyproject.toml").read_text())
+
+    def test_every_package_is_installed(self, project):
+        setuptools = project["tool"]["setuptools"]
+        assert setuptools["package-dir"] == {"hut_kernels.benchmarks": "benchmarks"}
+        found = {
+            ".".join(("hut_kernels" if top == "hut_kernels" else "hut_kernels.benchmarks", *rest))
+            for top, *rest in (
+                file.parent.relative_to(records.ROOT).parts
+                for folder in ("hut_kernels", "benchmarks")
+                for file in Path(records.ROOT, folder).rglob("__init__.py")
+            )
+        }
+        assert set(setuptools["packages"]) == found
+
+    def test_the_command_is_main(self, project):
+        assert project["project"]["scripts"]["hut-bench"].endswith("__main__:main")
+
+    def test_modules_of_the_benchmark_import_each_other_relatively(self):
+        for file in Path(records.ROOT, "benchmarks").glob("*.py"):
+            text = file.read_text()
+            assert "from benchmarks" not in text, file.name
+            assert "import benchmarks" not in text, file.name

@@ -1,0 +1,224 @@
+"""The suites: what they count agrees with what is measured, and a row says what it was."""
+
+import pytest
+import torch
+
+from benchmarks import cost, layer, memory, model, overhead, shapes
+from benchmarks.providers import PROVIDERS
+from benchmarks.shapes import MODELS, Shape
+from hut_kernels import explain
+
+CPU = torch.device("cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+class TestShapes:
+    def test_numbers_and_models(self):
+        found = shapes.parsed(["64x32", "7x8x9", "gpt2-medium"], [1, 2])
+        assert found[:3] == [Shape(1, 64, 32), Shape(2, 64, 32), Shape(7, 8, 9)]
+        assert Shape(2, 1024, 3072) in found
+        assert len(found) == 3 + 2 * 4
+
+    @pytest.mark.parametrize("text", ["64", "0x4", "axb", "1x2x3x4", "gpt5"])
+    def test_what_is_no_shape_is_refused(self, text):
+        with pytest.raises(ValueError, match="no shape"):
+            shapes.parsed([text], [1])
+
+    @pytest.mark.parametrize(
+        ("name", "millions"), [("roberta-base", 85), ("gpt2-medium", 302), ("llama-3.1-8b", 6979)]
+    )
+    def test_models_have_their_weights(self, name, millions):
+        one = MODELS[name]
+        count = one.blocks * sum(p.in_features * p.out_features for p in one.projections)
+        assert round(count / 1e6) == millions
+
+
+class TestCost:
+    @pytest.mark.parametrize("transform", ["low_rank", "two_sided"])
+    def test_operations_are_the_planners(self, transform):
+        plan = explain(
+            512, 1024, 4096, 16, dtype=BF16, device_name="A100", transform=transform
+        ).operations
+        counted = cost.METHODS[f"hut_{transform}"].operations(Shape(512, 1024, 4096), 16)
+        assert counted == (plan["forward"], plan["grad_input"] + plan["grad_factors"])
+
+    def test_the_papers_claim_adaptation_does_not_grow_with_the_rank(self):
+        two_sided = [cost.adaptation_per_weight("hut_two_sided", r) for r in (4, 16, 128)]
+        lora = [cost.adaptation_per_weight("lora", r) for r in (4, 16, 128)]
+        assert two_sided == [2, 2, 2]
+        assert lora == [9, 33, 257]
+
+    @pytest.mark.parametrize(("f", "c", "ratio"), [(1, 0, 1.5), (1, 1, 4 / 3), (1 / 6, 0, 13 / 12)])
+    def test_the_third_product_is_stated(self, f, c, ratio):
+        assert cost.step_ratio(f, c) == pytest.approx(ratio)
+
+    @pytest.mark.parametrize("c", [0, 1])
+    @pytest.mark.parametrize("targets", ["few", "all"])
+    def test_counts_of_models_come_to_that_ratio_where_thin_products_vanish(self, targets, c):
+        one, tokens = MODELS["llama-3.1-8b"], 10**6
+        ours, theirs = (
+            cost.model_operations(one, method, targets, tokens, 1, c)
+            for method in ("hut_two_sided", "lora")
+        )
+        expected = cost.step_ratio(cost.adapted_share(one, targets), c)
+        assert ours / theirs == pytest.approx(expected, rel=2e-3)
+
+    def test_roberta_query_and_value_are_a_sixth(self):
+        assert cost.adapted_share(MODELS["roberta-large"], "few") == pytest.approx(1 / 6)
+
+
+NAMES = ("frozen", "lora", "hira", "hut_low_rank", "hut_paper")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = layer.measure(Shape(32, 64, 48), 4, FP32, CPU, 0.05, NAMES, ["lora", "frozen"])
+    return {row["provider"]: row for row in found}
+
+
+class TestLayer:
+    def test_every_pass_of_every_provider_is_measured(self, rows):
+        assert tuple(rows) == NAMES
+        for row in rows.values():
+            for figures in (row["seconds"], row["floor_share"], row["versus"]["lora"]):
+                assert set(figures) == {"forward", "backward", "step"}
+            assert row["seconds"]["step"]["samples"] >= 5
+            assert row["bytes"]["peak"] > 0
+        assert rows["lora"]["versus"]["lora"]["step"]["median"] == 1
+        assert rows["hut_low_rank"]["case"] == {
+            "tokens": 32, "in_features": 64, "out_features": 48, "r": 4,
+        }  # fmt: skip
+
+    def test_the_floor_is_of_the_products_that_the_formula_needs(self):
+        times = {
+            ("product", "y"): [1.0, 2.0],
+            ("product", "dx"): [10.0, 20.0],
+            ("product", "G"): [100.0, 200.0],
+        }
+        assert layer._floor("forward", "hira", times) == [1, 2]
+        assert layer._floor("backward", "lora", times) == [10, 20]
+        assert layer._floor("step", "peft_hira", times) == [111, 222]
+        assert layer._floor("step", "hut_two_sided", times) == [111, 222]
+
+    def test_what_fails_on_a_shape_is_left_out_with_its_reason(self):
+        found = layer.measure(Shape(8, 4, 4), 8, FP32, CPU, 0, ["hut_paper", "lora"], ["lora"])
+        assert "two_sided needs r <= min" in found[0]["left_out"]
+        assert found[1]["seconds"]["step"]["median"] > 0
+
+    def test_types_are_stated(self):
+        assert layer.labels("peft_lora", BF16)["types"] == {
+            "compute": "bfloat16",
+            "weight": "bfloat16",
+            "adapter": "float32",
+            "autocast": None,
+        }
+        assert layer.labels("peft_lora_cast", BF16)["types"]["adapter"] == "bfloat16"
+
+
+class TestMemory:
+    @pytest.mark.parametrize("dtype", [FP32, BF16])
+    def test_what_is_kept_is_what_theory_says(self, dtype):
+        pytest.importorskip("peft")
+        names = [
+            name
+            for name, provider in PROVIDERS.items()
+            if provider.for_models and not provider.missing(CPU, dtype)
+        ]
+        rows = memory.measure(Shape(64, 256, 256), [1, 3], 4, dtype, CPU, names)
+        assert len(rows) == 2 * len(names)
+        for row in rows:
+            theory = row["bytes"]["saved_by_theory"]
+            if row["provider"] == "hut_paper_eager":
+                assert theory is None
+            else:  # LoRA's scaling is a tensor of some bytes in places
+                assert 0 <= row["bytes"]["saved"] - theory <= 32 * row["case"]["depth"], row
+
+    def test_hut_keeps_no_more_than_its_inputs_and_one_workspace(self):
+        width, depth = 512, 4
+        (row,) = memory.measure(Shape(16, width, width), [depth], 4, FP32, CPU, ["hut_low_rank"])
+        weight = 4 * width**2
+        assert row["bytes"]["saved"] == depth * 16 * width * 4
+        assert weight < row["bytes"]["peak"] < 1.5 * weight
+
+    def test_a_stack_must_be_square(self):
+        with pytest.raises(ValueError, match="square"):
+            memory.measure(Shape(1, 2, 3), [1], 1, FP32, CPU, ["lora"])
+
+
+class TestOverhead:
+    def test_it_is_host_time_and_nothing_else(self):
+        rows = overhead.measure(4, FP32, CPU, 0.02, ["lora", "hut_low_rank"], ["lora"])
+        assert [row["suite"] for row in rows] == ["overhead"] * 2
+        assert "operations" not in rows[0]
+        assert rows[1]["versus"]["lora"]["backward"]["median"] > 0
+
+
+def _small_roberta(blocks):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    return RobertaForSequenceClassification(
+        RobertaConfig(
+            vocab_size=50265, hidden_size=16, num_hidden_layers=blocks, num_attention_heads=2,
+            intermediate_size=64, num_labels=2, pad_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def _small_gpt2(blocks):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=blocks, n_head=2))
+
+
+class TestModel:
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch):
+        pytest.importorskip("peft")
+        for name, build in (("roberta-large", _small_roberta), ("gpt2-medium", _small_gpt2)):
+            recipe = model.RECIPES[name]
+            small = model.Recipe(build, recipe.vocabulary, recipe.labels, recipe.targets)
+            monkeypatch.setitem(model.RECIPES, name, small)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize(
+        ("name", "targets", "layers"),
+        [
+            ("roberta-large", "few", 2),
+            ("roberta-large", "all", 6),
+            ("gpt2-medium", "few", 1),
+            ("gpt2-medium", "all", 4),
+        ],
+    )
+    def test_a_step_is_measured_beside_the_baselines(self, name, targets, layers, checkpointing):
+        setting = model.Setting(name, targets, checkpointing, 1, 2, 8, 2)
+        base = model.build(setting, FP32, CPU)
+        names = ["lora", "peft_lora", "peft_hira", "hut_low_rank", "hut_paper"]
+        rows = model.measure(setting, base, FP32, CPU, 0.05, names, ["peft_lora"])
+        by = {row["provider"]: row for row in rows}
+        assert not [row for row in rows if "left_out" in row]
+        assert by["lora"]["counts"]["trainable"] == by["hut_low_rank"]["counts"]["trainable"]
+        assert by["hut_low_rank"]["versus"]["peft_lora"]["step"]["median"] > 0
+        assert by["lora"]["case"]["blocks_of"] == 24
+        assert by["lora"]["case"]["checkpointing"] is checkpointing
+        hut = PROVIDERS["hut_low_rank"].adapt(base, model.RECIPES[name].targets[targets], 2)
+        assert sum("hut_A" in key for key, _ in hut.named_parameters()) == layers
+
+    def test_what_a_model_cannot_have_is_left_out(self):
+        setting = model.Setting("gpt2-medium", "few", False, 1, 1, 4, 2)
+        base = model.build(setting, FP32, CPU)
+        rows = model.measure(setting, base, FP32, CPU, 0, ["lora", "peft_loha"], ["lora"])
+        assert "Conv1D" in rows[1]["left_out"]
+
+    def test_steps_train_the_adapters_and_nothing_else(self):
+        setting = model.Setting("roberta-large", "few", False, 1, 1, 4, 2)
+        base = model.build(setting, FP32, CPU)
+        before = {name: p.clone() for name, p in base.named_parameters()}
+        adapted = PROVIDERS["hut_low_rank"].adapt(
+            base, model.RECIPES[setting.model].targets["few"], 2
+        )
+        tokens = torch.randint(5, 100, (1, 4))
+        step = model.training_step(adapted, {"input_ids": tokens, "labels": tokens[:, 0] % 2})
+        step()
+        after = dict(adapted.named_parameters())
+        assert all(torch.equal(p, after[name]) for name, p in before.items())
+        assert any("hut_B" in name and p.abs().sum() > 0 for name, p in after.items())
