@@ -31,7 +31,13 @@ NUMPY = {"3.6.0": "numpy<2.4"}
 
 # What depends on Triton; the rest of the suite is the same whichever is installed.
 QUICK = {
-    "": ["tests/reliability", "tests/test_gate.py", "tests/test_dispatch.py"],
+    "": [
+        "tests/reliability/test_limits.py",
+        "tests/reliability/test_miscompiles.py",
+        "tests/reliability/test_flops.py",
+        "tests/test_gate.py",
+        "tests/test_dispatch.py",
+    ],
     "1": ["tests/triton"],
 }
 WHOLE = {"": ["tests"], "1": ["tests/triton"]}
