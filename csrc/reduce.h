@@ -61,12 +61,12 @@ HUT_HD int64_t reduce_blocks(const ReduceArguments& a, bool two_sided, int width
 
 HUT_HD ReducePlace reduce_place(
     const ReduceArguments& a, int64_t block, int rank_blocks, int width) {
-  const int64_t rows_blocks = side_blocks(a, 0, rank_blocks);
-  const int side = block >= rows_blocks;
-  const int64_t index = side ? block - rows_blocks : block;
-  const int64_t strip = index / rank_blocks / a.spans[side];
+  const int64_t of_rows = side_blocks(a, 0, rank_blocks);
+  const int side = block >= of_rows;
+  const auto index = static_cast<uint32_t>(side ? block - of_rows : block);
+  const uint32_t strip_and_span = index / rank_blocks, spans = a.spans[side];
   return {
-      side, strip * kTile, static_cast<int>(index / rank_blocks % a.spans[side]),
+      side, int64_t{strip_and_span / spans} * kTile, static_cast<int>(strip_and_span % spans),
       static_cast<int>(index % rank_blocks) * width};
 }
 

@@ -84,8 +84,11 @@ HUT_BLOCK void weight_kernel(Block& block, WeightShared& shared, const WeightArg
   write_shift(block, a.shift);
   const Multiplier& m = a.multiplier;
   const int64_t height = m.side[0].size, width = m.side[1].size;
-  const int64_t row = block.index() / tiles(width) * kTile;
-  const int64_t column = block.index() % tiles(width) * kTile;
+  // Blocks are counted in 32 bits (device.cuh), in which a division is a tenth of the work.
+  const auto index = static_cast<uint32_t>(block.index());
+  const auto tiles_across = static_cast<uint32_t>(tiles(width));
+  const int64_t row = int64_t{index / tiles_across} * kTile;
+  const int64_t column = int64_t{index % tiles_across} * kTile;
   const int warp = block.thread() / kWarp;
   const Lane lane(block.thread());
   const int64_t first = row + kWarpRows * warp + lane.g;
