@@ -202,12 +202,13 @@ def _say_how(environment: Row, threads: tuple[int, int], options: argparse.Names
     if options.suite in ("layer", "memory", "model"):
         print(f"Memory by {memory_method(_device(options))}.")
     busy = environment["other_programs_share"]
-    if busy is not None and busy > BUSY:
+    timed = options.suite != "memory"
+    if timed and busy is not None and busy > BUSY:
         print(
             f"Other programs took {100 * busy:.0f} % of the CPUs meanwhile: times count only on an "
             "idle machine."
         )
-    for line in report.thread_sentences(*threads):
+    for line in report.thread_sentences(*threads) if timed else ():
         print(line)
 
 

@@ -67,12 +67,19 @@ def measured(rows: Iterable[Row]) -> list[Row]:
 
 def left_out(rows: Sequence[Row]) -> list[str]:
     """One line for each reason, with the labels that it holds for; and where, if not everywhere."""
-    somewhere = {row["label"] for row in measured(rows)}
+    seen = {(row["label"], at(row, "types.compute")) for row in measured(rows)}
+    somewhere = {label for label, _ in seen}
     reasons: dict[str, dict[str, None]] = {}
     for row in rows:
-        if "left_out" in row:
-            where = f" at {where_of(row['case'])}" if row["label"] in somewhere else ""
-            reasons.setdefault(row["left_out"], {})[f"{row['label']}{where}"] = None
+        if "left_out" not in row:
+            continue
+        label, dtype = row["label"], at(row, "types.compute")
+        where = ""
+        if (label, dtype) in seen:
+            where = f" at {where_of(row['case'])}"
+        elif label in somewhere:
+            where = f" in {dtype}"
+        reasons.setdefault(row["left_out"], {})[f"{label}{where}"] = None
     return [f"Left out: {'; '.join(labels)} ({reason})." for reason, labels in reasons.items()]
 
 

@@ -159,7 +159,7 @@ class TestTables:
         (table,) = tables.of(pair())
         text = table.text()
         assert "16 tokens, 64 → 32, r 4, float32" in text
-        assert "1.50 (1.43–1.57)" in text
+        assert "1.50 (1.42–1.58)" in text
         assert "80 %" in text
         assert table.markdown().count("|") == 4 * (len(table.header) + 1)
 
@@ -178,6 +178,10 @@ class TestTables:
         missing = row("peft_loha", left_out="too large")
         other = row("peft_loha", left_out="too large", case={**row()["case"], "tokens": 17})
         assert tables.left_out([missing, other]) == ["Left out: peft_loha (too large)."]
+        half = {**row()["types"], "compute": "bfloat16"}
+        assert tables.left_out([row("peft_loha", types=half), missing, other]) == [
+            "Left out: peft_loha in float32 (too large)."
+        ]
         seen = [row("peft_loha"), other]
         assert tables.left_out(seen) == ["Left out: peft_loha at 17x64x32 (too large)."]
 
