@@ -145,14 +145,24 @@ def try_torch(version: str) -> Cell:
     return cell
 
 
+def find_python(version: str) -> str | None:
+    """An interpreter of that version that starts."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    candidates = [shutil.which(f"python{version}"), *pyenv.glob(f"versions/{version}.*/bin/python")]
+    for candidate in candidates:
+        if candidate and run([str(candidate), "-c", "pass"]).returncode == 0:
+            return str(candidate)
+    return None
+
+
 def try_python(version: str) -> Cell:
     """The package compiled and imported by another Python; its suite needs a PyTorch for that."""
     cell = Cell(f"Python {version}")
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return fail(cell, "installed", "the one of the Triton cells")
-    python = shutil.which(f"python{version}")
+    python = find_python(version)
     if python is None:
-        return fail(cell, "not had", f"no python{version} on this machine's path")
+        return fail(cell, "not had", "not on this machine, neither on its path nor under pyenv")
     if run([python, "-c", "import torch"]).returncode == 0:
         done = run([python, "-m", "pytest", "tests", "-q"], {"OMP_NUM_THREADS": "1"})
         return fail(cell, "FAILED" if done.returncode else "passed", last_line(done.stdout))
@@ -161,8 +171,9 @@ def try_python(version: str) -> Cell:
             [python, "-m", "compileall", "-q", "hut_kernels", "tests"],
             {"PYTHONPYCACHEPREFIX": cache},
         )
-    verdict = "FAILED" if compiled.returncode else "compiles"
-    return fail(cell, verdict, "every file is valid there; no PyTorch to run the suite with")
+    if compiled.returncode:
+        return fail(cell, "FAILED", last_line(compiled.stdout + compiled.stderr))
+    return fail(cell, "compiles", "every file is valid there; no PyTorch to run the suite with")
 
 
 # The table
