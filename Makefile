@@ -22,7 +22,7 @@ endif
 
 # Two pip calls at once would spoil the environment.
 .NOTPARALLEL:
-.PHONY: help venv demo finetune test test-cpu test-kernels lint types mutants bench fuzz matrix bench-cpu gate ext gpu peft-suite docs clean
+.PHONY: help venv demo finetune test test-cpu test-kernels dist lint types mutants bench fuzz matrix bench-cpu gate ext gpu peft-suite docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -51,6 +51,9 @@ ifeq ($(shell uname -s),Linux)
 else
 	@echo "Triton is for Linux: the tests of its kernels are left out here"
 endif
+
+dist: $(call ready,test) ## DDP, FSDP2, tensor parallelism, checkpoints, launches: 2 and 4 processes
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/distributed -m "" $(ARGS)
 
 lint: $(call ready,dev) ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -36,18 +36,21 @@ def main() -> None:
     args = parser.parse_args()
 
     device = start()
-    shape = (args.replicas, dist.get_world_size() // args.replicas)
-    grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
-    model = make_model().to(device)
-    parallelize_module(model, grid["tp"], PLAN)
-    if args.replicas > 1:
+    model, part = make_model().to(device), 0
+    if args.replicas == 1:
+        parallelize_module(model, init_device_mesh(device.type, (dist.get_world_size(),)), PLAN)
+    else:
+        shape = (args.replicas, dist.get_world_size() // args.replicas)
+        grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, grid["tp"], PLAN)
         for block in model.blocks:
             fully_shard(block, mesh=grid["dp"])
         fully_shard(model, mesh=grid["dp"])
+        part = grid["dp"].get_local_rank()
     factors = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=3e-2)
     for step in range(args.steps):
-        tokens = make_batch(step).chunk(args.replicas)[grid["dp"].get_local_rank()].to(device)
+        tokens = make_batch(step).chunk(args.replicas)[part].to(device)
         loss = loss_of(model, tokens)
         loss.backward()
         optimizer.step()
