@@ -185,9 +185,10 @@ def test_the_merged_weight_is_exact_and_keeps_its_strides(emulation, dtype, form
 
 @compiled
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_no_thread_reads_what_another_has_yet_to_write(emulation, form, monkeypatch):
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_no_thread_reads_what_another_has_yet_to_write(emulation, dtype, form, monkeypatch):
     """Threads run upwards and downwards between barriers: a missing one would show in either."""
-    case = make(10, 136, 200, 20, dtype=torch.bfloat16, vectors="bias gamma beta", **form)
+    case = make(10, 136, 200, 40, dtype=dtype, vectors="bias gamma beta", **form)
     upwards = run(case, backend="cuda")
     monkeypatch.setitem(os.environ, "HUT_EMULATION_ORDER", "descending")
     downwards = run(case, backend="cuda")

@@ -107,7 +107,8 @@ void partial_addresses() {
   expect(*seen.rbegin() == 3 * 5 * 7 - 1, "partial_at, last");
 }
 
-// Eight neighbours: packed and element by element give the same, and zero outside.
+// Eight neighbours: packed and element by element give the same, zero outside when loaded, and
+// nothing outside is written.
 void packs() {
   alignas(16) float data[3][24];
   for (int i = 0; i < 3; ++i)
@@ -123,6 +124,18 @@ void packs() {
           expect(values[v] == (inside ? data[i][j + v] : 0.0f), "load_pack", i, j + v, packed);
         }
       }
+    alignas(16) float target[4][24] = {};
+    const hut::Matrix<float> out{target[0], 3, 21, 24, 1, packed};
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 24; j += 8) {
+        hut::Pack<float> pack;
+        pack.pack({1, 2, 3, 4, 5, 6, 7, 8});
+        hut::store_pack(out, i, j, pack);
+      }
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 24; ++j)
+        expect(
+            target[i][j] == (i < 3 && j < 21 ? j % 8 + 1 : 0), "store_pack", i, j, packed);
   }
 }
 

@@ -1,7 +1,7 @@
 // Kernels run on the CPU: every thread of a block is a fiber, and a barrier is a switch to the next.
 //
-// Threads run one after the other from barrier to barrier, upwards in one run and downwards in
-// another, so that a missing barrier shows in one of them at least.
+// Threads run one after the other from barrier to barrier, warps likewise, upwards in one run and
+// downwards in another, so that a missing barrier shows in one of them at least.
 #pragma once
 
 #include <ucontext.h>
@@ -38,6 +38,7 @@ class Fibers {
     body_ = &body;
     barriers_.assign(threads, 0);
     finished_.assign(threads, false);
+    in_warp_.assign(threads, false);
     contexts_.resize(threads);
     if (stacks_.size() < static_cast<size_t>(threads)) stacks_.resize(threads);
     for (int t = 0; t < threads; ++t) {
@@ -51,22 +52,27 @@ class Fibers {
           &contexts_[t], reinterpret_cast<void (*)()>(&Fibers::start), 3,
           static_cast<unsigned>(self >> 32), static_cast<unsigned>(self), t);
     }
-    for (int left = threads; left > 0;) {
-      for (int i = 0; i < threads; ++i) {
-        const int t = descending() ? threads - 1 - i : i;
-        if (finished_[t]) continue;
-        current_ = t;
-        swapcontext(&scheduler_, &contexts_[t]);
-        left -= finished_[t];
+    while (!finished_[0]) {
+      // One warp after the other as far as the next barrier of the block; within a warp, the lanes
+      // from one exchange to the next.
+      for (int first = 0; first < threads; first += kWarp) {
+        const int warp = descending() ? threads - kWarp - first : first;
+        do {
+          for (int i = 0; i < kWarp; ++i) {
+            current_ = warp + (descending() ? kWarp - 1 - i : i);
+            swapcontext(&scheduler_, &contexts_[current_]);
+          }
+          for (int i = 1; i < kWarp; ++i) meet(warp, warp + i);
+        } while (in_warp_[warp]);
       }
-      for (int t = 1; t < threads; ++t)
-        if (barriers_[t] != barriers_[0] || finished_[t] != finished_[0])
-          throw std::runtime_error("emulation: not all threads met at the same barrier");
+      for (int t = 1; t < threads; ++t) meet(0, t);
     }
   }
 
-  void sync() {
-    ++barriers_[current_];
+  // A barrier of the block, or an exchange within the warp.
+  void sync(bool warp = false) {
+    barriers_[current_] += !warp;
+    in_warp_[current_] = warp;
     swapcontext(&contexts_[current_], &scheduler_);
   }
 
@@ -77,6 +83,12 @@ class Fibers {
     auto* self = reinterpret_cast<Fibers*>(static_cast<uintptr_t>(high) << 32 | low);
     (*self->body_)(thread);
     self->finished_[thread] = true;
+    self->in_warp_[thread] = false;
+  }
+
+  void meet(int a, int b) const {
+    if (barriers_[a] != barriers_[b] || finished_[a] != finished_[b] || in_warp_[a] != in_warp_[b])
+      throw std::runtime_error("emulation: not all threads met at the same barrier");
   }
 
   const std::function<void(int)>* body_ = nullptr;
@@ -84,7 +96,7 @@ class Fibers {
   std::vector<ucontext_t> contexts_;
   std::vector<std::unique_ptr<char[]>> stacks_;
   std::vector<int> barriers_;
-  std::vector<bool> finished_;
+  std::vector<bool> finished_, in_warp_;
   int current_ = 0;
 };
 
@@ -109,12 +121,12 @@ class Block {
     for (int i = 0; i < 4; ++i)
       operands.a[group + i % 2 * 8][in_group + i / 2 * 4] = tf32(a[i]);
     for (int i = 0; i < 2; ++i) operands.b[in_group + i * 4][group] = tf32(b[i]);
-    sync();
+    fibers_.sync(true);
     for (int i = 0; i < 4; ++i) {
       const int row = group + i / 2 * 8, column = in_group * 2 + i % 2;
       for (int k = 0; k < 8; ++k) d[i] += operands.a[row][k] * operands.b[k][column];
     }
-    sync();
+    fibers_.sync(true);
   }
 
  private:
