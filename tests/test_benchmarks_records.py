@@ -224,6 +224,14 @@ class TestDocuments:
         records.write_lines(tmp_path / "r.jsonl", pair(ratio=1.7), environment())
         assert documents.renewed(fresh) != fresh
 
+    def test_a_summary_says_who_wins_and_where_it_was_measured(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(documents, "RESULTS", tmp_path)
+        records.write_lines(tmp_path / "r.jsonl", pair(), environment())
+        said = documents.renewed("<!-- benchmark: summary r.jsonl -->\n<!-- end of benchmark -->")
+        assert "| HUT low_rank | 1.50 (1.42–1.58) |" in said
+        assert "HUT low_rank takes longer than LoRA (PEFT) in 1 (1.50x its time)." in said
+        assert "Measured on" in said
+
     def test_a_mark_without_a_record_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(documents, "RESULTS", tmp_path)
         records.write_lines(tmp_path / "r.jsonl", pair(), environment())
