@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {error}: pip install 'hut_kernels[bench]'", file=sys.stderr)
+    return 1
 
 
 # The command line
@@ -407,10 +409,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    try:
-        from . import plots
-    except ImportError as error:
-        raise ValueError(f"{error}: pictures need matplotlib, pip install matplotlib") from error
+    from . import plots
+
     rows = [row for file in options.files for row in records.read_lines(file)]
     for line in tables.mixed_machines(rows):
         print(line)

@@ -97,6 +97,11 @@ class TestSuites:
         assert cli.main(arguments) == 1
         assert complaint in capsys.readouterr().err
 
+    def test_a_missing_package_is_named_with_the_command_that_brings_it(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        assert cli.main(["model", "--quick", *FEW]) == 1
+        assert "pip install 'hut_kernels[bench]'" in capsys.readouterr().err
+
     @pytest.mark.parametrize("suite", records.SUITES)
     def test_every_suite_has_its_sizes_and_its_help(self, suite, capsys):
         with pytest.raises(SystemExit) as stopped:
