@@ -7,6 +7,7 @@ every T that is formed and for each factor's gradient.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import math
@@ -62,6 +63,7 @@ def _thin(weight: Shape, hut_A: Shape, transform: str) -> int:
     return 2 * math.prod(weight) * hut_A[0] if transform == "low_rank" else 0
 
 
+@functools.cache
 def register() -> None:
     """Makes the formulas known to every `FlopCounterMode`, now or once its module is imported.
 

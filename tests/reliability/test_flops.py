@@ -1,5 +1,6 @@
 """FlopCounterMode counts what the operators do: three full products a step, and the thin ones."""
 
+import importlib
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import hut_kernels
 from hut_kernels import explain, hut_linear, hut_weight
 
 from .models import layer
@@ -107,6 +109,10 @@ def test_the_order_of_imports_does_not_matter(first):
         "assert counter.get_total_flops() == 2 * 2 * 3 * 4 + 2 * 3 * 4, counter.flop_counts\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reloading_the_package_registers_nothing_twice():
+    importlib.reload(hut_kernels)
 
 
 def test_hut_linear_itself_is_counted():
