@@ -134,18 +134,9 @@ def backward(
     `dx = (gamma * grad) W` is `[..., in]`, contiguous, in grad's type; the factors' gradients have
     their types, the last is float32 (float64 for float64). `x` is needed for all but `dx`.
     """
-    spec = Spec(transform, offset, scaling, precision)
-    needs = Needs(need_A, need_B, need_gamma)
+    spec, needs = Spec(transform, offset, scaling, precision), Needs(need_A, need_B, need_gamma)
     module = _backend(backend)
-    if hasattr(module, "backward"):  # all of it in one call
-        return module.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
-    grads = []
-    if need_x:
-        grads.append(module.grad_input(grad, weight, hut_A, hut_B, gamma, spec))
-    if need_A or need_B or need_gamma:
-        factors = module.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
-        grads += [factor for factor in factors if factor is not None]
-    return grads
+    return module.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
 
 
 def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 FUSED, STAGED, CHUNKED = "fused", "staged", "chunked"
 
 MAX_RANK = 128  # the largest r with kernels of its own
+# Kernels count tokens, and index * r for the groups, in int32; a last tile may reach over the end.
+_MAX_INDEX = 2**31 - 1024
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -232,7 +234,8 @@ def plan(problem: Problem, device: Device, backend: str = "triton") -> Plan:
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     empty = 0 in (problem.N, problem.K, problem.O)
-    if backend == "torch" or problem.r > MAX_RANK or empty:
+    index = max(problem.N, max(problem.K, problem.O) * problem.r)
+    if backend == "torch" or problem.r > MAX_RANK or index >= _MAX_INDEX or empty:
         rows = max(1, (1 << 22) // max(1, problem.K))
         return Plan(problem, device, "torch", STAGED, STAGED, CHUNKED, rows, "not needed")
     even = break_even(device)

@@ -45,6 +45,25 @@ def forward(
     return F.linear(x, _merged(weight, hut_A, hut_B, gamma, spec, x.dtype), shift)
 
 
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    spec: Spec,
+    need_x: bool,
+    needs: Needs,
+) -> list[Tensor]:
+    """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
+    grads = [grad_input(grad, weight, hut_A, hut_B, gamma, spec)] if need_x else []
+    if x is not None and any(needs):
+        factors = grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
+        grads += [gradient for gradient in factors if gradient is not None]
+    return grads
+
+
 def grad_input(
     grad: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, gamma: Tensor | None, spec: Spec
 ) -> Tensor:
@@ -216,7 +235,8 @@ def _blockwise(
     A, B = cast(hut_A, acc), cast(hut_B, acc) * spec.scaling
     constants = torch.full((out_features, 1), spec.constant - minus, dtype=acc, device=A.device)
     if gamma is not None:
-        B, constants = B * gamma[:, None], constants * gamma[:, None]
+        scale = cast(gamma, acc)[:, None]
+        B, constants = B * scale, constants * scale
     out = torch.empty_like(weight, dtype=dtype) if out is None else out
     step = max(1, _TILE // max(1, in_features))
     buffer = torch.empty((min(step, out_features), in_features), dtype=acc, device=A.device)
@@ -234,11 +254,12 @@ def _blockwise(
 
 
 def _two_sided(A: Tensor, B_rows: Tensor, rows: slice, out_features: int, out: Tensor) -> None:
-    """`T[o, i] = B[o, q(i)] A[p(o), i]` for some rows, a pair of groups at a time."""
+    """`T[o, i] = B[o, q(i)] A[p(o), i]` for some rows, one side's groups after the other's."""
     r, in_features = A.shape
+    for q, (start, end) in enumerate(pairwise(definition.group_starts(in_features, r))):
+        out[:, start:end] = B_rows[:, q, None]
     for p, group in _row_groups(rows, out_features, r):
-        for q, (start, end) in enumerate(pairwise(definition.group_starts(in_features, r))):
-            torch.mul(B_rows[group, q, None], A[p, start:end], out=out[group, start:end])
+        out[group] *= A[p]
 
 
 def _row_groups(rows: slice | None, out_features: int, r: int) -> Iterator[tuple[int, slice]]:

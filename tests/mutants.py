@@ -82,8 +82,8 @@ MUTANTS = (
     Mutant(
         "gamma forgotten in T's constant",
         TORCH,
-        "        B, constants = B * gamma[:, None], constants * gamma[:, None]\n",
-        "        B = B * gamma[:, None]\n",
+        "        B, constants = B * scale, constants * scale\n",
+        "        B = B * scale\n",
         ("tests/test_ops.py", "match_the_reference"),
     ),
     Mutant(
@@ -165,9 +165,9 @@ MUTANTS = (
     ),
     Mutant(
         "dx computed though nobody asked",
-        OPS,
-        "    if need_x:\n        grads.append(module",
-        "    if True:\n        grads.append(module",
+        TORCH,
+        "hut_B, gamma, spec)] if need_x else []\n",
+        "hut_B, gamma, spec)]\n",
         ("tests/test_autograd.py", "asked_for"),
     ),
     Mutant(

@@ -261,3 +261,14 @@ def test_an_unknown_device_lists_the_known():
     assert planner.find_device("CPU") == planner.CPU
     with pytest.raises(ValueError, match=r"'TPU v5'.*known: cpu.*A100.*RTX 5090"):
         planner.find_device("TPU v5")
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2**31 - 1024, 64, 64, 8), (8, 2**24, 64, 128), (8, 64, 2**24, 128)], ids=str
+)
+def test_what_int32_cannot_count_goes_to_pytorch(sizes):
+    N, K, O, r = sizes
+    beyond = Problem(N, K, O, r, "bfloat16", "bfloat16")
+    assert planner.plan(beyond, A100).backend == "torch"
+    within = Problem(N // 2, K // 2, O // 2, r, "bfloat16", "bfloat16")
+    assert planner.plan(within, A100).backend == "triton"

@@ -53,6 +53,25 @@ def forward(
     return F.linear(x, staged, shift)
 
 
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    gamma: Tensor | None,
+    spec: Spec,
+    need_x: bool,
+    needs: Needs,
+) -> list[Tensor]:
+    """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
+    grads = [grad_input(grad, weight, hut_A, hut_B, gamma, spec)] if need_x else []
+    if x is not None and any(needs):
+        factors = grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
+        grads += [gradient for gradient in factors if gradient is not None]
+    return grads
+
+
 def grad_input(
     grad: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, gamma: Tensor | None, spec: Spec
 ) -> Tensor:
