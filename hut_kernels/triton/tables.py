@@ -37,7 +37,7 @@ forward       64    tf32    64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   6
 forward       more  tf32    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/4/3/W
 grad_input    16    16-bit  16x64x128/4/4    16x64x128/4/4    16x64x128/4/4    16x32x128/4/3
 grad_input    64    16-bit  64x32x128/4/4    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3
-grad_input    more  16-bit  128x32x256/8/3   128x32x256/8/3   128x32x128/8/3   64x32x128/4/3
+grad_input    more  16-bit  128x32x256/8/3   128x64x64/8/3    128x32x128/8/3   64x32x128/4/3
 grad_input    16    tf32    16x64x128/4/4    16x64x128/4/3    16x32x128/4/4    16x32x128/4/3
 grad_input    64    tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/8/3
 grad_input    more  tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/8/3
@@ -54,7 +54,7 @@ forward       64    tf32    64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/4/W   6
 forward       more  tf32    128x128x32/8/3/W 128x128x32/8/3/W 128x64x32/4/3/W  64x64x32/4/3/W
 grad_input    16    16-bit  16x32x128/4/4    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3
 grad_input    64    16-bit  64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3
-grad_input    more  16-bit  128x32x128/8/3   128x32x128/8/3   128x32x128/8/2   64x32x64/4/3
+grad_input    more  16-bit  128x32x128/8/3   128x32x128/8/3   128x32x128/8/2   64x32x64/8/3
 grad_input    16    tf32    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3     16x32x64/4/3
 grad_input    64    tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
 grad_input    more  tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
@@ -104,7 +104,7 @@ grad_input    16    fp32    16x64x32/8/2     16x64x32/8/2     16x64x32/8/2     1
 grad_input    64    fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 grad_input    more  fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 grad_factors  any   fp32    32x32x32/8/2     32x32x32/8/2     32x32x32/8/2     32x32x32/8/2
-grad_reduce   any   16-bit  16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
+grad_reduce   any   16-bit  16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x32/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   fp32    16x64x32/8/1     16x64x32/8/1     16x64x32/8/1     16x64x32/8/1
 weight        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
