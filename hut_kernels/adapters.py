@@ -125,14 +125,15 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no HUT layer.
+        HUTBackendError: the model's factors are sharded.
     """
     from safetensors.torch import save
 
-    tensors = {
-        # A copy each, since safetensors refuses tensors that share storage.
-        name: tensor.to("cpu", copy=True).contiguous()
-        for name, tensor in adapter_state_dict(model).items()
-    }
+    factors = adapter_state_dict(model)
+    for name, factor in factors.items():
+        _check_whole(name, factor)
+    # A copy each, since safetensors refuses tensors that share storage.
+    tensors = {name: f.to("cpu", copy=True).contiguous() for name, f in factors.items()}
     layers = json.dumps({name: _options(layer) for name, layer in _hut_layers(model).items()})
     metadata = {
         "format": _FORMAT,
@@ -158,7 +159,7 @@ def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the file is damaged or is no adapter, or its layers, options, shapes or types
             are not the model's. The model is unchanged.
-        HUTBackendError: the factors of the model are on the meta device.
+        HUTBackendError: the factors of the model are on the meta device, or sharded.
     """
     saved_layers, tensors, metadata = _read(file)
     layers = _hut_layers(model)
@@ -457,7 +458,16 @@ def _check_same_options(name: str, saved: dict[str, Any], present: dict[str, Any
             )
 
 
+def _check_whole(name: str, factor: Tensor) -> None:
+    if hasattr(factor, "_local_tensor"):
+        raise HUTBackendError(
+            f"{name} is sharded ({type(factor).__name__}), but adapter files hold whole tensors: "
+            f"gather the state first, or use torch.distributed.checkpoint (docs/distributed.md)"
+        )
+
+
 def _check_fits(name: str, saved: Tensor, present: Tensor) -> None:
+    _check_whole(name, present)
     if present.is_meta:
         raise HUTBackendError(f"{name} is on the meta device: materialise the model first")
     if saved.shape != present.shape or saved.dtype != present.dtype:
