@@ -45,19 +45,35 @@ def one_process():
     return losses, model
 
 
+# With gloo a process of plain PyTorch, without a layer of ours, now and then aborts so as it ends,
+# in a thread's destructor; rarely one never ends. It says nothing of the training: it is run again.
+GLOO_ABORT = "terminate called without an active exception"
+ATTEMPTS = 4
+
+
 def run(command, file, steps):
     """The output of a launched example, on CPUs."""
-    done = subprocess.run(
-        [*command, "--steps", str(steps), "--output", str(file)],
-        cwd=ROOT,
-        env={**os.environ, **environment(), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    failure = ""
+    for _ in range(ATTEMPTS):
+        try:
+            done = subprocess.run(
+                [*command, "--steps", str(steps), "--output", str(file)],
+                cwd=ROOT,
+                env={**os.environ, **environment(), "ACCELERATE_USE_CPU": "true"},
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            failure = str(error)
+            continue
+        if done.returncode == 0:
+            return done.stdout
+        failure = done.stderr[-3000:]
+        if GLOO_ABORT not in done.stderr:
+            break
+    raise AssertionError(failure)
 
 
 def losses_in(output):
