@@ -362,6 +362,7 @@ def _read(
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             layers = _parse_metadata(file, metadata)
+            # An opened file is no mapping: its keys can't be had by iterating over it.
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated, or not a safetensors file: {error}") from error
@@ -424,10 +425,11 @@ def _describes(options: dict[str, Any], name: str, tensors: Mapping[str, Tensor]
     keys = ("hut_A", "hut_B", *(("gamma", "beta") if options["scale_shift"] else ()))
     factors = [tensors.get(_join(name, key)) for key in keys]
     dtype, r = _FACTOR_DTYPES[options["factor_dtype"]], options["r"]
-    if any(factor is None or factor.dtype != dtype for factor in factors):
+    fitting = [factor for factor in factors if factor is not None and factor.dtype == dtype]
+    if len(fitting) < len(factors):
         return False
-    A, B = factors[:2]
-    return A.ndim == B.ndim == 2 and len(A) == B.shape[1] == r  # type: ignore[union-attr, arg-type]
+    A, B = fitting[:2]
+    return A.ndim == B.ndim == 2 and len(A) == B.shape[1] == r
 
 
 def _checksum(layers: str, tensors: Mapping[str, Tensor]) -> str:

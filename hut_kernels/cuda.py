@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import planner, torch_backend
-from .definition import FactorGrads, Needs, Spec
+from .definition import Needs, Spec
 from .dispatch import gpu
 
 # Importing it defines torch.ops.hut_cuda; ImportError is for dispatch.py to tell about.
@@ -23,8 +23,6 @@ _operators = torch.ops.hut_cuda
 _library = torch.library.Library("hut_cuda", "IMPL")
 for _name in ("forward", "backward", "weight"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-
-_NO_NEEDS = Needs(False, False, False)
 
 
 def forward(
@@ -58,11 +56,7 @@ def backward(
 ) -> list[Tensor]:
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
     if _empty(grad, weight):
-        dx = grad_input(grad, weight, hut_A, hut_B, gamma, spec) if need_x else None
-        factors: FactorGrads = (None, None, None)
-        if x is not None and any(needs):
-            factors = grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
-        return [gradient for gradient in (dx, *factors) if gradient is not None]
+        return torch_backend.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
     layout = _layout(weight, spec)
     rows, columns = weight.shape[::-1] if layout[0] else weight.shape
     chunk, row_spans, column_spans = planner.strips(
@@ -72,33 +66,6 @@ def backward(
         grad, x, weight, hut_A, hut_B, gamma, *layout, _split(spec),
         need_x, *needs, chunk, row_spans, column_spans,
     )  # fmt: skip
-
-
-def grad_input(
-    grad: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, gamma: Tensor | None, spec: Spec
-) -> Tensor:
-    """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
-    if _empty(grad, weight):
-        return torch_backend.grad_input(grad, weight, hut_A, hut_B, gamma, spec)
-    return backward(grad, None, weight, hut_A, hut_B, gamma, spec, True, _NO_NEEDS)[0]
-
-
-def grad_factors(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
-    needs: Needs,
-) -> FactorGrads:
-    """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
-    if _empty(grad, weight):
-        return torch_backend.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
-    made = iter(backward(grad, x, weight, hut_A, hut_B, gamma, spec, False, needs))
-    d_A, d_B, d_gamma = (next(made) if needed else None for needed in needs)
-    return d_A, d_B, d_gamma
 
 
 def weight(

@@ -43,19 +43,12 @@ def backward(
     needs: Needs,
 ) -> list[Tensor]:
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
-    parts = {"grad_input": need_x, "grad_factors": any(needs)}
-    winners = {part: _winner(part, grad, weight) for part, needed in parts.items() if needed}
-    if all(module is cuda for module in winners.values()):
-        return cuda.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
-    grads: list[Tensor] = []
-    if need_x:
-        module = winners["grad_input"]
-        grads.append(module.grad_input(grad, weight, hut_A, hut_B, gamma, spec))
-    if "grad_factors" in winners:
-        module = winners["grad_factors"]
-        found = module.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
-        grads += [gradient for gradient in found if gradient is not None]
-    return grads
+    of_x, of_factors = (_winner(part, grad, weight) for part in ("grad_input", "grad_factors"))
+    layer = weight, hut_A, hut_B, gamma, spec
+    if not (need_x and any(needs)) or of_x is of_factors:
+        return (of_x if need_x else of_factors).backward(grad, x, *layer, need_x, needs)
+    dx = of_x.backward(grad, None, *layer, True, Needs(False, False, False))
+    return dx + of_factors.backward(grad, x, *layer, False, needs)
 
 
 def weight(
