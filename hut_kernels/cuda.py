@@ -1,6 +1,6 @@
 """The operators on the compiled extension of csrc/: one call for a layer and a direction.
 
-The same functions as in `triton/backend.py` and `torch_backend.py`. What is decided here is decided
+What `ops.py` asks of every backend: forward, backward, weight. What is decided here is decided
 by the planner; what is left of the host's work is done in C++ (docs/extension.md).
 """
 
