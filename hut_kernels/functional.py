@@ -239,30 +239,32 @@ def _check_shapes(
     gamma: Tensor | None,
     beta: Tensor | None,
 ) -> None:
-    for name, tensor in (("weight", weight), ("hut_A", hut_A), ("hut_B", hut_B)):
-        if tensor.ndim != 2:
-            raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(tensor.shape)}")
-    out_features, in_features = weight.shape
-    r = hut_A.shape[0]
+    # Each shape is read once: reading one costs a small layer as much host time as a comparison.
+    shape, shape_A, shape_B = weight.shape, hut_A.shape, hut_B.shape
+    for name, found in (("weight", shape), ("hut_A", shape_A), ("hut_B", shape_B)):
+        if len(found) != 2:
+            raise ValueError(f"{name} must have 2 dimensions; got shape {tuple(found)}")
+    out_features, in_features = shape
+    r = shape_A[0]
     if r < 1:
-        raise ValueError(f"r must be at least 1; got hut_A of shape {tuple(hut_A.shape)}")
+        raise ValueError(f"r must be at least 1; got hut_A of shape {tuple(shape_A)}")
     if x.ndim < 1 or x.shape[-1] != in_features:
         given = x.shape[-1] if x.ndim else "a scalar"
         raise ValueError(
             f"x's last dimension must be weight's in_features = {in_features}; got {given}"
         )
-    if hut_A.shape[1] != in_features:
+    if shape_A[1] != in_features:
         raise ValueError(
             f"hut_A's second dimension must be weight's in_features = {in_features}; "
-            f"got {hut_A.shape[1]}"
+            f"got {shape_A[1]}"
         )
-    if hut_B.shape[0] != out_features:
+    if shape_B[0] != out_features:
         raise ValueError(
             f"hut_B's first dimension must be weight's out_features = {out_features}; "
-            f"got {hut_B.shape[0]}"
+            f"got {shape_B[0]}"
         )
-    if hut_B.shape[1] != r:
-        raise ValueError(f"hut_B's second dimension must be hut_A's r = {r}; got {hut_B.shape[1]}")
+    if shape_B[1] != r:
+        raise ValueError(f"hut_B's second dimension must be hut_A's r = {r}; got {shape_B[1]}")
     for name, vector in (("bias", bias), ("gamma", gamma), ("beta", beta)):
         if vector is not None and vector.shape != (out_features,):
             raise ValueError(

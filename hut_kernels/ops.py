@@ -44,19 +44,24 @@ def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Cal
 
     def register(implementation: Callable[..., Any]) -> Any:
         def detached(*args: Any) -> Any:
-            device = args[0].device.type
-            if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
-                with torch.no_grad(), torch.autocast(device, enabled=False):
-                    return implementation(*args)
-            return implementation(*args)
+            if not torch.is_grad_enabled():
+                return implementation(*args)
+            with torch.no_grad():
+                return implementation(*args)
+
+        def without_autocast(*args: Any) -> Any:
+            with torch.autocast(args[0].device.type, enabled=False):
+                return operator(*args)
 
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        for key in ("CPU", "CUDA", "XPU", "MPS"):
-            _library.impl(name, detached, key)
+        operator = getattr(torch.ops.hut, name).default
+        for device in ("CPU", "CUDA", "XPU", "MPS"):
+            _library.impl(name, detached, device)
+            _library.impl(name, without_autocast, f"Autocast{device}")
         # Autograd has no part in these operators; falling through keeps the call cheap.
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"hut::{name}", fake, lib=_library)
-        return getattr(torch.ops.hut, name).default
+        return operator
 
     return register
 

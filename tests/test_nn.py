@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 from hut_kernels.errors import HUTBackendError
 from hut_kernels.nn import PAPER, HUTLinear
@@ -411,6 +412,27 @@ def test_meta_init_then_to_empty(form, from_base):
     assert torch.equal(layer(x), F.linear(x, source.weight, source.bias))
     layer.load_state_dict(source.state_dict())
     assert torch.equal(layer(x), source(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, X):
+        return 2 * X
+
+
+@pytest.mark.parametrize("name", ["hut_A", "hut_B", "gamma", "bias"])
+def test_a_parametrised_parameter_counts_as_what_it_computes(name):
+    layer = trained(HUTLinear(9, 7, 3, **PAPER))
+    x = torch.randn(4, 9)
+    doubled = copy.deepcopy(layer)
+    getattr(doubled, name).data.mul_(2)
+    parametrize.register_parametrization(layer, name, Doubled())
+    assert torch.equal(layer(x), doubled(x))
+    layer(x).sum().backward()
+    if name != "bias":
+        doubled(x).sum().backward()
+        assert torch.allclose(
+            layer.parametrizations[name].original.grad, 2 * getattr(doubled, name).grad
+        )
 
 
 def test_autocast_casts_the_input_alone():
