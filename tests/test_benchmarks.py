@@ -28,12 +28,12 @@ class TestMeasure:
         rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
         assert rounds[:4] == ["abc", "bca", "cab", "abc"]
 
-    def test_no_case_follows_itself(self):
-        for names in ("ab", "abc", "abcd"):
-            order = []
-            cases = {name: measure.Case(lambda name=name: order.append(name)) for name in names}
-            measure.interleaved(cases, CPU, seconds=60, rounds=9)
-            assert all(a != b for a, b in pairwise(order))
+    @pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
+    def test_no_case_follows_itself(self, names):
+        order = []
+        cases = {name: measure.Case(lambda name=name: order.append(name)) for name in names}
+        measure.interleaved(cases, CPU, seconds=60, rounds=9)
+        assert all(a != b for a, b in pairwise(order))
 
     def test_time_ends_the_rounds_but_not_before_the_fewest(self):
         cases = {"slow": measure.Case(lambda: time.sleep(0.01))}
