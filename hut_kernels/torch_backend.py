@@ -238,6 +238,8 @@ def _blockwise(
         scale = cast(gamma, acc)[:, None]
         B, constants = B * scale, constants * scale
     out = torch.empty_like(weight, dtype=dtype) if out is None else out
+    if spec.transform == "two_sided":
+        q, p = (definition.group_index(size, len(A), A.device) for size in weight.shape[::-1])
     step = max(1, _TILE // max(1, in_features))
     buffer = torch.empty((min(step, out_features), in_features), dtype=acc, device=A.device)
     for start in range(0, out_features, step):
@@ -246,20 +248,12 @@ def _blockwise(
         if spec.transform == "low_rank":
             torch.mm(B[rows], A, out=T)
         else:
-            _two_sided(A, B[rows], rows, out_features, out=T)
+            torch.index_select(B[rows], 1, q, out=T)
+            T *= A.index_select(0, p[rows])
         if spec.constant != minus:
             T += constants[rows]
         torch.mul(weight[rows], T, out=out[rows])
     return out
-
-
-def _two_sided(A: Tensor, B_rows: Tensor, rows: slice, out_features: int, out: Tensor) -> None:
-    """`T[o, i] = B[o, q(i)] A[p(o), i]` for some rows, one side's groups after the other's."""
-    r, in_features = A.shape
-    for q, (start, end) in enumerate(pairwise(definition.group_starts(in_features, r))):
-        out[:, start:end] = B_rows[:, q, None]
-    for p, group in _row_groups(rows, out_features, r):
-        out[group] *= A[p]
 
 
 def _row_groups(rows: slice | None, out_features: int, r: int) -> Iterator[tuple[int, slice]]:
