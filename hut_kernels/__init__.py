@@ -1,5 +1,9 @@
 """Fused kernels and layers for HUT (Hadamard Updated Transformation, arXiv 2409.13501)."""
 
+from . import versions  # noqa: F401  first, for it refuses a PyTorch that is too old
+
+# isort: split
+
 from . import flops
 from .adapters import (
     adapter_options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -16,6 +17,7 @@ from . import planner
 from .definition import PRECISIONS, TRANSFORMS
 from .errors import HUTBackendError
 from .planner import Plan
+from .versions import FALLBACKS, Miscompile, miscompiled, release
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 
@@ -37,7 +39,7 @@ def backends() -> dict[str, dict[str, object]]:
         },
         "triton": {
             "available": missing is None,
-            "reason": missing or ("interpreter, on the CPU" if interpreting() else "CUDA device"),
+            "reason": missing or _triton_runs_on(),
             "version": _version("triton"),
         },
         "cuda": {
@@ -123,7 +125,7 @@ def explain(
             f"transform must be one of {', '.join(TRANSFORMS)} and precision one of "
             f"{', '.join(PRECISIONS)}; got {transform!r}, {precision!r}"
         )
-    device = planner.find_device(device_name) if device_name is not None else _own_device()
+    device = _own_device() if device_name is None else _named_device(device_name)
     problem = planner.Problem(
         N,
         in_features,
@@ -136,7 +138,14 @@ def explain(
         precision=precision,
     )
     on_torch = device == planner.CPU or dtype == torch.float64
+    on_torch = on_torch or _fallback_lost(device.miscompiles) is not None
     return planner.plan(problem, device, "torch" if on_torch else "triton")
+
+
+def _named_device(name: str) -> planner.Device:
+    """A known device, under the Triton that is installed here."""
+    device = planner.find_device(name)
+    return dataclasses.replace(device, miscompiles=miscompiled(_version("triton"), device.arch))
 
 
 def _own_device() -> planner.Device:
@@ -149,12 +158,14 @@ def _own_device() -> planner.Device:
 def gpu(device: torch.device) -> planner.Device:
     """The limits of a CUDA device, as the planner wants them."""
     found = torch.cuda.get_device_properties(device)
+    arch = f"sm_{found.major}{found.minor}"
     return planner.Device(
         found.name,
-        f"sm_{found.major}{found.minor}",
+        arch,
         found.multi_processor_count,
         getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
         found.L2_cache_size,
+        miscompiled(_version("triton"), arch),
     )
 
 
@@ -192,7 +203,7 @@ def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     found = _version("triton") or "0"
-    if tuple(int(part) for part in found.split(".")[:2]) < (3, 6):
+    if release(found) < (3, 6):
         return f"triton {found} is too old: 3.6 or newer is needed"
     return None
 
@@ -212,7 +223,19 @@ def _device_missing(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    return None
+    lost = _fallback_lost(miscompiled(_version("triton"), f"sm_{capability[0]}{capability[1]}"))
+    return None if lost is None else str(lost)
+
+
+def _fallback_lost(miscompiles: Sequence[Miscompile]) -> Miscompile | None:
+    """What leaves nothing of Triton, for the staged path needs kernels too."""
+    return next((known for known in miscompiles if {*FALLBACKS} & {*known.kernels}), None)
+
+
+def _triton_runs_on() -> str:
+    if interpreting():
+        return "interpreter, on the CPU"
+    return "; ".join(["CUDA device", *map(str, _own_device().miscompiles)])
 
 
 @functools.cache

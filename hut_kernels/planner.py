@@ -13,6 +13,8 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .versions import Miscompile
+
 FUSED, STAGED, CHUNKED = "fused", "staged", "chunked"
 
 MAX_RANK = 128  # the largest r with kernels of its own
@@ -31,6 +33,7 @@ class Device:
         sms: Multiprocessors.
         shared_memory: Bytes a program may use.
         l2: Bytes of L2 cache.
+        miscompiles: What the Triton at hand compiles wrongly for it.
     """
 
     name: str
@@ -38,6 +41,12 @@ class Device:
     sms: int
     shared_memory: int
     l2: int
+    miscompiles: tuple[Miscompile, ...] = ()
+
+    @property
+    def denied(self) -> frozenset[str]:
+        """The kernels that must not run."""
+        return frozenset(kernel for known in self.miscompiles for kernel in known.kernels)
 
 
 _KB, _MB = 1 << 10, 1 << 20
@@ -188,6 +197,7 @@ class Plan:
             f"{p.N} tokens, {p.K} -> {p.O}",
             f"on {self.device.name} ({self.device.arch}), backend {self.backend}; "
             f"break-evens: {self.source}",
+            *map(str, self.device.miscompiles),
             f"{'':14}{'strategy':10}{'GFLOP':>10}{'MB moved':>10}{'MB workspace':>14}",
         ]  # fmt: skip
         operations, moved, workspace = self.operations, self.bytes, self.workspace
@@ -208,7 +218,8 @@ _forced: dict[str, str] = {}
 def force(**strategies: str) -> Iterator[None]:
     """Within the block, every plan takes these strategies where they are possible at all.
 
-    For benchmarks and tests: `with force(forward="fused", grad_factors="chunked"): ...`.
+    For benchmarks and tests: `with force(forward="fused", grad_factors="chunked"): ...`. A kernel
+    that is denied runs too: how else would one see that Triton compiles it rightly again?
     """
     allowed = {"forward": STAGED, "grad_input": STAGED, "grad_factors": CHUNKED}
     for part, strategy in strategies.items():
@@ -241,13 +252,17 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     even = break_even(device)
     # Unaligned loads are not asynchronous, and split is two products: both go to the BLAS.
     fusible = problem.aligned and problem.precision == "merged"
+
+    def fuses(part: str, possible: bool) -> bool:
+        return possible and part not in device.denied and problem.N <= getattr(even, part)
+
     return Plan(
         problem,
         device,
         backend,
-        FUSED if fusible and problem.N <= even.forward else STAGED,
-        FUSED if fusible and problem.N <= even.grad_input else STAGED,
-        FUSED if problem.aligned and problem.N <= even.grad_factors else CHUNKED,
+        FUSED if fuses("forward", fusible) else STAGED,
+        FUSED if fuses("grad_input", fusible) else STAGED,
+        FUSED if fuses("grad_factors", problem.aligned) else CHUNKED,
         _chunk_rows(problem.K, device),
         even.source,
     )
@@ -325,7 +340,8 @@ def extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
-    return O * K <= LAUNCH_BOUND or N > getattr(break_even(device), part)
+    fuses = part not in device.denied and N <= getattr(break_even(device), part)
+    return O * K <= LAUNCH_BOUND or not fuses
 
 
 _STRIP = 64  # rows or columns of G whose sums a block of the extension's reduction makes

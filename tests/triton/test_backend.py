@@ -1,6 +1,7 @@
 """The operators on Triton: every strategy, whatever the plan would have been."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from hut_kernels import backends, hut_linear, hut_weight, ops, planner
 from hut_kernels.triton import backend, launch
+from hut_kernels.versions import Miscompile
 
 from ..references import (
     LAYOUTS,
@@ -73,6 +75,22 @@ def test_a_layer_on_triton_matches_the_reference(form, dtype, strategies):
         check(case, run(case, backend="triton"))
     fused, staged = ["forward", "grad_input", "grad_factors"], ["weight", "weight", "grad_reduce"]
     assert launched == (fused if strategies["forward"] == "fused" else staged)
+
+
+@pytest.mark.parametrize("denied", ["forward", "grad_input", "grad_factors"])
+def test_a_kernel_that_is_miscompiled_is_passed_by(denied, monkeypatch):
+    known = Miscompile("3.6.0", "3.7.0", ("sm_80",), (denied,), "example.org/1", "wrong")
+    device = dataclasses.replace(backend._INTERPRETER, miscompiles=(known,))
+    case = make_normal(16, 64, 32, 16, dtype=torch.float32, vectors="bias gamma")
+    fused = ["forward", "grad_input", "grad_factors"]
+    instead = {"grad_factors": "grad_reduce"}.get(denied, "weight")
+    with launches() as launched:
+        check(case, run(case, backend="triton"))
+    assert launched == fused
+    monkeypatch.setattr(backend, "_INTERPRETER", device)
+    with launches() as launched:
+        check(case, run(case, backend="triton"))
+    assert launched == [instead if kernel == denied else kernel for kernel in fused]
 
 
 @every_form

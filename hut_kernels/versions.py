@@ -1,0 +1,78 @@
+"""What the package stands on: a PyTorch too old is refused, what Triton miscompiles is listed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+_OLDEST_TORCH = "2.10.0"
+
+
+def release(version: str) -> tuple[int, ...]:
+    """`(3, 7, 1)` of `"3.7.1rc2+git0a1b"`, to be compared; three numbers always."""
+    numbers = [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
+    return (*numbers, 0, 0, 0)[:3]
+
+
+@dataclass(frozen=True)
+class Miscompile:
+    """A pattern of the kernels that some versions of Triton compile wrongly.
+
+    Attributes:
+        since: The first version that is wrong.
+        fixed: The first version that is right again.
+        archs: The architectures on which it is wrong.
+        kernels: The kernels that have the pattern, by their names in the launch tables.
+        reports: Where it is public.
+        why: The pattern, and what becomes of it.
+    """
+
+    since: str
+    fixed: str
+    archs: tuple[str, ...]
+    kernels: tuple[str, ...]
+    reports: str
+    why: str
+
+    def __str__(self) -> str:
+        return (
+            f"Triton before {self.fixed} is not trusted with {', '.join(self.kernels)} here: "
+            f"{self.why} ({self.reports})"
+        )
+
+
+# What was seen, and why other known miscompiles are not here: docs/reliability.md.
+MISCOMPILES = (
+    Miscompile(
+        since="3.6.0",
+        fixed="3.8.0",
+        archs=("sm_100", "sm_101", "sm_103"),
+        kernels=("forward", "grad_input", "grad_factors"),
+        reports="triton-lang/triton#9871, #10590; pytorch/pytorch#181248",
+        why="products in a pipelined loop race with the reads and writes of their operands",
+    ),
+)
+
+# What `staged` and `chunked` run on themselves: without these nothing of Triton is left.
+FALLBACKS = ("weight", "grad_reduce")
+
+
+def miscompiled(triton: str | None, arch: str) -> tuple[Miscompile, ...]:
+    """What a version of Triton, if one is installed, compiles wrongly on an architecture."""
+    if triton is None:
+        return ()
+    found = release(triton)
+    return tuple(
+        known
+        for known in MISCOMPILES
+        if arch in known.archs and release(known.since) <= found < release(known.fixed)
+    )
+
+
+if release(torch.__version__) < release(_OLDEST_TORCH):
+    raise ImportError(
+        f"hut_kernels needs PyTorch {_OLDEST_TORCH} or newer; torch {torch.__version__} is "
+        f"installed: pip install --upgrade torch"
+    )

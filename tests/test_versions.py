@@ -1,0 +1,183 @@
+"""A PyTorch that is too old, and a Triton that miscompiles: refused, or passed by."""
+
+import dataclasses
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hut_kernels import backends, dispatch, explain, planner, versions
+from hut_kernels.planner import CHUNKED, FUSED, STAGED, force
+from hut_kernels.versions import Miscompile, miscompiled, release
+
+A100 = planner.find_device("A100")
+PARTS = ("forward", "grad_input", "grad_factors")
+
+
+def planted(*kernels, since="3.6.0", fixed="3.7.0", archs=("sm_80",)):
+    return Miscompile(since, fixed, archs, kernels, "example.org/1", "wrong as can be")
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Plants an entry, and a version of Triton that it is about."""
+
+    def enter(*kernels, triton="3.6.0", **about):
+        entry = planted(*kernels, **about)
+        monkeypatch.setattr(versions, "MISCOMPILES", (entry,))
+        monkeypatch.setattr(dispatch, "_version", lambda package: triton)
+        return entry
+
+    return enter
+
+
+def problem(**changes):
+    sizes = {
+        "N": 16,
+        "K": 1024,
+        "O": 1024,
+        "r": 16,
+        "dtype": "bfloat16",
+        "weight_dtype": "bfloat16",
+    }
+    return planner.Problem(**{**sizes, **changes})
+
+
+def strategies(plan):
+    return tuple(getattr(plan, part) for part in PARTS)
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("2.10.0", (2, 10, 0)),
+        ("2.13.0+cpu", (2, 13, 0)),
+        ("3.7", (3, 7, 0)),
+        ("3.9.1rc2+git0a1b2", (3, 9, 1)),
+        ("2.11.0a0+git12", (2, 11, 0)),
+        ("?", (0, 0, 0)),
+    ],
+)
+def test_a_version_is_three_numbers(text, numbers):
+    assert release(text) == numbers
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.9.1", "2.9.1+cu128"])
+def test_a_pytorch_that_is_too_old_is_refused_at_import(version):
+    code = f"import torch; torch.__version__ = {version!r}; import hut_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("ImportError: hut_kernels needs PyTorch 2.10.0 or newer")
+    assert version in error
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git7f", "2.100.0", "3.0.0"])
+def test_a_pytorch_that_is_new_enough_is_not(version):
+    code = f"import torch; torch.__version__ = {version!r}; import hut_kernels"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Triton
+
+
+@pytest.mark.parametrize(
+    ("triton", "arch", "found"),
+    [
+        ("3.6.0", "sm_80", True),
+        ("3.6.1+git0", "sm_80", True),
+        ("3.5.9", "sm_80", False),
+        ("3.7.0", "sm_80", False),
+        ("3.10.0", "sm_80", False),
+        ("3.6.0", "sm_90", False),
+        (None, "sm_80", False),
+    ],
+)
+def test_an_entry_is_about_its_versions_and_architectures(plant, triton, arch, found):
+    entry = plant("forward")
+    assert miscompiled(triton, arch) == ((entry,) if found else ())
+
+
+@pytest.mark.parametrize("entry", versions.MISCOMPILES, ids=lambda entry: entry.reports)
+def test_entries_are_well_formed(entry):
+    assert release(entry.since) < release(entry.fixed)
+    assert entry.reports
+    assert entry.why
+    assert set(entry.kernels) <= {*PARTS, *versions.FALLBACKS}
+    assert all(arch.startswith("sm_") for arch in entry.archs)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_denied_kernel_is_never_planned(part):
+    device = dataclasses.replace(A100, miscompiles=(planted(part),))
+    whole, denied = planner.plan(problem(), A100), planner.plan(problem(), device)
+    assert strategies(whole) == (FUSED, FUSED, FUSED)
+    expected = dict.fromkeys(PARTS, FUSED) | {part: CHUNKED if part == PARTS[2] else STAGED}
+    assert strategies(denied) == tuple(expected.values())
+    assert "wrong as can be (example.org/1)" in str(denied)
+    assert "wrong" not in str(whole)
+
+
+def test_a_denied_kernel_can_be_forced_to_see_whether_it_is_still_wrong():
+    device = dataclasses.replace(A100, miscompiles=(planted(*PARTS),))
+    with force(forward=FUSED):
+        assert strategies(planner.plan(problem(), device)) == (FUSED, STAGED, CHUNKED)
+
+
+def test_the_extension_takes_over_what_triton_would_stage():
+    device = dataclasses.replace(A100, miscompiles=(planted("forward"),))
+    size = 1 << 12  # too large a layer to be bound by launching
+    assert not planner.extension_wins("forward", 16, size, size, A100)
+    assert planner.extension_wins("forward", 16, size, size, device)
+    assert not planner.extension_wins("grad_input", 16, size, size, device)
+
+
+def test_explain_tells_of_the_triton_that_is_installed(plant):
+    plant(*PARTS)
+    plan = explain(16, 1024, 1024, 16, dtype=torch.bfloat16, device_name="A100")
+    assert strategies(plan) == (STAGED, STAGED, CHUNKED)
+    assert "Triton before 3.7.0 is not trusted with forward, grad_input, grad_factors" in str(plan)
+    plant(*PARTS, triton="3.7.0")
+    plan = explain(16, 1024, 1024, 16, dtype=torch.bfloat16, device_name="A100")
+    assert strategies(plan) == (FUSED, FUSED, FUSED)
+    assert "trusted" not in str(plan)
+
+
+def test_a_device_knows_what_is_miscompiled_for_it(plant, monkeypatch):
+    entry = plant("forward", archs=("sm_90",))
+    found = SimpleNamespace(
+        name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, L2_cache_size=1,
+        shared_memory_per_block=1, shared_memory_per_block_optin=1,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    assert dispatch.gpu.__wrapped__(torch.device("cuda", 0)).miscompiles == (entry,)
+
+
+@pytest.mark.parametrize("kernel", versions.FALLBACKS)
+def test_where_even_the_fallback_is_wrong_triton_cannot_run(plant, monkeypatch, kernel):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (8, 0))
+    plant("forward")
+    assert dispatch._device_missing.__wrapped__(0) is None
+    entry = plant(kernel)
+    other = dataclasses.replace(entry, kernels=("forward",), reports="example.org/2")
+    monkeypatch.setattr(versions, "MISCOMPILES", (other, entry))
+    assert "example.org/1" in dispatch._device_missing.__wrapped__(0)
+    plan = explain(16, 1024, 1024, 16, dtype=torch.bfloat16, device_name="A100")
+    assert plan.backend == "torch"
+    assert "example.org/1" in str(plan)
+
+
+def test_backends_tells_what_is_passed_by(monkeypatch):
+    device = dataclasses.replace(A100, miscompiles=(planted("forward"),))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_triton_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "_no_device", lambda: None)
+    monkeypatch.setattr(dispatch, "_own_device", lambda: device)
+    found = backends()["triton"]
+    assert found["available"]
+    assert "CUDA device; Triton before 3.7.0 is not trusted with forward" in found["reason"]
