@@ -14,7 +14,6 @@ constexpr int kBlocks = 3;
 
 struct DeviceBlock {
   __device__ __forceinline__ int64_t index() const { return blockIdx.x; }
-  __device__ __forceinline__ int64_t count() const { return gridDim.x; }
   __device__ __forceinline__ int thread() const { return threadIdx.x; }
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 

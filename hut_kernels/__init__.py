@@ -17,6 +17,7 @@ from .autograd import HUTLinearFunction
 from .dispatch import backends, explain
 from .errors import HUTBackendError
 from .functional import hut_linear, hut_weight
+from .group import hut_linear_group
 from .nn import PAPER, HUTLinear
 
 flops.register()
@@ -33,6 +34,7 @@ __all__ = [
     "backends",
     "explain",
     "hut_linear",
+    "hut_linear_group",
     "hut_weight",
     "inject",
     "load_adapter",

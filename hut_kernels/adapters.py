@@ -41,7 +41,7 @@ _FACTOR_DTYPES = {
 }
 
 # A module's hooks outlive its replacement: the dictionaries move on, so handles stay valid.
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -313,7 +313,7 @@ def _freeze(model: nn.Module) -> None:
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    for name in _HOOKS:
+    for name in HOOKS:
         vars(new)[name] = vars(old)[name]
 
 

@@ -13,13 +13,7 @@ from . import ops
 from .definition import Spec, as_rows, wide
 
 
-class HUTLinearFunction(torch.autograd.Function):
-    """`y = gamma * (x (W0 * T)^T + bias) + beta` with the exact gradients of docs/definition.md.
-
-    Saves x (where a factor or gamma is trained) and the parameters; nothing of size out x in. W is
-    recomputed in backward. Only the gradients asked for are computed. Differentiable once.
-    """
-
+class _Function(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Tensor:
         """Applies the function to all of forward's arguments, by position.
@@ -30,6 +24,21 @@ class HUTLinearFunction(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
+        raise RuntimeError(
+            "vmap over the fused hut_linear is not supported: stack the batch into x's leading "
+            "dimensions, or use fused=False"
+        )
+
+
+class HUTLinearFunction(_Function):
+    """`y = gamma * (x (W0 * T)^T + bias) + beta` with the exact gradients of docs/definition.md.
+
+    Saves x (where a factor or gamma is trained) and the parameters; nothing of size out x in. W is
+    recomputed in backward. Only the gradients asked for are computed. Differentiable once.
+    """
 
     @staticmethod
     def forward(
@@ -58,19 +67,12 @@ class HUTLinearFunction(torch.autograd.Function):
         # Gradients are differentiable only under create_graph; elsewhere the guard is spared.
         return _guarded_gradients(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
-        raise RuntimeError(
-            "vmap over the fused hut_linear is not supported: stack the batch into x's leading "
-            "dimensions, or use fused=False"
-        )
-
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients that are asked for, one for each argument of forward."""
     x, weight, hut_A, hut_B, bias, gamma = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
-    d_x = d_A = d_B = d_bias = d_gamma = d_beta = None
+    d_x = d_A = d_B = d_gamma = None
     if need_x or need_A or need_B or need_gamma:
         grads = iter(ops.backward(
             grad, x, weight, hut_A, hut_B, gamma,
@@ -80,20 +82,92 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_A = next(grads) if need_A else None
         d_B = next(grads) if need_B else None
         d_gamma = next(grads) if need_gamma else None
+    wants = need_bias, need_gamma, need_beta
+    d_bias, d_gamma, d_beta = _vector_gradients(grad, d_gamma, bias, gamma, ctx.beta_dtype, wants)
+    return d_x, None, d_A, d_B, d_bias, d_gamma, d_beta, None, None
+
+
+def _vector_gradients(
+    grad: Tensor,
+    d_gamma: Tensor | None,
+    bias: Any,
+    gamma: Any,
+    beta_dtype: torch.dtype | None,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`d bias, d gamma, d beta` as wanted, from the part of d gamma that the operators give."""
+    need_bias, need_gamma, need_beta = wants
+    d_bias = d_beta = None
     if need_bias or need_beta or (need_gamma and bias is not None):
         sums = as_rows(grad).sum(0, dtype=wide(grad.dtype))
         if d_gamma is not None and bias is not None:
             d_gamma = d_gamma + bias * sums
         if need_beta:
-            d_beta = sums.to(ctx.beta_dtype)
+            d_beta = sums.to(beta_dtype)
         if need_bias:
             d_bias = (sums if gamma is None else gamma * sums).to(bias.dtype)
     if d_gamma is not None:
         d_gamma = d_gamma.to(gamma.dtype)
-    return d_x, None, d_A, d_B, d_bias, d_gamma, d_beta, None, None
+    return d_bias, d_gamma, d_beta
 
 
 _guarded_gradients = once_differentiable(_gradients)
+
+
+class HUTGroupFunction(_Function):
+    """What `HUTLinearFunction` is, of several layers that read x: their outputs side by side.
+
+    `tensors` are weight, hut_A, hut_B, bias, gamma and beta of one layer after the other.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, transform: str, offset: float, scalings: tuple[float, ...], *tensors: Tensor
+    ) -> Tensor:
+        columns = [list(tensors[first::6]) for first in range(6)]
+        return ops.group_forward(x, *columns, transform, offset, scalings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, *ctx.form = inputs[:4]
+        layers = _layers(inputs[4:])
+        needs = _layers(ctx.needs_input_grad[4:])
+        uses_G = any(need[1] or need[2] or need[4] for need in needs)
+        kept = (tensor for layer in layers for tensor in layer[:5])
+        ctx.save_for_backward(x if uses_G else None, *kept)
+        ctx.beta_dtypes = [None if layer[5] is None else layer[5].dtype for layer in layers]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        weights, hut_A, hut_B, bias, gamma = (kept[first::5] for first in range(5))
+        need_x, needs = ctx.needs_input_grad[0], _layers(ctx.needs_input_grad[4:])
+        _, need_A, need_B, _, need_gamma, _ = zip(*needs, strict=True)
+        grads = iter(())
+        if need_x or any(need_A) or any(need_B) or any(need_gamma):
+            grads = iter(ops.group_backward(
+                grad, x, weights, hut_A, hut_B, gamma, *ctx.form,
+                need_x, need_A, need_B, need_gamma,
+            ))  # fmt: skip
+        results: list[Tensor | None] = [next(grads) if need_x else None, None, None, None]
+        start = 0
+        for j, weight in enumerate(weights):
+            _, need_A, need_B, need_bias, need_gamma, need_beta = needs[j]
+            d_A = next(grads) if need_A else None
+            d_B = next(grads) if need_B else None
+            d_gamma = next(grads) if need_gamma else None
+            part = grad.narrow(-1, start, len(weight))
+            wants = need_bias, need_gamma, need_beta
+            vectors = _vector_gradients(part, d_gamma, bias[j], gamma[j], ctx.beta_dtypes[j], wants)
+            results += [None, d_A, d_B, *vectors]
+            start += len(weight)
+        return tuple(results)
+
+
+def _layers(tensors: tuple) -> list[tuple]:
+    """Six entries for each layer of a group."""
+    return [tensors[first : first + 6] for first in range(0, len(tensors), 6)]
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -21,7 +21,7 @@ importlib.import_module("hut_kernels._C")
 _operators = torch.ops.hut_cuda
 # As in ops.py: not differentiable by themselves, and cheaper without autograd's detour.
 _library = torch.library.Library("hut_cuda", "IMPL")
-for _name in ("forward", "backward", "weight"):
+for _name in ("forward", "backward", "group_forward", "group_backward", "weight"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -57,14 +57,52 @@ def backward(
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
     if _empty(grad, weight):
         return torch_backend.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
-    layout = _layout(weight, spec)
-    rows, columns = weight.shape[::-1] if layout[0] else weight.shape
-    chunk, row_spans, column_spans = planner.strips(
-        rows, columns, len(hut_A), weight.element_size(), gpu(grad.device)
-    )
     return _operators.backward.default(
-        grad, x, weight, hut_A, hut_B, gamma, *layout, _split(spec),
-        need_x, *needs, chunk, row_spans, column_spans,
+        grad, x, weight, hut_A, hut_B, gamma, *_layout(weight, spec), _split(spec),
+        need_x, *needs, *_strips(weight, hut_A),
+    )  # fmt: skip
+
+
+def group_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    hut_A: list[Tensor],
+    hut_B: list[Tensor],
+    bias: list[Tensor | None],
+    gamma: list[Tensor | None],
+    beta: list[Tensor | None],
+    transform: str,
+    offset: float,
+    scalings: list[float],
+) -> Tensor:
+    """The outputs of several layers that read x, side by side: one weight kernel, one product."""
+    spec = Spec(transform, offset)
+    return _operators.group_forward.default(
+        x, weights, hut_A, hut_B, bias, gamma, beta, _two_sided(spec), spec.constant, scalings
+    )
+
+
+def group_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weights: list[Tensor],
+    hut_A: list[Tensor],
+    hut_B: list[Tensor],
+    gamma: list[Tensor | None],
+    transform: str,
+    offset: float,
+    scalings: list[float],
+    need_x: bool,
+    need_A: list[bool],
+    need_B: list[bool],
+    need_gamma: list[bool],
+) -> list[Tensor]:
+    """One dx of all the layers, where asked for; then each layer's gradients as in `backward`."""
+    spec = Spec(transform, offset)
+    strips = zip(*map(_strips, weights, hut_A), strict=True)
+    return _operators.group_backward.default(
+        grad, x, weights, hut_A, hut_B, gamma, _two_sided(spec), spec.constant, scalings,
+        need_x, need_A, need_B, need_gamma, *strips,
     )  # fmt: skip
 
 
@@ -87,10 +125,26 @@ def _empty(moving: Tensor, weight: Tensor) -> bool:
     return moving.numel() == 0 or weight.numel() == 0
 
 
+def _strips(weight: Tensor, hut_A: Tensor) -> tuple[int, int, int]:
+    """`chunk, row_spans, column_spans`: how the reduction of G is divided."""
+    rows, columns = weight.shape[::-1] if _transposed(weight) else weight.shape
+    device = gpu(weight.device)
+    return planner.strips(rows, columns, len(hut_A), weight.element_size(), device)
+
+
 def _layout(weight: Tensor, spec: Spec) -> tuple[Any, ...]:
-    """`transposed, two_sided, constant, scaling`: whether weight is stored `[in, out]`; T."""
+    """`transposed, two_sided, constant, scaling`: how W0 is stored, and what T is."""
+    return _transposed(weight), _two_sided(spec), spec.constant, spec.scaling
+
+
+def _transposed(weight: Tensor) -> bool:
+    """Whether the weight is stored `[in, out]`."""
     stride_out, stride_in = weight.stride()
-    return stride_out < stride_in, spec.transform == "two_sided", spec.constant, spec.scaling
+    return stride_out < stride_in
+
+
+def _two_sided(spec: Spec) -> bool:
+    return spec.transform == "two_sided"
 
 
 def _split(spec: Spec) -> bool:

@@ -45,6 +45,28 @@ def backward(
     return operations
 
 
+def group_forward(
+    x: Shape, weights: Sequence[Shape], hut_A: Sequence[Shape], hut_B: Any, bias: Any, gamma: Any,
+    beta: Any, transform: str, offset: float, scalings: Any, **_: Any,
+) -> int:  # fmt: skip
+    """Operations of `hut::group_forward`."""
+    layers = zip(weights, hut_A, strict=True)
+    return sum(_product(x, weight) + _thin(weight, A, transform) for weight, A in layers)
+
+
+def group_backward(
+    grad: Shape, x: Shape, weights: Sequence[Shape], hut_A: Sequence[Shape], hut_B: Any, gamma: Any,
+    transform: str, offset: float, scalings: Any, need_x: bool,
+    need_A: Sequence[bool], need_B: Sequence[bool], need_gamma: Sequence[bool], **_: Any,
+) -> int:  # fmt: skip
+    """Operations of `hut::group_backward`."""
+    operations = 0
+    for weight, A, *needs in zip(weights, hut_A, need_A, need_B, need_gamma, strict=True):
+        layer = grad, x, weight, A, A, None, transform, offset, 1.0, "merged"
+        operations += backward(*layer, need_x, *needs, "cuda")  # type: ignore[call-arg, arg-type]
+    return operations
+
+
 def weight(
     weight: Shape, hut_A: Shape, hut_B: Shape, gamma: Any,
     transform: str, offset: float, scaling: float, dtype: Any, backend: str, **_: Any,
@@ -78,7 +100,7 @@ def register() -> None:
 def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    for formula in (forward, backward, weight):
+    for formula in (forward, backward, group_forward, group_backward, weight):
         register_flop_formula(getattr(torch.ops.hut, formula.__name__))(formula)
 
 

@@ -70,22 +70,15 @@ def hut_linear(
     """
     spec = Spec(transform, _number("offset", offset), _number("scaling", scaling), precision)
     _check_options(spec)
-    _check_tensors(x, weight, hut_A, hut_B, bias, gamma, beta, transform)
-    if weight.requires_grad:
-        raise ValueError(
-            "weight requires grad, but a HUT layer's base weight is frozen: "
-            "call weight.requires_grad_(False) or pass weight.detach()"
-        )
+    check_tensors(x, weight, hut_A, hut_B, bias, gamma, beta, transform)
+    check_frozen(weight)
     if not fused and backend not in ("auto", "torch"):
         raise ValueError(f'fused=False needs backend "auto" or "torch"; got {backend!r}')
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x, autocast = autocast_input(x)
     if fused:
         chosen = dispatch.choose(backend, (x, weight, hut_A, hut_B))
         return HUTLinearFunction.apply(x, weight, hut_A, hut_B, bias, gamma, beta, spec, chosen)
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+    with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         return definition.linear(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
 
 
@@ -122,12 +115,30 @@ def hut_weight(
     spec = Spec(transform, _number("offset", offset), _number("scaling", scaling))
     _check_options(spec)
     names = ("weight", *_NAMES[1:])
-    _check_tensors(weight, weight, hut_A, hut_B, None, gamma, None, transform, names)
+    check_tensors(weight, weight, hut_A, hut_B, None, gamma, None, transform, names)
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {_names(FLOATS)}; got {dtype}")
     chosen = dispatch.choose("auto", (weight, hut_A, hut_B))
     return ops.weight(weight, hut_A, hut_B, gamma, *spec[:3], dtype, chosen)
+
+
+def autocast_input(x: Tensor) -> tuple[Tensor, bool]:
+    """x, cast where autocast is on, and whether it is on."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    if autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    return x, autocast
+
+
+def check_frozen(weight: Tensor) -> None:
+    """Refuses a base weight that is trained (ValueError)."""
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires grad, but a HUT layer's base weight is frozen: "
+            "call weight.requires_grad_(False) or pass weight.detach()"
+        )
 
 
 def check_weight(weight: Tensor) -> None:
@@ -181,7 +192,7 @@ def _check_options(spec: Spec) -> None:
 _NAMES = ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta")
 
 
-def _check_tensors(
+def check_tensors(
     x: Tensor,
     weight: Tensor,
     hut_A: Tensor,

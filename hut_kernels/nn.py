@@ -17,6 +17,9 @@ from .functional import hut_linear, hut_weight
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
 """The paper's layer, `HUTLinear(..., **PAPER)`: one multiplication per side, scale and shift."""
 
+LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""A layer's weight `[out, in]`, hut_A, hut_B, bias, gamma and beta."""
+
 
 class HUTLinear(nn.Module):
     """A linear layer whose frozen weight is multiplied, element by element, by a trainable `T`.
@@ -205,15 +208,7 @@ class HUTLinear(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self._linear(
-            x,
-            self._matrix(),
-            self._tensor("hut_A"),
-            self._tensor("hut_B"),
-            self._tensor("bias"),
-            self._tensor("gamma"),
-            self._tensor("beta"),
-        )
+        return self._linear(x, *self._tensors())
 
     def _linear(
         self,
@@ -253,6 +248,11 @@ class HUTLinear(nn.Module):
         """The frozen weight as `[out_features, in_features]`, a view where it is a Conv1D's."""
         weight = self._tensor("weight")
         return weight if self._conv1d_class is None else weight.t()
+
+    def _tensors(self) -> LayerTensors:
+        """What `hut_linear` wants after x: the weight `[out, in]`, the factors, the vectors."""
+        vectors = self._tensor("bias"), self._tensor("gamma"), self._tensor("beta")
+        return self._matrix(), self._tensor("hut_A"), self._tensor("hut_B"), *vectors
 
     def _tensor(self, name: str) -> Any:
         """`getattr(self, name)`, but a parameter is not first sought everywhere else.

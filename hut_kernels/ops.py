@@ -21,6 +21,8 @@ _library = torch.library.Library("hut", "DEF")
 
 _FACTORS = "Tensor weight, Tensor hut_A, Tensor hut_B"
 _SPEC = "str transform, float offset, float scaling"
+_GROUP = "Tensor[] weights, Tensor[] hut_A, Tensor[] hut_B"
+_GROUP_FORM = "str transform, float offset, float[] scalings"
 
 
 def _backend(name: str) -> ModuleType:
@@ -142,6 +144,86 @@ def backward(
     spec, needs = Spec(transform, offset, scaling, precision), Needs(need_A, need_B, need_gamma)
     module = _backend(backend)
     return module.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
+
+
+def _fake_group_forward(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(len(weight) for weight in weights)))
+
+
+@_operator(
+    "group_forward",
+    f"(Tensor x, {_GROUP}, Tensor?[] bias, Tensor?[] gamma, Tensor?[] beta, {_GROUP_FORM}) "
+    "-> Tensor",
+    _fake_group_forward,
+)
+def group_forward(
+    x: Tensor,
+    weights: list[Tensor],
+    hut_A: list[Tensor],
+    hut_B: list[Tensor],
+    bias: list[Tensor | None],
+    gamma: list[Tensor | None],
+    beta: list[Tensor | None],
+    transform: str,
+    offset: float,
+    scalings: list[float],
+) -> Tensor:
+    """The outputs of several layers that read the same x, side by side; the extension's alone."""
+    from . import cuda
+
+    return cuda.group_forward(
+        x, weights, hut_A, hut_B, bias, gamma, beta, transform, offset, scalings
+    )
+
+
+def _fake_group_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weights: list[Tensor],
+    hut_A: list[Tensor],
+    hut_B: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    need_x, need_A, need_B, need_gamma = rest[4:8]
+    fakes = [grad.new_empty((*grad.shape[:-1], weights[0].shape[1]))] if need_x else []
+    for j in range(len(weights)):
+        if need_A[j]:
+            fakes.append(hut_A[j].new_empty(hut_A[j].shape))
+        if need_B[j]:
+            fakes.append(hut_B[j].new_empty(hut_B[j].shape))
+        if need_gamma[j]:
+            fakes.append(hut_B[j].new_empty((len(weights[j]),), dtype=wide(grad.dtype)))
+    return fakes
+
+
+@_operator(
+    "group_backward",
+    f"(Tensor grad, Tensor? x, {_GROUP}, Tensor?[] gamma, {_GROUP_FORM}, "
+    "bool need_x, bool[] need_A, bool[] need_B, bool[] need_gamma) -> Tensor[]",
+    _fake_group_backward,
+)
+def group_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weights: list[Tensor],
+    hut_A: list[Tensor],
+    hut_B: list[Tensor],
+    gamma: list[Tensor | None],
+    transform: str,
+    offset: float,
+    scalings: list[float],
+    need_x: bool,
+    need_A: list[bool],
+    need_B: list[bool],
+    need_gamma: list[bool],
+) -> list[Tensor]:
+    """One dx of all the layers, where asked for; then each layer's gradients as in `backward`."""
+    from . import cuda
+
+    return cuda.group_backward(
+        grad, x, weights, hut_A, hut_B, gamma, transform, offset, scalings,
+        need_x, need_A, need_B, need_gamma,
+    )  # fmt: skip
 
 
 def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .versions import Miscompile
@@ -342,6 +342,18 @@ def extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
 def _extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
     fuses = part not in device.denied and N <= getattr(break_even(device), part)
     return O * K <= LAUNCH_BOUND or not fuses
+
+
+def group_wins(sizes: Sequence[Sequence[int]]) -> bool:
+    """Whether layers that read the same x go to the extension together: all bound by launching.
+
+    Unlike `extension_wins` it does not look at the tokens, so that it is no guard under
+    `torch.compile`.
+
+    Args:
+        sizes: `(out_features, in_features)` of each layer.
+    """
+    return not _forced and all(O * K <= LAUNCH_BOUND for O, K in sizes)
 
 
 _STRIP = 64  # rows or columns of G whose sums a block of the extension's reduction makes

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("hut_kernels", "tests")
+COPIED = ("hut_kernels", "tests", "csrc")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ ADAPTERS = "hut_kernels/adapters.py"
 FLOPS = "hut_kernels/flops.py"
 DISTRIBUTED = "hut_kernels/distributed.py"
 PLANNER = "hut_kernels/planner.py"
+GROUP = "hut_kernels/group.py"
 TRITON = "hut_kernels/triton"
+CSRC = "csrc"  # compiled for the CPU, so it takes nvcc
 
 MUTANTS = (
     Mutant(
@@ -159,8 +161,8 @@ MUTANTS = (
     Mutant(
         "x saved where nobody needs it",
         AUTOGRAD,
-        "        ctx.save_for_backward(x if uses_G else None, ",
-        "        ctx.save_for_backward(x, ",
+        "        ctx.save_for_backward(x if uses_G else None, weight",
+        "        ctx.save_for_backward(x, weight",
         ("tests/test_autograd.py", "saved"),
     ),
     Mutant(
@@ -451,13 +453,91 @@ MUTANTS = (
         "isinstance(parameter, DTensor):\n",
         ("tests/distributed/test_tensor_parallel.py", "within_fsdp"),
     ),
+    Mutant(
+        "csrc: sums of columns begun again in each block of rows",
+        f"{CSRC}/reduce.h",
+        "  const bool first = s == 0 || a.first_row == 0;\n",
+        "  const bool first = true;\n",
+        ("tests/test_cuda.py", "several_blocks"),
+    ),
+    Mutant(
+        "csrc: no barrier between loading H0 and summing it",
+        f"{CSRC}/reduce.h",
+        "      block.sync();\n      const Shared H0 = H0_of(shared, s);\n      const Shared left",
+        "      const Shared H0 = H0_of(shared, s);\n      const Shared left",
+        ("tests/test_cuda.py", "no_thread_reads"),
+    ),
+    Mutant(
+        "csrc: no barrier before the next depth of r is staged",
+        f"{CSRC}/weight.h",
+        "      block.sync();\n      stage<kDepth>(block, shared.left[0]",
+        "      stage<kDepth>(block, shared.left[0]",
+        ("tests/test_cuda.py", "no_thread_reads"),
+    ),
+    Mutant(
+        "csrc: a tensor core's operand from the neighbouring column",
+        f"{CSRC}/tile.h",
+        " + v + lane.g % 2;",
+        " + v + 1 - lane.g % 2;",
+        ("tests/test_cuda.py", "a_layer_and"),
+    ),
+    Mutant(
+        "csrc: groups walked one index too long",
+        f"{CSRC}/multiplier.h",
+        "    if (rest_ >= size_) {\n",
+        "    if (rest_ > size_) {\n",
+        ("tests/test_cuda.py", "a_layer_and"),
+    ),
+    Mutant(
+        "csrc: gamma forgotten in the reduction",
+        f"{CSRC}/reduction.h",
+        "{ return gamma * (G * weight); }",
+        "{ return G * weight; }",
+        ("tests/test_cuda.py", "a_layer_and"),
+    ),
+    Mutant(
+        "csrc: only the first span's partial sums added",
+        f"{CSRC}/finish.h",
+        "span < a.spans[s]; ++span",
+        "span < 1; ++span",
+        ("tests/test_cuda.py", "several_blocks"),
+    ),
+    Mutant(
+        "csrc: each block of rows of G times the first rows of W0",
+        f"{CSRC}/ops.cpp",
+        "reduce.weight = layer.weight(row);",
+        "reduce.weight = layer.weight(0);",
+        ("tests/test_cuda.py", "several_blocks"),
+    ),
+    Mutant(
+        "csrc: a later layer of a group begins at the first one's tiles",
+        f"{CSRC}/weight.h",
+        "  return {layer, block - begin, ",
+        "  return {layer, block, ",
+        ("tests/test_cuda.py", "a_group_against"),
+    ),
+    Mutant(
+        "a group's vectors from the first layer's outputs",
+        AUTOGRAD,
+        "            start += len(weight)\n",
+        "",
+        ("tests/test_cuda.py", "a_group_against"),
+    ),
+    Mutant(
+        "a group that passes hooks by",
+        GROUP,
+        "        and not any(getattr(layer, name, None) for name in HOOKS)\n",
+        "",
+        ("tests/test_cuda.py", "not_alike"),
+    ),
 )
 
 
 def copy_to(folder: Path) -> None:
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder)
 
 
 def apply(mutant: Mutant, folder: Path) -> None:

@@ -13,24 +13,28 @@ import types
 import pytest
 import torch
 from hypothesis import given
+from torch.utils.flop_counter import FlopCounterMode
 
-from hut_kernels import dispatch, hut_linear, hut_weight, ops, planner
+from hut_kernels import HUTLinear, dispatch, hut_linear, hut_linear_group, hut_weight, ops, planner
 
 from . import csrc
 from .references import (
     LAYOUTS,
+    TRAINABLE,
     cancelling,
     cases,
     check,
     error,
     examples,
     gain,
+    group_of,
     laid_out,
     limit,
     make,
     make_normal,
     operators,
     run,
+    run_group,
     update_limit,
     update_of,
 )
@@ -210,20 +214,8 @@ def test_what_is_not_needed_is_not_made(emulation, index):
 
 
 @compiled
-def test_one_call_for_each_direction(emulation):
-    calls = []
-
-    class Counted:
-        def __getattr__(self, name):
-            def default(*arguments):
-                calls.append(name)
-                return getattr(torch.ops.hut_emulated, name).default(*arguments)
-
-            return types.SimpleNamespace(default=default)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emulation, "_operators", Counted())
-        run(make(5, 72, 80, 3, vectors="bias gamma beta"), backend="cuda")
+def test_one_call_for_each_direction(calls):
+    run(make(5, 72, 80, 3, vectors="bias gamma beta"))
     assert calls == ["forward", "backward"]
 
 
@@ -247,6 +239,151 @@ def test_the_operators_pass_opcheck(emulation):
     torch.library.opcheck(
         ops.backward, (case.grad, case.x, *factors, case.gamma, *form, *[True] * 4, "cuda")
     )
+
+
+# Layers that read the same x
+
+
+@compiled
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7,), (2, 3), ()], ids=str)
+def test_a_group_against_float64(emulation, form, dtype, shape):
+    cases = group_of(form, dtype, shape)
+    results, dx = run_group(cases)
+    for case, found in zip(cases, results, strict=True):
+        trained = [name for name in TRAINABLE[1:] if getattr(case, name) is not None]
+        assert sorted(found) == sorted(["y", *trained])
+        check(case, found)
+    assert dx.dtype == dtype
+    assert error(dx, sum(case.expected()["x"] for case in cases)) <= limit(dtype, 160)
+
+
+@compiled
+def test_a_group_over_weights_of_another_type(emulation):
+    cases = group_of({}, torch.bfloat16, (7,), weight_dtype=torch.float32)
+    for case, found in zip(cases, run_group(cases)[0], strict=True):
+        check(case, found)
+
+
+@compiled
+@pytest.mark.parametrize("trained", [("x",), ("hut_A",), ("hut_B", "beta"), ("gamma",), ("bias",)])
+def test_a_group_makes_the_gradients_asked_for(emulation, trained):
+    cases = group_of({"transform": "two_sided"}, torch.float32, (7,))
+    results, dx = run_group(cases, trained)
+    assert (dx is None) == ("x" not in trained)
+    for case, found in zip(cases, results, strict=True):
+        made = {name for name in trained if name != "x" and getattr(case, name) is not None}
+        assert set(found) == {"y", *made}
+        check(case, found)
+
+
+@pytest.fixture
+def calls(emulation, monkeypatch):
+    """The extension's operators in the order of their calls; auto is the extension."""
+    names = []
+
+    class Counted:
+        def __getattr__(self, name):
+            def default(*arguments):
+                names.append(name)
+                return getattr(torch.ops.hut_emulated, name).default(*arguments)
+
+            return types.SimpleNamespace(default=default)
+
+    monkeypatch.setattr(emulation, "_operators", Counted())
+    monkeypatch.setattr(dispatch, "choose", lambda name, tensors: "cuda")
+    return names
+
+
+def layers_of(sizes=((40, 3), (24, 5)), **options):
+    layers = [HUTLinear(24, out_features, r, **options) for out_features, r in sizes]
+    for layer in layers:
+        torch.nn.init.normal_(layer.hut_B)
+    return layers
+
+
+@compiled
+def test_one_call_for_each_direction_of_a_group(calls):
+    x = torch.randn(5, 24, requires_grad=True)
+    layers = layers_of()
+    y = hut_linear_group(x, layers)
+    (y[0].sum() + y[1].square().sum()).backward()
+    assert calls == ["group_forward", "group_backward"]
+    for layer, part in zip(layers, y, strict=True):
+        assert error(part.detach(), layer(x).detach()) <= 2e-6
+
+
+@compiled
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer, "fused", False),
+        lambda layer: setattr(layer, "precision", "split"),
+        lambda layer: setattr(layer, "dropout", 0.5),
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.half().float().bfloat16(),
+        lambda layer: setattr(layer, "offset", 0.0),
+    ],
+    ids=["fused", "precision", "dropout", "hook", "dtype", "offset"],
+)
+def test_layers_that_are_not_alike_are_called_by_themselves(calls, change):
+    layers = layers_of()
+    change(layers[1])
+    hut_linear_group(torch.randn(5, 24), layers)
+    assert "group_forward" not in calls
+    layers[1].eval()
+    calls.clear()
+    hut_linear_group(torch.randn(5, 24), [layers[0], layers[0]])
+    assert calls == ["group_forward"]
+
+
+@compiled
+def test_a_group_under_autocast_and_compile(calls):
+    layers = layers_of()
+    x = torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {y.dtype for y in hut_linear_group(x, layers)} == {torch.bfloat16}
+    compiled_group = torch.compile(hut_linear_group, backend="aot_eager", fullgraph=True)
+    for y, expected in zip(compiled_group(x, layers), hut_linear_group(x, layers), strict=True):
+        assert torch.equal(y, expected)
+
+
+@compiled
+def test_planned_groups_are_those_bound_by_launching(calls, monkeypatch):
+    monkeypatch.setattr(dispatch, "choose", lambda name, tensors: "planned")
+    monkeypatch.setattr(HUTLinear, "forward", lambda layer, x: calls.append("alone"))
+    x = torch.randn(5, 24)
+    hut_linear_group(x, layers_of())
+    monkeypatch.setattr(planner, "LAUNCH_BOUND", 24 * 30)
+    hut_linear_group(x, layers_of())
+    assert calls == ["group_forward", "alone", "alone"]
+    with planner.force(forward="staged"):
+        assert not planner.group_wins([(8, 8)])
+
+
+@compiled
+def test_the_group_operators_pass_opcheck(emulation):
+    cases = group_of({}, torch.float32, (5,))
+    columns = [[getattr(c, name) for c in cases] for name in ("weight", "hut_A", "hut_B")]
+    vectors = [[getattr(c, name) for c in cases] for name in ("bias", "gamma", "beta")]
+    form = "low_rank", 1.0, [c.scaling for c in cases]
+    torch.library.opcheck(ops.group_forward, (cases[0].x, *columns, *vectors, *form))
+    grad = torch.cat([case.grad for case in cases], -1)
+    needs = [[c.gamma is not None for c in cases] for _ in range(3)]
+    arguments = grad, cases[0].x, *columns, vectors[1], *form, True, *needs
+    torch.library.opcheck(ops.group_backward, arguments)
+
+
+@compiled
+def test_the_flops_of_a_group_are_those_of_its_layers(calls):
+    x = torch.randn(5, 24, requires_grad=True)
+    counted = []
+    for outputs in (hut_linear_group, lambda x, layers: [layer(x) for layer in layers]):
+        with FlopCounterMode(display=False) as counter:
+            sum(y.sum() for y in outputs(x, layers_of())).backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 # What it refuses
@@ -374,7 +511,8 @@ def test_host_times_by_provider(monkeypatch):
     monkeypatch.setattr(extension, "LAYER", suites.Layer(16, 16))
     monkeypatch.setattr(extension, "TOKENS", 4)
     bench = suites.Bench(torch.device("cpu"), planner.DEVICES[0], None, None, backend="torch")
-    rows = list(extension.launching(bench, ("torch", "peft_lora")))
-    assert [row["provider"] for row in rows] == ["torch", "peft_lora"]
+    providers = "torch", *extension.PROVIDERS[2:]
+    rows = list(extension.launching(bench, providers))
+    assert [row["provider"] for row in rows] == [*providers]
     assert all(row["seconds"] > 0 for row in rows if "error" not in row)
     assert "peft_lora" in extension.launching_text(rows)

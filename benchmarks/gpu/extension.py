@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hut_kernels import backends
+from hut_kernels import HUTLinear, backends, hut_linear_group
 
 from ..report import table
 from . import lists
 from .cases import STAGED, Case
-from .suites import Bench, Layer, _eager_steps, tensors
+from .suites import Bench, Layer, Tensors, _eager_steps, tensors
 from .timing import Call
 
 Row = dict[str, Any]
 LAYER, TOKENS = Layer(1024, 1024), 512
-PROVIDERS = ("cuda", "triton", "peft_lora")
+PROVIDERS = ("cuda", "triton", "peft_lora", "cuda, three apart", "cuda, three together")
 
 
 def missing() -> str | None:
@@ -54,7 +54,9 @@ def launching(bench: Bench, providers: Sequence[str] = PROVIDERS) -> Iterator[Ro
             "N": TOKENS,
             "provider": provider,
         }
-        if provider != "peft_lora":
+        if provider.startswith("cuda, three"):
+            calls = [_three_steps(sets[0], together=provider.endswith("together"))]
+        elif provider != "peft_lora":
             calls = _eager_steps(sets, LAYER, dataclasses.replace(bench, backend=provider))
         elif importlib.util.find_spec("peft") is None:
             yield {**row, "error": "peft is not installed"}
@@ -84,6 +86,24 @@ def host_time(call: Call, wait: Callable[[], object], steps: int = 50, rounds: i
 
 def _wait(device: torch.device) -> Callable[[], object]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def _three_steps(given: Tensors, together: bool) -> Call:
+    """The same for three layers that read the same x, such as query, key and value.
+
+    The planner gives layers of this size to the extension.
+    """
+    linear = nn.Linear(LAYER.K, LAYER.O, bias=False, device="meta")
+    linear.weight = nn.Parameter(given.weight, requires_grad=False)
+    layers = [HUTLinear.from_linear(linear, LAYER.r) for _ in range(3)]
+    trained = [factor for layer in layers for _, factor in layer.named_factors()]
+
+    def step() -> object:
+        x = given.x.detach().requires_grad_()
+        outputs = hut_linear_group(x, layers) if together else [layer(x) for layer in layers]
+        return torch.autograd.grad(outputs, (x, *trained), [given.grad] * 3)
+
+    return step
 
 
 def _peft_step(weight: Tensor, x: Tensor, grad: Tensor) -> Call:

@@ -107,11 +107,10 @@ struct Operands {
 
 class Block {
  public:
-  Block(Fibers& fibers, std::vector<Operands>& operands, int64_t index, int64_t count, int thread)
-      : fibers_(fibers), operands_(operands), index_(index), count_(count), thread_(thread) {}
+  Block(Fibers& fibers, std::vector<Operands>& operands, int64_t index, int thread)
+      : fibers_(fibers), operands_(operands), index_(index), thread_(thread) {}
 
   int64_t index() const { return index_; }
-  int64_t count() const { return count_; }
   int thread() const { return thread_; }
   void sync() const { fibers_.sync(); }
 
@@ -132,7 +131,7 @@ class Block {
  private:
   Fibers& fibers_;
   std::vector<Operands>& operands_;
-  int64_t index_, count_;
+  int64_t index_;
   int thread_;
 };
 
@@ -145,7 +144,7 @@ void launch(int64_t blocks, Kernel kernel) {
   for (int64_t i = 0; i < blocks; ++i) {
     std::memset(shared.get(), 0xff, sizeof(SharedMemory));
     fibers.run(kThreads, [&](int thread) {
-      Block block(fibers, operands, i, blocks, thread);
+      Block block(fibers, operands, i, thread);
       kernel(block, *shared);
     });
   }
