@@ -105,33 +105,33 @@ def inject(
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """What the HUT layers of `model` train: `hut_A`, `hut_B`, `gamma` and `beta`, by full name.
 
-    The tensors are detached and share the parameters' storage, as in `model.state_dict()`.
+    The tensors are detached and share the parameters' storage, as in `model.state_dict()`. Those of
+    a sharded model are DTensors.
 
     Raises:
         ValueError: the model has no HUT layer.
     """
-    return {
-        _join(name, key): factor.detach()
-        for name, layer in _hut_layers(model).items()
-        for key, factor in layer.named_factors()
-    }
+    factors = {}
+    for name, layer in _hut_layers(model).items():
+        # By state_dict, for its hooks: after a forward FSDP2 may hold a cast copy of the whole.
+        state = layer.state_dict()
+        factors.update({_join(name, key): state[key] for key, _ in layer.named_factors()})
+    return factors
 
 
 def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` to one safetensors file, replacing an old one as a whole.
 
     The file's metadata holds a format version, every HUT layer's options and a checksum of all
-    that the file says.
+    that the file says. The factors of a sharded model are gathered, so that all its ranks must
+    call. Each of them writes the file, and each the same.
 
     Raises:
         ValueError: the model has no HUT layer.
-        HUTBackendError: the model's factors are sharded.
     """
     from safetensors.torch import save
 
-    factors = adapter_state_dict(model)
-    for name, factor in factors.items():
-        _check_whole(name, factor)
+    factors = {name: _whole(factor) for name, factor in adapter_state_dict(model).items()}
     # A copy each, since safetensors refuses tensors that share storage.
     tensors = {name: f.to("cpu", copy=True).contiguous() for name, f in factors.items()}
     layers = json.dumps({name: _options(layer) for name, layer in _hut_layers(model).items()})
@@ -460,16 +460,20 @@ def _check_same_options(name: str, saved: dict[str, Any], present: dict[str, Any
             )
 
 
-def _check_whole(name: str, factor: Tensor) -> None:
-    if hasattr(factor, "_local_tensor"):
-        raise HUTBackendError(
-            f"{name} is sharded ({type(factor).__name__}), but adapter files hold whole tensors: "
-            f"gather the state first, or use torch.distributed.checkpoint (docs/distributed.md)"
-        )
+def _whole(factor: Tensor) -> Tensor:
+    """The factor; where it is sharded, gathered from all ranks of its mesh."""
+    if not hasattr(factor, "_local_tensor"):  # a DTensor's: an import that others are spared
+        return factor
+    # Offloaded shards go back to where their mesh can send them from.
+    return factor.to(factor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def _check_fits(name: str, saved: Tensor, present: Tensor) -> None:
-    _check_whole(name, present)
+    if hasattr(present, "_local_tensor"):
+        raise HUTBackendError(
+            f"{name} is sharded ({type(present).__name__}): call load_adapter before the model is "
+            f"parallelised (parallelize_module, fully_shard)"
+        )
     if present.is_meta:
         raise HUTBackendError(f"{name} is on the meta device: materialise the model first")
     if saved.shape != present.shape or saved.dtype != present.dtype:

@@ -65,8 +65,8 @@ def hut_linear(
             weight that requires grad.
         TypeError: What is no dense floating-point tensor, an offset or scaling that is no real
             number, or float64 on Triton or CUDA.
-        HUTBackendError: The backend cannot run here, or the weight is quantised, sharded or on the
-            meta device.
+        HUTBackendError: The backend cannot run here, the weight is quantised or on the meta device,
+            or a tensor is sharded (a DTensor).
     """
     spec = Spec(transform, _number("offset", offset), _number("scaling", scaling), precision)
     _check_options(spec)
@@ -148,7 +148,7 @@ def check_weight(weight: Tensor) -> None:
         HUTBackendError: The weight is quantised or sharded.
     """
     kind = type(weight)
-    if kind is Tensor or kind is torch.nn.Parameter:
+    if kind in _PLAIN:
         if weight.is_quantized:
             raise HUTBackendError(
                 f"weight is quantised ({weight.dtype}); a HUT layer needs {_names(FLOATS)}"
@@ -189,6 +189,7 @@ def _check_options(spec: Spec) -> None:
         )
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _NAMES = ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta")
 
 
@@ -215,6 +216,7 @@ def check_tensors(
             or tensor.layout is not torch.strided
             or tensor.is_nested
             or tensor.device != device
+            or (type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor"))
         ):
             _refuse(names[index], tensor, device)
     _check_shapes(x, weight, hut_A, hut_B, bias, gamma, beta)
@@ -233,6 +235,12 @@ def _refuse(name: str, tensor: object, device: torch.device | None) -> None:
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor; got {kind}")
+    if hasattr(tensor, "_local_tensor"):
+        raise HUTBackendError(
+            f"{name} is sharded ({type(tensor).__name__}) and weight is not: pass what this rank "
+            f"computes with (to_local(), full_tensor()), or parallelise the layer by a style of "
+            f"hut_kernels.distributed"
+        )
     if name == "weight" and tensor.is_meta:
         raise HUTBackendError("weight is on the meta device: it has no data to multiply with")
     raise ValueError(

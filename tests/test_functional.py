@@ -395,6 +395,14 @@ def test_weights_of_foreign_kinds(weight, parts):
     raises(HUTBackendError, call, *parts, of=hut_weight)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["x", "hut_A", "hut_B", "bias", "gamma", "beta"])
+def test_a_sharded_argument_beside_a_plain_weight(name, fused):
+    call = arguments(fused=fused) | {key: torch.zeros(6) for key in ("bias", "gamma", "beta")}
+    call[name] = call[name].as_subclass(DTensor)
+    raises(HUTBackendError, call, f"{name} is sharded", "DTensor", "to_local")
+
+
 def test_plain_weights_pass():
     check_weight(torch.zeros(2, 2))
     check_weight(torch.nn.Parameter(torch.zeros(2, 2)))

@@ -310,6 +310,21 @@ def test_shards_are_never_taken_for_the_layer(ranks, style):
     ranks.run(shards_are_never_taken_for_the_layer, style)
 
 
+def refuses_a_mixture():
+    """A DTensor beside plain tensors: named, where PyTorch speaks of its own operators."""
+    layer = make_layer(r=2, scale_shift=True)
+    sharded = distribute_tensor(torch.randn(2, 24).double(), mesh(), (Replicate(),))
+    with pytest.raises(HUTBackendError, match=r"x is sharded \(DTensor\) and weight is not"):
+        layer(sharded)
+    layer.hut_A = nn.Parameter(distribute_tensor(layer.hut_A.detach(), mesh(), (Replicate(),)))
+    with pytest.raises(HUTBackendError, match=r"hut_A is sharded .*hut_kernels\.distributed"):
+        layer(torch.randn(2, 24).double())
+
+
+def test_dtensors_beside_plain_tensors_are_refused(ranks):
+    ranks.run(refuses_a_mixture)
+
+
 def starts_from_meta(style):
     with torch.device("meta"):
         layer = HUTLinear(8, 8, 2, dtype=torch.float64, factor_dtype=torch.float64)
