@@ -23,6 +23,12 @@ from benchmarks.report import (
 )
 
 Row = dict[str, Any]
+NAMES = {  # of the metrics, each of which is shown a hundredfold
+    "accuracy": "accuracy in %",
+    "matthews": "Matthews correlation × 100",
+    "pearson": "Pearson correlation × 100",
+    "bleu": "BLEU",
+}
 COLOUR = {**COLOURS, "probe": COLOURS["frozen"]}
 # Student's t for 95 %, by the number of values: with three, the normal's 1.96 would flatter.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -39,22 +45,23 @@ def interval(values: Sequence[float]) -> Row:
 
 def described(data: Row) -> str:
     """The data in a line."""
-    what = f"{len(data['classes'])} classes" if data["classes"] else "answers to prompts"
+    what = {"number": "numbers", "text": "answers to prompts"}.get(data["kind"])
+    what = what or f"{len(data['classes'])} classes"
     rows = ", ".join(f"{count} {part}" for part, count in data["rows"].items())
     return f"{data['dataset']}: {what}; rows: {rows}"
 
 
-def table_of(rows: Sequence[Row]) -> str:
+def table_of(rows: Sequence[Row], metric: str) -> str:
     """The methods at their best rates."""
     seeds = len(rows[0]["runs"])
     return table(
-        f"At each method's best rate; accuracy in %, with its 95 % interval over {seeds} seeds",
+        f"At each method's best rate; {NAMES[metric]}, with its 95 % interval over {seeds} seeds",
         [
             "",
             "r",
             "trained",
             "rate",
-            "accuracy",
+            metric,
             "loss",
             "step ms",
             "step / LoRA",
@@ -67,7 +74,7 @@ def table_of(rows: Sequence[Row]) -> str:
                 _or_dash(row["r"], str),
                 f"{row['trainable']:,}",
                 f"{row['rate']:g}",
-                percent(row["accuracy"]),
+                hundredfold(row[metric]),
                 f"{row['loss']['mean']:.3f}",
                 _or_dash(row.get("step"), milliseconds),
                 _or_dash(row.get("step_versus_lora"), ratio),
@@ -79,19 +86,19 @@ def table_of(rows: Sequence[Row]) -> str:
     )
 
 
-def sweep_of(rows: Sequence[Row]) -> str:
+def sweep_of(rows: Sequence[Row], metric: str) -> str:
     """Every rate that was tried."""
     most = max(len(row["sweep"]) for row in rows)
     cells = [
         [
-            f"{one['rate']:g}: {100 * one['validation']['accuracy']:.1f}"
+            f"{one['rate']:g}: {100 * one['validation'][metric]:.1f}"
             + ("*" if one["rate"] == row["rate"] else " ")
             for one in row["sweep"]
         ]
         for row in rows
     ]
     return table(
-        "The rates tried: accuracy in % on the validation part (* the best)",
+        f"The rates tried: {NAMES[metric]} on the validation part (* the best)",
         ["", *[""] * most],
         [
             [row["label"], *line, *[""] * (most - len(line))]
@@ -100,7 +107,9 @@ def sweep_of(rows: Sequence[Row]) -> str:
     )
 
 
-def sentences(rows: Sequence[Row], environment: Row, threads: tuple[int, int]) -> list[str]:
+def sentences(
+    rows: Sequence[Row], metric: str, environment: Row, threads: tuple[int, int]
+) -> list[str]:
     """What the numbers say, and what they do not."""
     by = {row["method"]: row for row in rows}
     lora = by["lora"]
@@ -110,13 +119,13 @@ def sentences(rows: Sequence[Row], environment: Row, threads: tuple[int, int]) -
         *load_sentences(environment["load_average"], environment["cpu_count"]),
         *thread_sentences(*threads),
         f"Every adapter has {even} parameters; the head is trained beside each, at one rate.",
-        *(_against(row, lora) for row in rows if row["method"].startswith("hut")),
+        *(_against(row, lora, metric) for row in rows if row["method"].startswith("hut")),
         *(_edge(row) for row in rows if row["on_edge"] and row["rate"] > 0),
     ]
 
 
-def _against(row: Row, lora: Row) -> str:
-    mine, other = row["accuracy"], lora["accuracy"]
+def _against(row: Row, lora: Row, metric: str) -> str:
+    mine, other = row[metric], lora[metric]
     difference = mine["mean"] - other["mean"]
     if other["margin"] is None:
         word = "one seed, no interval"
@@ -125,8 +134,9 @@ def _against(row: Row, lora: Row) -> str:
     else:
         word = "above LoRA's interval" if difference > 0 else "BELOW LoRA's interval"
     return (
-        f"{row['label']} ends at {percent(mine)} %, LoRA at {percent(other)} %: {word}; its best "
-        f"rate is {row['rate'] / lora['rate']:.3g} times LoRA's."
+        f"{row['label']} ends at {hundredfold(mine)}, LoRA at {hundredfold(other)} "
+        f"({NAMES[metric]}): {word}; its best rate is "
+        f"{row['rate'] / lora['rate']:.3g} times LoRA's."
     )
 
 
@@ -137,8 +147,8 @@ def _edge(row: Row) -> str:
     )
 
 
-def percent(q: Row) -> str:
-    """Mean and margin in percent."""
+def hundredfold(q: Row) -> str:
+    """Mean and margin, times 100."""
     return f"{100 * q['mean']:.1f}" + _or_dash(q["margin"], lambda m: f" ± {100 * m:.1f}", "")
 
 
@@ -146,15 +156,15 @@ def _or_dash(value: Any, form: Any, dash: str = "–") -> str:
     return dash if value is None else form(value)
 
 
-def picture(file: Path, rows: Sequence[Row]) -> None:
-    """Training losses, test accuracies, and what each learning rate gave."""
+def picture(file: Path, rows: Sequence[Row], metric: str) -> None:
+    """Training losses, test scores, and what each learning rate gave."""
     with plt.rc_context(STYLE):
         figure, (left, middle, right) = plt.subplots(
             1, 3, figsize=(13, 4), width_ratios=(1.3, 0.9, 1.1), layout="constrained"
         )
         _losses(left, rows)
-        _accuracies(middle, rows)
-        _sweep(right, rows)
+        _scores(middle, rows, metric)
+        _sweep(right, rows, metric)
         figure.savefig(file, dpi=150)
         plt.close(figure)
 
@@ -173,7 +183,7 @@ def _losses(axes: Axes, rows: Sequence[Row]) -> None:
         axes.fill_between(
             ends, values.min(0), values.max(0), color=COLOUR[row["method"]], alpha=0.15, linewidth=0
         )
-    axes.set(title="Training loss at each method's best rate", xlabel="step", ylabel="nats")
+    axes.set(title="Training loss at each method's best rate", xlabel="step")
     axes.set_ylim(bottom=0)
     axes.legend()
 
@@ -183,10 +193,10 @@ def _means(curve: Sequence[float], ends: Any) -> list[float]:
     return [statistics.fmean(curve[a:b]) for a, b in zip(begins, ends, strict=True)]
 
 
-def _accuracies(axes: Axes, rows: Sequence[Row]) -> None:
+def _scores(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     """Mean and interval, and the seeds as dots."""
     for place, row in zip(range(len(rows), 0, -1), rows, strict=True):
-        q, colour = row["accuracy"], COLOUR[row["method"]]
+        q, colour = row[metric], COLOUR[row["method"]]
         values = [100 * value for value in q["values"]]
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.4, markersize=4)
         margin = 100 * (q["margin"] or 0)
@@ -194,20 +204,24 @@ def _accuracies(axes: Axes, rows: Sequence[Row]) -> None:
             100 * q["mean"], place, xerr=margin, fmt="D", color=colour, capsize=4, markersize=6
         )
         axes.annotate(
-            percent(q), (100 * q["mean"], place), (0, 8), textcoords="offset points", ha="center"
+            hundredfold(q),
+            (100 * q["mean"], place),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
         )
     axes.set_yticks(range(len(rows), 0, -1), [row["label"] for row in rows])
     axes.set_ylim(0.5, len(rows) + 0.6)
     axes.margins(x=0.15)
-    axes.set(title="Test accuracy, 95 % interval", xlabel="%")
+    axes.set(title="On the test part, 95 % interval", xlabel=NAMES[metric])
 
 
-def _sweep(axes: Axes, rows: Sequence[Row]) -> None:
+def _sweep(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     for row in rows:
         rates = [one["rate"] for one in row["sweep"]]
-        values = [100 * one["validation"]["accuracy"] for one in row["sweep"]]
+        values = [100 * one["validation"][metric] for one in row["sweep"]]
         axes.plot(rates, values, "o-", color=COLOUR[row["method"]], markersize=4)
         axes.plot(row["rate"], max(values), "*", color=COLOUR[row["method"]], markersize=12)
     axes.set_xscale("log")
     axes.set(title="What each learning rate gave", xlabel="learning rate (* the best)")
-    axes.set_ylabel("validation accuracy, %; colours as on the left")
+    axes.set_ylabel(f"{NAMES[metric]}, validation; colours as on the left")

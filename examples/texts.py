@@ -1,12 +1,12 @@
 """Texts to learn from: any dataset of the hub or of a folder, and one that needs no download.
 
-A dataset with labels is a classification. One without is a generation: its first column of text is
-the prompt, its second the answer.
+A dataset with labels is a classification, or a regression where the labels are fractions. One
+without is a generation: its first column of text is the prompt, its second the answer.
 """
 
 import random
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from . import docstrings
 
 Row = dict[str, Any]
-# Rows by part, the columns of text in them, and the classes' names if there are labels.
-Source = tuple[dict[str, list[Row]], list[str], list[str] | None]
+# Rows by part, the columns of text in them, the kind of task, and the classes' names in "class".
+Source = tuple[dict[str, list[Row]], list[str], str, list[str] | None]
 PARTS = ("train", "validation", "test")  # to learn, to choose a learning rate, to report
 STRINGS = ("string", "large_string")  # types of columns of text
 IGNORED = -100  # the label of what is not predicted, in transformers
@@ -34,15 +34,19 @@ class Task:
 
     Attributes:
         parts: Rows of `PARTS`: what the tokenizer gives, and `labels`.
-        classes: The labels' names; None for generation.
+        kind: What a row asks for: `"class"`, `"number"` or `"text"`.
         tokenizer: The model's tokenizer.
         summary: What the record says of the data.
+        classes: The labels' names, where those are classes.
+        answers: By part, every prompt and the answers to it, where those are texts.
     """
 
     parts: dict[str, list[Row]]
-    classes: list[str] | None
+    kind: str
     tokenizer: Any
     summary: Row
+    classes: list[str] | None = None
+    answers: dict[str, dict[str, list[str]]] | None = None
 
     def batches(self, size: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
         """So many training batches of rows of about one length, shuffled anew in each epoch."""
@@ -63,8 +67,24 @@ class Task:
         """Rows as one batch, padded to the longest of them."""
         inputs = [{key: row[key] for key in row if key != "labels"} for row in rows]
         labels = [torch.as_tensor(row["labels"]) for row in rows]
-        joined = torch.stack(labels) if self.classes else pad_sequence(labels, True, IGNORED)
+        joined = pad_sequence(labels, True, IGNORED) if self.kind == "text" else torch.stack(labels)
         return {**self.tokenizer.pad(inputs, return_tensors="pt"), "labels": joined}
+
+    def asked(self, part: str, size: int) -> Iterator[tuple[dict[str, Tensor], list[list[str]]]]:
+        """Every prompt of a part once, in batches padded on the left, and the answers to each."""
+        assert self.answers is not None
+        answers = self.answers[part]
+        prompts = sorted(answers, key=len)
+        for some in (prompts[i : i + size] for i in range(0, len(prompts), size)):
+            batch = self.tokenizer(
+                [_question(prompt) for prompt in some],
+                add_special_tokens=False,
+                return_token_type_ids=False,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+            yield dict(batch), [answers[prompt] for prompt in some]
 
 
 def load(
@@ -86,14 +106,14 @@ def load(
         scored: The most rows of the parts that are not trained on; None for all.
 
     Raises:
-        ValueError: no training rows, labels that are not classes, or columns that do not fit.
+        ValueError: no training rows, or columns that do not fit.
     """
     if dataset == "docstrings":
         source, described = from_docstrings()
     else:
         source, described = from_hub(dataset, subset, revision), {}
-    parts, columns, classes = source
-    parts, repeated = without_repeats(parts, columns)
+    parts, columns, kind, classes = source
+    parts, repeated = without_repeats(parts, _telling(columns, kind))
     parts = {part: rows if part == "train" else rows[:scored] for part, rows in parts.items()}
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -101,18 +121,22 @@ def load(
         "dataset": dataset,
         "subset": subset,
         "columns": columns,
+        "kind": kind,
         "classes": classes,
         "rows": {part: len(rows) for part, rows in parts.items()},
         "repeated": repeated,
         "balance": classes and {part: _balance(rows, classes) for part, rows in parts.items()},
         **described,
     }
-    encode = _classified if classes else _answered
+    encode = _answered if kind == "text" else _labelled
     tokenised = {
         part: [encode(row, columns, tokenizer, max_length) for row in rows]
         for part, rows in parts.items()
     }
-    return Task(tokenised, classes, tokenizer, summary)
+    answers = None
+    if kind == "text":
+        answers = {part: _answers(rows, columns) for part, rows in parts.items()}
+    return Task(tokenised, kind, tokenizer, summary, classes, answers)
 
 
 def from_docstrings() -> tuple[Source, Row]:
@@ -120,7 +144,7 @@ def from_docstrings() -> tuple[Source, Row]:
     parts, described = docstrings.load()
     classes = sorted(docstrings.FAMILIES)
     numbered = {part: _numbered(rows, classes) for part, rows in parts.items()}
-    return (numbered, ["text"], classes), described
+    return (numbered, ["text"], "class", classes), described
 
 
 def from_hub(dataset: str, subset: str | None, revision: str | None) -> Source:
@@ -143,20 +167,21 @@ def from_hub(dataset: str, subset: str | None, revision: str | None) -> Source:
         raise ValueError(f"expected {wanted}, and {dataset} has {columns}")
 
     splits = {name: list(split) for name, split in data.items()}
-    classes = None
+    kind, classes = "text", None
     if label is not None:
-        splits = {
-            name: [r for r in rows if r[label] not in (-1, None)] for name, rows in splits.items()
-        }
-        classes = _classes(splits["train"], label, getattr(features[label], "names", None))
-        splits = {name: _numbered(rows, classes, label) for name, rows in splits.items()}
+        kind = "number" if getattr(features[label], "dtype", "").startswith("float") else "class"
+        splits = {name: _with_label(rows, label, kind) for name, rows in splits.items()}
+        if kind == "class":
+            names = getattr(features[label], "names", None)
+            classes = names or sorted({row[label] for row in splits["train"]})
+        splits = {name: _numbered(rows, classes or [], label) for name, rows in splits.items()}
     found = {part: _split(splits, part) for part in PARTS}
     if not found["test"]:  # as in GLUE, whose test labels are kept back
         found["test"], found["validation"] = found["validation"], []
     for place, part in enumerate(("test", "validation")):
         if not found[part]:
-            found[part], found["train"] = _cut(found["train"], columns, place)
-    return found, columns, classes
+            found[part], found["train"] = _cut(found["train"], _telling(columns, kind), place)
+    return found, columns, kind, classes
 
 
 def without_repeats(
@@ -172,7 +197,12 @@ def without_repeats(
     return {part: kept[part] for part in PARTS}, repeated
 
 
-def _classified(row: Row, columns: list[str], tokenizer: Any, max_length: int) -> Row:
+def _telling(columns: list[str], kind: str) -> list[str]:
+    """The columns that tell a row: the prompt alone, so that one part has all answers to it."""
+    return columns[:1] if kind == "text" else columns
+
+
+def _labelled(row: Row, columns: list[str], tokenizer: Any, max_length: int) -> Row:
     texts = [row[column] for column in columns]
     return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": row["label"]}
 
@@ -180,7 +210,7 @@ def _classified(row: Row, columns: list[str], tokenizer: Any, max_length: int) -
 def _answered(row: Row, columns: list[str], tokenizer: Any, max_length: int) -> Row:
     """The prompt, a separator and the answer; only the answer is to be predicted."""
     prompt, answer = (row[column] for column in columns)
-    asked = tokenizer(f"{prompt} ||", add_special_tokens=False)["input_ids"]
+    asked = tokenizer(_question(prompt), add_special_tokens=False)["input_ids"]
     given = tokenizer(f" {answer}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
     ids, labels = asked + given, [IGNORED] * len(asked) + given
     return {
@@ -190,17 +220,29 @@ def _answered(row: Row, columns: list[str], tokenizer: Any, max_length: int) -> 
     }
 
 
+def _question(prompt: str) -> str:
+    return f"{prompt} ||"
+
+
+def _answers(rows: list[Row], columns: list[str]) -> dict[str, list[str]]:
+    """Every prompt, and all the answers to it."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row[columns[0]]].append(row[columns[-1]])
+    return found
+
+
+def _with_label(rows: list[Row], label: str, kind: str) -> list[Row]:
+    """Rows with a label: -1 stands for none, but a number may be -1 where not all of them are."""
+    given = [row for row in rows if row[label] is not None]
+    known = [row for row in given if row[label] != -1]
+    return given if kind == "number" and known else known
+
+
 def _numbered(rows: list[Row], classes: list[str], label: str = "label") -> list[Row]:
-    """Rows whose `label` is the place of their class."""
+    """Rows whose `label` is the place of their class, or the number it was."""
     place = {name: number for number, name in enumerate(classes)}
     return [{**row, "label": place.get(row[label], row[label])} for row in rows]
-
-
-def _classes(rows: list[Row], label: str, names: list[str] | None) -> list[Any]:
-    found = sorted({row[label] for row in rows})
-    if any(isinstance(value, float) for value in found):
-        raise ValueError(f"the labels are numbers such as {found[0]}: only classes can be learned")
-    return names or found
 
 
 def _balance(rows: list[Row], classes: list[str]) -> dict[str, int]:

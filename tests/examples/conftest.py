@@ -77,7 +77,7 @@ def gpt2(tmp_path_factory, tokenizer):
         n_embd=32,
         n_layer=1,
         n_head=2,
-        n_positions=32,
+        n_positions=96,
         initializer_range=0.2,
         bos_token_id=2,
         eos_token_id=3,
@@ -114,4 +114,35 @@ def answers(tmp_path_factory):
         noun, adjective = draw.choice(NOUNS), draw.choice(TASTES["good"])
         rows.add((f"{noun} {draw.choice(NOUNS)} {adjective}", f"the {noun} is {adjective}"))
     write(folder, "train", ["asked", "answer"], sorted(rows))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def grades(tmp_path_factory):
+    """A folder with pairs of texts and how much they share, from 0 to 5, and hidden test labels."""
+    folder, draw = tmp_path_factory.mktemp("grades"), random.Random(0)
+    adjectives = [*TASTES["good"], *TASTES["bad"]]
+    rows = set()
+    while len(rows) < 400:
+        pair = draw.choice(adjectives), draw.choice(adjectives)
+        good = sum(word in TASTES["good"] for word in pair)
+        rows.add((f"{draw.choice(NOUNS)} {pair[0]}", f"{draw.choice(NOUNS)} {pair[1]}", 2.5 * good))
+    header = ["sentence1", "sentence2", "label"]
+    write(folder, "train", header, sorted(rows)[::2])
+    write(folder, "validation", header, sorted(rows)[1::2])
+    write(folder, "test", header, [("cat", "dog", -1.0)] * 3)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def restaurants(tmp_path_factory):
+    """A folder with a dataset of prompts, each with two answers or, every fourth, with one."""
+    folder = tmp_path_factory.mktemp("restaurants")
+    rows = []
+    for number, (noun, other) in enumerate(itertools.product(NOUNS, NOUNS)):
+        rows.append((f"{noun} {other}", f"the {noun} eats the {other}"))
+        if number % 4:
+            rows.append((f"{noun} {other}", f"the {other} is fine the {noun} is kind"))
+    random.Random(0).shuffle(rows)
+    write(folder, "train", ["meaning_representation", "human_reference"], rows)
     return str(folder)

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,11 +131,7 @@ def test_a_generation_is_scored_at_the_token_before(monkeypatch, tokenizer):
     from examples.texts import IGNORED, Task
 
     row = {"input_ids": [4, 5, 6, 7], "attention_mask": [1] * 4, "labels": [IGNORED, 5, 6, 7]}
-    bench = finetune_text.Bench(
-        Task({"train": [row], "test": [row]}, None, tokenizer, {}),
-        PRESETS["e2e"],
-        torch.device("cpu"),
-    )
+    bench = bench_of(Task({"train": [row], "test": [row]}, "text", tokenizer, {}))
 
     class Says(torch.nn.Module):
         def __init__(self, ahead):
@@ -145,8 +142,185 @@ def test_a_generation_is_scored_at_the_token_before(monkeypatch, tokenizer):
             logits = torch.nn.functional.one_hot(input_ids + self.ahead, 9).float()
             return type("Outputs", (), {"loss": torch.tensor(0.0), "logits": logits})
 
-    assert bench.score(Says(1), "test").accuracy == 1
-    assert bench.score(Says(0), "test").accuracy == 0
+    assert bench.score(Says(1), "test").value == 1
+    assert bench.score(Says(0), "test").value == 0
+
+
+class Canned(torch.nn.Module):
+    """Gives these logits to a row whose first token is this."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids, attention_mask, labels):
+        logits = torch.tensor([self.logits[token] for token in input_ids[:, 0].tolist()])
+        loss = (logits[:, 0] - labels).square().mean()
+        return type("Outputs", (), {"loss": loss, "logits": logits})
+
+
+def task_with(labels, kind, tokenizer, classes=None):
+    from examples.texts import Task
+
+    rows = [
+        {"input_ids": [n] * (1 + n % 3), "attention_mask": [1] * (1 + n % 3), "labels": label}
+        for n, label in enumerate(labels)
+    ]
+    return Task({"train": rows, "test": rows}, kind, tokenizer, {}, classes)
+
+
+def bench_of(task, **changes):
+    recipe = replace(PRESETS["docstrings"], **{"batch": 1, **changes})
+    return finetune_text.Bench(task, recipe, torch.device("cpu"))
+
+
+def test_matthews_correlation_is_that_of_the_four_counts(tokenizer):
+    labels = [1] * 6 + [0] * 8
+    answers = [1, 1, 1, 1, 0, 0, *[0] * 5, 1, 1, 1]
+    task = task_with(labels, "class", tokenizer, ["bad", "good"])
+    bench = bench_of(task, metric="matthews")
+    says = Canned([[1.0 - answer, float(answer)] for answer in answers])
+    tp, fn, tn, fp = 4, 2, 5, 3
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert bench.score(says, "test").value == pytest.approx(expected)
+    assert bench.score(Canned([[1.0, 0.0]] * 14), "test").value == 0  # always the same answer
+    assert bench_of(task).score(says, "test").value == pytest.approx(9 / 14)  # the usual metric
+
+
+def test_numbers_are_scored_by_pearsons_correlation(tokenizer):
+    labels, answers = [0.5, 4.0, 3.25, 1.0, 5.0], [0.0, 3.0, 4.5, 2.0, 3.5]
+    bench = bench_of(task_with(labels, "number", tokenizer))
+    score = bench.score(Canned([[answer] for answer in answers]), "test")
+    assert bench.metric == "pearson"
+    assert score.value == pytest.approx(statistics.correlation(labels, answers))
+    squares = [(a - b) ** 2 for a, b in zip(labels, answers, strict=True)]
+    assert score.loss == pytest.approx(statistics.fmean(squares))
+    assert bench.score(Canned([[0.1]] * 5), "test").value == pytest.approx(0, abs=1e-6)
+    assert bench.score(Canned([[math.nan]] * 5), "test").value == 0
+
+
+def test_a_metric_that_does_not_fit_is_refused(tokenizer):
+    three = task_with([0, 1, 2], "class", tokenizer, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="by matthews, only by accuracy"):
+        bench_of(three, metric="matthews")
+    with pytest.raises(ValueError, match="by bleu, only by pearson"):
+        bench_of(task_with([0.5], "number", tokenizer), metric="bleu")
+
+
+@pytest.mark.parametrize("method", ["lora", "hut_paper"])
+def test_what_pulls_to_the_pretrained_model_decays(bert, tastes, tokenizer, monkeypatch, method):
+    pytest.importorskip("datasets")
+    from examples import texts
+
+    groups = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda given: groups.extend(given) or adamw(given))
+    task = texts.load(tastes, None, None, tokenizer, 16, 8)
+    bench = bench_of(task, model=bert, target=None, epochs=0.01, weight_decay=0.1, head_rate=0.5)
+    bench.train(METHODS[method], 3, 1e-3, 0, lambda *_: None)
+    decays = {(g["initial_lr"], p.ndim): g["weight_decay"] for g in groups for p in g["params"]}
+    adapter = {(1e-3, 2): 0.1} if method == "lora" else {(1e-3, 2): 0.0, (1e-3, 1): 0.0}
+    assert decays == {**adapter, (0.5, 2): 0.1, (0.5, 1): 0.0}
+    assert {g["lr"] for g in groups} == {0.0}  # where the warm-up begins
+
+
+def scored_by(metric, folder, arguments):
+    """The record of a run, whose scores all go by the metric's name."""
+    assert finetune_text.main([*arguments, *SMALL, "--out", str(folder)]) == 0
+    record = json.loads((folder / "finetune.json").read_text())
+    assert record["metric"] == metric
+    assert (folder / "finetune.png").exists()
+    for row in record["methods"]:
+        assert len(row[metric]["values"]) == 2
+        assert row[metric]["margin"] is not None
+        assert row["runs"][0]["test"][metric] == row[metric]["values"][0]
+        assert "accuracy" not in row
+        best = max(one["validation"][metric] for one in row["sweep"])
+        assert best == row["runs"][0]["validation"][metric]
+    return record
+
+
+def test_two_classes_by_matthews_correlation(tmp_path, bert, tastes, capsys):
+    pytest.importorskip("datasets")
+    data = ["--model", bert, "--dataset", tastes, "--epochs", "2", "--metric", "matthews"]
+    record = scored_by("matthews", tmp_path, data)
+    for row in record["methods"]:
+        assert row["matthews"]["mean"] > 0.8, row["method"]
+    printed = capsys.readouterr().out
+    assert "At each method's best rate; Matthews correlation × 100" in printed
+    assert "(Matthews correlation × 100)" in "".join(record["sentences"])
+    assert "accuracy" not in printed
+
+
+def test_a_regression_goes_through_it_too(tmp_path, bert, grades, capsys):
+    pytest.importorskip("datasets")
+    data = ["--model", bert, "--dataset", grades, "--epochs", "10"]
+    record = scored_by("pearson", tmp_path, data)
+    rows = {row["method"]: row for row in record["methods"]}
+    assert {row["head"] for row in rows.values()} == {32 + 1}
+    floor = rows.pop("probe")
+    for name, row in rows.items():
+        assert row["pearson"]["mean"] > 0.7, name
+        assert row["loss"]["mean"] < 0.7 * floor["loss"]["mean"], name
+    assert "numbers; rows" in capsys.readouterr().out
+
+
+def test_a_generation_is_scored_by_bleu_over_all_answers(tmp_path, gpt2, restaurants, monkeypatch):
+    pytest.importorskip("datasets")
+    pytest.importorskip("sacrebleu")
+    monkeypatch.setitem(finetune_text.BEAMS, "max_new_tokens", 8)
+    data = ["--model", gpt2, "--dataset", restaurants, "--epochs", "4", "--target", "c_attn"]
+    record = scored_by("bleu", tmp_path, [*data, "--metric", "bleu"])
+    values = {row["method"]: row["bleu"]["mean"] for row in record["methods"]}
+    floor = values.pop("probe")
+    assert all(value > floor for value in values.values())
+    assert "(BLEU)" in "".join(record["sentences"])
+
+
+def test_bleu_is_sacrebleus(restaurants, tokenizer):
+    pytest.importorskip("datasets")
+    sacrebleu = pytest.importorskip("sacrebleu")
+    from examples import texts
+
+    task = texts.load(restaurants, None, None, tokenizer, 32, None)
+    bench, seen = bench_of(task, metric="bleu"), []
+
+    class Says(torch.nn.Module):
+        """Answers every prompt by its own words, between others."""
+
+        def generate(self, input_ids, attention_mask, **settings):
+            seen.append(settings)
+            prompts = [
+                p.removesuffix(" ||").split()
+                for p in tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+            ]
+            said = [f"the {a} eats the {b} the {a} is kind" for a, b in prompts]
+            ids = tokenizer(said, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            end = torch.full((len(ids), 1), tokenizer.eos_token_id)
+            return torch.cat([input_ids, ids, end], 1)
+
+    answers = task.answers["test"]
+    assert {len(given) for given in answers.values()} == {1, 2}
+    said = [f"the {a} eats the {b} the {a} is kind" for a, b in map(str.split, answers)]
+    references = [[given[0] for given in answers.values()]]
+    references.append([given[1] if len(given) > 1 else None for given in answers.values()])
+    expected = sacrebleu.corpus_bleu(said, references).score
+    assert 10 < expected < 100
+    assert bench.bleu(Says(), "test") == pytest.approx(expected / 100)
+    assert expected != pytest.approx(sacrebleu.corpus_bleu(said, references[:1]).score)
+    assert (seen[0]["num_beams"], seen[0]["length_penalty"]) == (10, 0.8)
+    assert seen[0]["eos_token_id"] == tokenizer.eos_token_id
+
+
+def test_an_answer_may_repeat_the_prompt_but_not_itself():
+    prompt, scores = [5, 6, 7, 8, 9], torch.zeros(1, 12)
+
+    def banned(answer):
+        found = finetune_text.NoRepeat(len(prompt))(torch.tensor([prompt + answer]), scores)
+        return found[0].isinf().nonzero().flatten().tolist()
+
+    assert banned([5, 6, 7]) == []
+    assert banned([5, 6, 7, 8, 5, 6, 7]) == [8]
 
 
 def runs(**accuracies):
@@ -181,11 +355,22 @@ def test_presets_and_what_is_said_beside_them(bert):
     assert (recipe.model, recipe.subset, recipe.epochs) == ("FacebookAI/roberta-large", "mnli", 0.5)
     assert recipe.target == ["query", "value"]
     assert parse(["--preset", "glue", "--model", bert])[0].target is None
-    recipe, _ = parse(["--preset", "e2e", "--quick"])
-    assert (recipe.dataset, recipe.seeds) == ("tuetschek/e2e_nlg", 1)
+    recipe, _ = parse(["--preset", "glue", "--subset", "cola"])
+    assert (recipe.metric, recipe.epochs, recipe.batch) == ("matthews", 20, 32)
+    assert parse(["--preset", "glue", "--subset", "stsb"])[0].metric is None
     for arguments in (["--r", "0"], ["--epochs", "-1"]):
         with pytest.raises(SystemExit):
             parse(["--model", bert, *arguments])
+
+
+def test_the_preset_of_e2e_needs_sacrebleu(monkeypatch, capsys):
+    pytest.importorskip("sacrebleu")
+    recipe, _ = parse(["--preset", "e2e", "--quick"])
+    assert (recipe.dataset, recipe.metric, recipe.seeds) == ("tuetschek/e2e_nlg", "bleu", 1)
+    monkeypatch.setattr(finetune_text.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        parse(["--preset", "e2e"])
+    assert "pip install sacrebleu" in capsys.readouterr().err
 
 
 def test_missing_weights_are_named(monkeypatch, capsys):

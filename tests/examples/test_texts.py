@@ -78,9 +78,49 @@ def test_prompts_and_answers(answers, tokenizer):
 
 
 @needs_datasets
+def test_labels_that_are_fractions_are_numbers_to_predict(tmp_path, grades, tokenizer):
+    task = load(grades, tokenizer)
+    assert (task.kind, task.classes, task.summary["balance"]) == ("number", None, None)
+    assert task.summary["rows"]["test"] == 200  # the test file's labels are kept back
+    assert {row["labels"] for row in task.parts["train"]} == {0.0, 2.5, 5.0}
+    assert task.collate(task.parts["train"][:3])["labels"].dtype == torch.float32
+    # Where only some labels are -1, it is a number as any other.
+    for part in texts.PARTS:
+        rows = [[f"{part} cat", -1.0], [f"{part} dog", 0.5]]
+        write(tmp_path, part, ["text", "label"], rows)
+    assert [row["labels"] for row in load(tmp_path, tokenizer).parts["test"]] == [-1.0, 0.5]
+
+
+@needs_datasets
+def test_all_answers_to_a_prompt_stand_in_one_part(restaurants, tokenizer):
+    task = load(restaurants, tokenizer)
+    seen = [prompt for part in texts.PARTS for prompt in task.answers[part]]
+    assert len(seen) == len(set(seen)) == 64
+    assert sum(len(row) for row in task.parts.values()) == 64 + 48
+    for prompt, given in task.answers["train"].items():
+        noun, other = prompt.split()
+        both = [f"the {noun} eats the {other}", f"the {other} is fine the {noun} is kind"]
+        assert given == both[: len(given)] or given == both[::-1]
+
+
+@needs_datasets
+def test_prompts_are_asked_once_and_padded_on_the_left(tmp_path, tokenizer):
+    rows = [["cat dog cow", "fine"], ["cat", "kind"], ["cat dog cow", "grim"], ["goat", "fine"]]
+    write(tmp_path, "train", ["a", "b"], [["bird", "fine"]])
+    write(tmp_path, "validation", ["a", "b"], [["fish", "fine"]])
+    write(tmp_path, "test", ["a", "b"], rows)
+    batches = list(load(tmp_path, tokenizer).asked("test", 2))
+    assert [given for _, given in batches] == [[["kind"], ["fine"]], [["fine", "grim"]]]
+    (batch, _) = next(load(tmp_path, tokenizer).asked("test", 3))
+    assert set(batch) == {"input_ids", "attention_mask"}
+    said = tokenizer.batch_decode(batch["input_ids"])
+    assert said == ["[PAD] [PAD] cat ||", "[PAD] [PAD] goat ||", "cat dog cow ||"]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+@needs_datasets
 def test_datasets_that_do_not_fit_are_refused(tmp_path, tokenizer):
     for header, row, word in (
-        (["a", "label"], ["cat", 0.5], "numbers such as 0.5"),
         (["a", "b", "c", "label"], ["cat", "dog", "cow", 1], "a', 'b', 'c"),
         (["a"], ["cat"], "prompts"),
     ):
@@ -96,7 +136,7 @@ def task_of(lengths, tokenizer):
         {"input_ids": [n + 4] * length, "attention_mask": [1] * length, "labels": n % 2}
         for n, length in enumerate(lengths)
     ]
-    return texts.Task({"train": rows, "test": rows}, ["a", "b"], tokenizer, {})
+    return texts.Task({"train": rows, "test": rows}, "class", tokenizer, {}, ["a", "b"])
 
 
 def padding(batches):
