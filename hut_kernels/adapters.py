@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .definition import PRECISIONS, TRANSFORMS
 from .errors import HUTBackendError
-from .nn import HUTLinear, is_conv1d
+from .nn import HUTLinear, fill, is_conv1d
 
 _FORMAT = "hut_kernels"
 _FORMAT_VERSION = "1"
@@ -154,19 +154,21 @@ def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """Fill the HUT layers of `model` from a file of `save_adapter`, bit for bit.
 
     The model must have the file's layers, with the file's options (`dropout`, `precision` and
-    `fused` may differ); `inject(model, target_modules, **adapter_options(file))` makes them.
+    `fused` may differ); `inject(model, target_modules, **adapter_options(file))` makes them. All
+    ranks of a sharded model must call, each with the file; what is dealt out is the first rank's.
 
     Raises:
         ValueError: the file is damaged or is no adapter, or its layers, options, shapes or types
             are not the model's. The model is unchanged.
-        HUTBackendError: the factors of the model are on the meta device, or sharded.
+        HUTBackendError: the factors of the model are on the meta device.
     """
     saved_layers, tensors, metadata = _read(file)
+    # First, for it makes FSDP2 put back the layers' own parameters.
+    factors = adapter_state_dict(model)
     layers = _hut_layers(model)
     _check_same_names("HUT layers", saved_layers, layers)
     for name, layer in layers.items():
         _check_same_options(name, saved_layers[name], _options(layer))
-    factors = adapter_state_dict(model)
     _check_same_names("tensors", tensors, factors)
     for name, factor in factors.items():
         _check_fits(name, tensors[name], factor)
@@ -174,7 +176,7 @@ def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     _check_undamaged(file, saved_layers, tensors, metadata)
     with torch.no_grad():
         for name, factor in factors.items():
-            factor.copy_(tensors[name])
+            fill(factor, tensors[name])
 
 
 def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -469,11 +471,6 @@ def _whole(factor: Tensor) -> Tensor:
 
 
 def _check_fits(name: str, saved: Tensor, present: Tensor) -> None:
-    if hasattr(present, "_local_tensor"):
-        raise HUTBackendError(
-            f"{name} is sharded ({type(present).__name__}): call load_adapter before the model is "
-            f"parallelised (parallelize_module, fully_shard)"
-        )
     if present.is_meta:
         raise HUTBackendError(f"{name} is on the meta device: materialise the model first")
     if saved.shape != present.shape or saved.dtype != present.dtype:

@@ -195,8 +195,8 @@ class HUTLinear(nn.Module):
             if self.offset == 0:
                 hut_A[0] = 1.0
                 hut_B[:, 0] = 1.0
-            _fill(self.hut_A, hut_A)
-            _fill(self.hut_B, hut_B)
+            fill(self.hut_A, hut_A)
+            fill(self.hut_B, hut_B)
         if self.gamma is not None and self.beta is not None:
             self.gamma.fill_(1.0)
             self.beta.zero_()
@@ -312,13 +312,15 @@ class HUTLinear(nn.Module):
         return text + (", fan_in_fan_out=True" if self.fan_in_fan_out else "")
 
 
-def _fill(parameter: nn.Parameter, value: Tensor) -> None:
+def fill(parameter: Tensor, value: Tensor) -> None:
     """Copies the value; into a sharded parameter every rank its part of the first rank's value."""
     if hasattr(parameter, "_local_tensor"):  # a DTensor: an import that others are spared
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(parameter, DTensor)
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        placed = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        # Shards, since an offloaded one is not where its mesh computes.
+        parameter, value = parameter.to_local(), placed.to_local()
     parameter.copy_(value)
 
 

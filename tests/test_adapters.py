@@ -700,19 +700,3 @@ def test_gpt2_of_transformers_round_trip(tmp_path):
         load_adapter(base.eval(), tmp_path / "file")
         assert torch.equal(base(TOKENS).logits, adapted)
         torch.testing.assert_close(merge(model)(TOKENS).logits, adapted, rtol=1e-4, atol=1e-4)
-
-
-def test_loading_into_a_sharded_model_is_refused_by_name(tmp_path):
-    class DTensor(torch.Tensor):
-        """What marks a sharded tensor: the local one in it."""
-
-        _local_tensor = None
-
-    model = nn.Sequential(nn.Linear(4, 4))
-    inject(model, ["0"], r=2)
-    save_adapter(model, tmp_path / "whole.safetensors")
-    model[0].hut_A = nn.Parameter(torch.zeros(2, 4).as_subclass(DTensor))
-    with pytest.raises(
-        HUTBackendError, match=r"hut_A is sharded \(DTensor\): .*before.*fully_shard"
-    ):
-        load_adapter(model, tmp_path / "whole.safetensors")
