@@ -114,6 +114,22 @@ def test_beside_other_adapters(net, tmp_path):
     assert torch.equal(adapted.eval()(x), model(x))
 
 
+def test_trained_further(net, tmp_path):
+    hira, x = saved(net, hira_config(), tmp_path), torch.randn(5, 24)
+    adapter = from_hira(tmp_path)
+    fixed = adapter.apply(copy.deepcopy(net))
+    assert not any(parameter.requires_grad for parameter in fixed.parameters())
+    model = adapter.apply(copy.deepcopy(net), is_trainable=True)
+    for one in (hira, model):
+        one(x).square().sum().backward()
+    for name in LAYERS:
+        (theirs, ours) = (one.base_model.model.get_submodule(name) for one in (hira, model))
+        for factor in "AB":
+            wanted = getattr(theirs, f"hira_{factor}")["default"].grad
+            grad = getattr(ours, f"hut_{factor}")["default"].grad
+            assert error(grad, wanted.double()) < 5e-6
+
+
 def test_modules_to_save_and_transformers(tmp_path):
     base = bert().eval()
     config = HiraConfig(r=4, init_weights=False, task_type="SEQ_CLS")
@@ -156,9 +172,12 @@ def test_a_model_that_does_not_fit(net, tmp_path):
     adapter = from_hira(tmp_path)
     del adapter.state_dict["base_model.model.first.hut_A"]
     with pytest.raises(ValueError, match=r"missing \['base_model.model.first.hut_A.default'\]"):
-        adapter.apply(copy.deepcopy(net))
+        adapter.apply(net)
+    assert type(net.first) is torch.nn.Linear
     adapter.state_dict["base_model.model.nowhere.hut_A"] = torch.zeros(2, 2)
+    model = get_peft_model(net, HUTConfig(target_modules=["first"]))
     with pytest.raises(ValueError, match=r"without a place in the model .*nowhere"):
-        adapter.apply(copy.deepcopy(net))
+        adapter.apply(model, "second")
+    assert list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="not found"):
         adapter.apply(llama())

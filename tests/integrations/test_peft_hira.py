@@ -134,6 +134,70 @@ def test_dropout_keeps_pefts_path_in_training_only(fused_calls):
     assert len(fused_calls) == 3
 
 
+def test_dropout_counts_in_its_own_mode(fused_calls):
+    model, x = hira_model(hira_dropout=0.4), torch.randn(5, 24)
+    reference = copy.deepcopy(model)
+    accelerate_hira(model)
+    for module in (*model.modules(), *reference.modules()):
+        if isinstance(module, nn.Dropout):
+            module.train()  # while the layers are in eval
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(y, reference(x))
+    assert not fused_calls
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    model(x)
+    assert len(fused_calls) == 3
+
+
+def test_dropout_switched_off_leaves_the_other_reasons(fused_calls):
+    model, x = hira_model(hira_dropout=0.4).train(), torch.randn(5, 24)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    report = accelerate_hira(model)
+    assert len(report.fused) == 3
+    first, middle = (model.base_model.model.get_submodule(name) for name in LAYERS[:2])
+    first.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
+    middle.base_layer.weight.requires_grad_(True)
+    y = model(x)
+    assert len(fused_calls) == 1
+    y.sum().backward()
+    assert middle.base_layer.weight.grad is not None
+    restore_hira(model)
+    assert error(y, model(x).detach().double()) < 2e-6
+
+
+def test_a_model_spread_over_devices_is_fused(fused_calls):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = hira_model(), torch.randn(5, 24)
+    y = model(x)
+    first, middle, _ = bases = [
+        model.base_model.model.get_submodule(name).base_layer for name in LAYERS
+    ]
+    for base in bases:  # what accelerate's dispatch_model puts on every layer
+        hooks.add_hook_to_module(base, hooks.AlignDevicesHook(torch.device("cpu")))
+    assert len(accelerate_hira(model).fused) == 3
+    assert error(model(x), y.detach().double()) < 2e-6
+    assert len(fused_calls) == 3
+    hooks.add_hook_to_module(first, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    hooks.add_hook_to_module(middle, hooks.ModelHook())
+    report = accelerate_hira(model)
+    assert set(report.conditional.values()) == {"its base layer carries hooks"}
+    assert len(report.conditional) == 2
+
+
+def test_the_report_tells_of_16_bit_weights():
+    text = 'precision="split" keeps updates below about 2^-9'
+    assert text in str(accelerate_hira(hira_model(torch.bfloat16)))
+    assert text not in str(accelerate_hira(hira_model(torch.bfloat16), precision="split"))
+    assert text not in str(accelerate_hira(hira_model()))
+
+
 def test_several_active_adapters_keep_pefts_path(fused_calls):
     model, x = hira_model(), torch.randn(5, 24)
     second = HiraConfig(r=2, target_modules=["first"], init_weights=False)

@@ -259,6 +259,20 @@ def test_dropout_acts_on_the_adapter_path_only(form):
     assert error(layer(x), x.double() @ weight.t() + bias) < 1e-5
 
 
+def test_dropout_counts_in_its_own_mode():
+    model, x = hut_model(hut_dropout=0.5), torch.randn(5, 24)
+    y = model(x)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()  # while the layers are in eval: several draws of one prediction
+    assert not torch.equal(model(x), model(x))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    assert torch.equal(model(x), y)
+
+
 def test_dropout_gradients():
     model = hut_model(hut_dropout=0.3).double()
     layer = model.base_model.model.first.train()
@@ -298,6 +312,15 @@ def test_hooks_on_the_base_layer_run_and_count(fused_calls):
     assert error(doubled(x), (y + 1).detach().double()) < 1e-5
     hook.remove()
     assert torch.equal(doubled(x), y)
+
+
+def test_a_model_spread_over_devices_is_fused(fused_calls):
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = hut_model(), torch.randn(5, 24)
+    for layer in layers(model):  # what accelerate's dispatch_model puts on every layer
+        hooks.add_hook_to_module(layer.base_layer, hooks.AlignDevicesHook(torch.device("cpu")))
+    assert error(model(x), reference(model, x)) < 3 * limit(torch.float32, 40)
+    assert len(fused_calls) == 3
 
 
 def test_autocast(fused_calls):
@@ -363,6 +386,12 @@ def test_config_survives_its_file(tmp_path):
         ({"transform": "two_sided", "alpha_pattern": {"q": 4}}, "alpha belongs to low_rank"),
         ({"transform": "two_sided", "offset": 0}, "offset has no part in two_sided"),
         ({"init_weights": "gaussian"}, "init_weights must be True or False, got 'gaussian'"),
+        ({"scale_shift": "yes"}, "scale_shift must be True or False, got 'yes'"),
+        ({"fused": None}, "fused must be True or False, got None"),
+        ({"r": True}, "r must be an integer of at least 1, got True"),
+        ({"hut_alpha": "16"}, "hut_alpha must be a number, got '16'"),
+        ({"hut_dropout": None}, "hut_dropout must be a number, got None"),
+        ({"alpha_pattern": {"q": "4"}}, "q must be a number, got '4'"),
         ({"target_modules": "q", "layers_to_transform": 0}, "layers_to_transform"),
         ({"target_modules": "q", "layers_pattern": "h"}, "layers_pattern"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_to_transform"),
@@ -431,6 +460,30 @@ def test_autocast_adapter_dtype(autocast_adapter_dtype):
     assert {p.dtype for n, p in model.named_parameters() if "hut_" in n} == {wanted}
     x = torch.randn(5, 24, dtype=torch.bfloat16)
     assert error(model(x), reference(model, x)) < 4 * limit(torch.bfloat16, 40)
+
+
+def test_an_adapter_for_each_row_is_refused():
+    model, x = hut_model(), torch.randn(2, 24)
+    model.add_adapter("second", config())
+    with pytest.raises(ValueError, match="no different adapters in one batch"):
+        model(x, adapter_names=["default", "second"])
+    assert torch.equal(model(x, adapter_names=None), model(x))
+    model = get_peft_model(llama(), HUTConfig(r=2)).eval()
+    with pytest.raises(ValueError, match="no different adapters in one batch"):
+        model.generate(torch.tensor([[1], [1]]), adapter_names=["default", "__base__"])
+
+
+def test_layers_that_share_a_weight_are_not_merged():
+    net = Net()
+    net.twin = nn.Linear(24, 40)
+    net.twin.weight = net.first.weight
+    W0 = net.first.weight.detach().clone()
+    model = get_peft_model(net, config(target_modules=["first", "twin"])).eval()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"model\.first and model\.twin share one weight"):
+            merge()
+    assert torch.equal(net.first.base_layer.weight, W0)
+    model.unload()
 
 
 def test_disable_and_set_adapter():

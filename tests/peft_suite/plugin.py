@@ -1,6 +1,7 @@
 """A pytest plugin: `HUTConfig` in the parametrised lists of PEFT's tests, and nothing but it.
 
-With `HUT_PEFT_SUITE=hira`, PEFT's own HiRA cases instead, on accelerated models.
+With `HUT_PEFT_SUITE=hira`, PEFT's own HiRA cases instead, on accelerated models; the file `FUSED`
+then tells that a fused layer did run.
 """
 
 import importlib
@@ -9,15 +10,17 @@ import importlib.util
 import os
 import sys
 import types
+from pathlib import Path
 
 import peft
 import pytest
 from peft.tuners.hira import HiraModel
 
-from hut_kernels.integrations.peft import HUTConfig, accelerate_hira
+from hut_kernels.integrations.peft import HUTConfig, accelerate_hira, hira
 
 HIRA = os.environ.get("HUT_PEFT_SUITE") == "hira"
 CONFIG = peft.HiraConfig if HIRA else HUTConfig
+FUSED = "a-fused-layer-ran"
 
 _TWO_SIDED = {"transform": "two_sided", "r": 4}
 _PAPER = _TWO_SIDED | {"scale_shift": True}
@@ -114,10 +117,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 if HIRA:
-    _inject = HiraModel.inject_adapter
+    _inject, _fused = HiraModel.inject_adapter, hira.hut_linear
+
+    def _fused_and_told(*args, **kwargs):
+        Path(FUSED).touch()
+        return _fused(*args, **kwargs)
 
     def _inject_and_accelerate(self, model, *args, **kwargs):
         _inject(self, model, *args, **kwargs)
         accelerate_hira(model)
 
     HiraModel.inject_adapter = _inject_and_accelerate
+    hira.hut_linear = _fused_and_told

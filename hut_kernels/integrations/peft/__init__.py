@@ -4,6 +4,18 @@ Importing this package registers the tuner with PEFT: `get_peft_model(model, HUT
 everything around it then work, and so does loading adapters that were saved with it.
 """
 
+import peft
+
+from ...versions import release
+
+if release(peft.__version__) < (0, 20):
+    raise ImportError(
+        f"hut_kernels.integrations.peft needs PEFT 0.20 or newer; {peft.__version__} is "
+        f"installed: pip install --upgrade peft"
+    )
+
+# isort: split
+
 from .config import HUTConfig
 from .convert import ConvertedAdapter, from_hira, to_hira
 from .hira import HiraReport, accelerate_hira, restore_hira

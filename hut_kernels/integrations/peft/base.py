@@ -32,7 +32,23 @@ def check_base(base: nn.Module) -> None:
 def is_watched(base: nn.Module) -> bool:
     """Whether calling `base` does more than its product: hooks, or a `forward` put on it."""
     state = vars(base)
-    return "forward" in state or any(state.get(name) for name in _HOOKS)
+    replaced = "forward" in state and not _aligns_only(state.get("_hf_hook"))
+    return replaced or any(state.get(name) for name in _HOOKS)
+
+
+def _aligns_only(hook: Any) -> bool:
+    """Whether all that accelerate's hook does is to bring inputs to the weight's device.
+
+    Every layer of a model that is spread over several devices has it, for the blocks' own hooks
+    have brought them there already.
+    """
+    aligns = type(hook).__name__ == "AlignDevicesHook"
+    return aligns and not hook.offload and not hook.io_same_device
+
+
+def drops(dropout: nn.Module) -> bool:
+    """Whether an adapter's dropout, which may be in another mode than its layer, does anything."""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def matrix(base: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,15 +97,25 @@ class HUTConfig(PeftConfig):
         self.exclude_modules = _as_set(self.exclude_modules)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        self._check_types()
         for name, r in {"r": self.r, **self.rank_pattern}.items():
-            if not isinstance(r, int) or r < 1:
+            if type(r) is not int or r < 1:
                 raise ValueError(f"r must be an integer of at least 1, got {r!r} for {name!r}")
         for alpha in (self.hut_alpha, *self.alpha_pattern.values()):
             check_form(self.transform, self.offset, alpha)
         check_run_options(self.precision, self.hut_dropout)
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}")
         self._check_layer_options()
+
+    def _check_types(self) -> None:
+        for name in ("init_weights", "scale_shift", "fused"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        given = {name: getattr(self, name) for name in ("hut_alpha", "hut_dropout", "offset")}
+        if self.hut_alpha is None:
+            del given["hut_alpha"]
+        for name, value in (given | self.alpha_pattern).items():
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise ValueError(f"{name} must be a number, got {value!r}")
 
     def _check_layer_options(self) -> None:
         for name in ("layers_to_transform", "layers_pattern"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -59,20 +60,31 @@ class ConvertedAdapter:
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict.items()}
         save_file(tensors, Path(directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
-    def apply(self, model: nn.Module, adapter_name: str = "default") -> PeftModel:
+    def apply(
+        self, model: nn.Module, adapter_name: str = "default", *, is_trainable: bool = False
+    ) -> PeftModel:
         """Puts the adapter into a base model, or beside the adapters of a PEFT model.
+
+        Args:
+            model: the model.
+            adapter_name: the adapter's name in it.
+            is_trainable: whether to train the adapter further, as in `PeftModel.from_pretrained`.
 
         Returns:
             The PEFT model; `model` itself where it was one.
 
         Raises:
-            ValueError: the adapter does not fit the model; names what is missing or left over.
+            ValueError: the adapter does not fit the model; names what is missing or left over. The
+                model is without it again.
         """
-        if isinstance(model, PeftModel):
-            adapted = model
-            adapted.add_adapter(adapter_name, self.config)
+        config = copy.copy(self.config)
+        config.inference_mode = not is_trainable
+        beside_others = isinstance(model, PeftModel)
+        adapted: Any = model
+        if beside_others:
+            adapted.add_adapter(adapter_name, config)
         else:
-            adapted = get_peft_model(model, self.config, adapter_name)
+            adapted = get_peft_model(model, config, adapter_name)
         result = set_peft_model_state_dict(adapted, self.state_dict, adapter_name)
         missing = [
             key
@@ -80,6 +92,10 @@ class ConvertedAdapter:
             if adapted.base_model.prefix in key and f".{adapter_name}" in key
         ]
         if missing or result.unexpected_keys:
+            if beside_others:
+                adapted.delete_adapter(adapter_name)
+            else:
+                adapted.unload()
             raise ValueError(
                 f"the adapter does not fit the model: missing {missing[:5]}, without a place "
                 f"in the model {result.unexpected_keys[:5]} "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...definition import FLOATS, PRECISIONS
 from ...errors import HUTBackendError
 from ...functional import hut_linear
-from .base import bias, check_base, is_watched, matrix
+from .base import bias, check_base, drops, is_watched, matrix
 
 
 class FusedHiraLinear(hira.Linear):
@@ -50,14 +50,22 @@ class HiraReport:
         conditional: patched layers that are on PEFT's path in their present state, or in training,
             and why; they follow their state from call to call.
         kept: layers left to PEFT, and why.
+        rounded: patched layers over 16-bit weights under `precision="merged"`, whose forward loses
+            updates below about 2^-9 of a weight.
     """
 
     fused: tuple[str, ...]
     conditional: dict[str, str]
     kept: dict[str, str]
+    rounded: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.fused)} HiRA layers fused"]
+        if self.rounded:
+            lines.append(
+                f"{len(self.rounded)} of 16-bit weights, rounded with their update: "
+                f'precision="split" keeps updates below about 2^-9 of a weight, as PEFT does'
+            )
         for title, layers in (("fused at times", self.conditional), ("left to PEFT", self.kept)):
             by_reason: dict[str, list[str]] = {}
             for name, reason in layers.items():
@@ -91,7 +99,7 @@ def accelerate_hira(model: nn.Module, *, precision: str = "merged") -> HiraRepor
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    fused, conditional, kept = [], {}, {}
+    fused, conditional, kept, rounded = [], {}, {}, []
     for name, layer in _hira_layers(model).items():
         reason = _unfusible(layer)
         if reason is not None:
@@ -104,7 +112,9 @@ def accelerate_hira(model: nn.Module, *, precision: str = "merged") -> HiraRepor
             fused.append(name)
         else:
             conditional[name] = state
-    return HiraReport(tuple(fused), conditional, kept)
+        if precision == "merged" and layer.base_layer.weight.dtype.itemsize == 2:
+            rounded.append(name)
+    return HiraReport(tuple(fused), conditional, kept, tuple(rounded))
 
 
 def restore_hira(model: nn.Module) -> list[str]:
@@ -159,7 +169,7 @@ def _unfused(layer: Any) -> str | None:
     active = _active(layer)
     if len(active) != 1:
         return f"{len(active)} active adapters" if active else "no active adapter"
-    if layer.training and isinstance(layer.hira_dropout[active[0]], nn.Dropout):
+    if drops(layer.hira_dropout[active[0]]):
         return _dropped_in_training(layer)
     base = layer.base_layer
     if is_watched(base):

@@ -14,7 +14,7 @@ from ... import definition
 from ...autograd import FrozenProduct
 from ...functional import hut_linear, hut_weight
 from ...nn import check_rank, is_conv1d
-from .base import bias, is_watched, matrix
+from .base import bias, drops, is_watched, matrix
 from .config import HUTConfig
 
 _INIT_NOISE = 0.1
@@ -266,7 +266,7 @@ class Linear(nn.Module, HUTLayer):
     def _adapted(self, x: Tensor, name: str) -> Tensor:
         """The layer under one adapter alone, its dropout included."""
         dropout = self.hut_dropout[name]
-        if not self.training or not isinstance(dropout, nn.Dropout) or dropout.p == 0:
+        if not drops(dropout):
             return self._product(x, name)
         # x W0^T + d (W - W0)^T = d W^T + (x - d) W0^T, as in HUTLinear.
         d = dropout(x)

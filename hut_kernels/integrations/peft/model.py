@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -67,6 +69,33 @@ class HUTModel(BaseTuner):
         # weight is.
         setattr(parent, child_name, new_module)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where LoRA takes an adapter for each row of a batch; here they are refused, not ignored.
+
+        Raises:
+            ValueError: `adapter_names` is given.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "HUT has no different adapters in one batch: call the model without adapter_names, "
+                "once for the rows of each adapter, after set_adapter"
+            )
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        """Refuses to merge layers that share a weight: each would multiply what the other made."""
+        super()._check_merge_allowed()
+        owners: dict[nn.Parameter, str] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, HUTLayer):
+                first = owners.setdefault(module.get_base_layer().weight, name)
+                if first != name:
+                    raise ValueError(
+                        f"{first} and {name} share one weight, and two adapters cannot be merged "
+                        f"into it: leave them unmerged, or untie the weights first"
+                    )
+
 
 def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
     """Refuses a module that HUT cannot adapt, by name and with the reason."""
@@ -81,7 +110,8 @@ def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
             f"Target module {name} is not supported: nn.MultiheadAttention reads its weight "
-            f"without calling it, so an adapter would have no effect"
+            f"without calling it, so an adapter would have no effect; "
+            f"exclude_modules=[{name.rpartition('.')[2]!r}] leaves it out"
         )
     try:
         check_base(target)
