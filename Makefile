@@ -91,7 +91,8 @@ peft-suite: $(call ready,test) ## PEFT's own test-suite, from PyPI, with HUTConf
 	$(PY) -m tests.peft_suite --jobs $(JOBS) $(ARGS)
 
 docs: $(call ready,docs) ## the API reference as HTML, in build/docs
-	$(PY) -m pdoc --docformat google --output-directory build/docs hut_kernels
+	$(PY) -m pdoc --docformat google --output-directory build/docs \
+	    hut_kernels hut_kernels.distributed hut_kernels.integrations.peft
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

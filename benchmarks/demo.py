@@ -41,8 +41,8 @@ class Size:
     steps: int
     shapes: tuple[Shape, ...]
     seconds: float  # of timing, per shape
-    pretrain_seconds: float = 90  # at most, and so for
-    adapt_seconds: float = 105
+    pretrain_seconds: float = 75  # at most, and so for
+    adapt_seconds: float = 90
     source_bytes: int | None = None
     rate_scale: float = 1.0  # of every method's learning rates
 

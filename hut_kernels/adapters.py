@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .definition import PRECISIONS, TRANSFORMS
+from .definition import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
 from .errors import HUTBackendError
 from .nn import HUTLinear, fill, is_conv1d
 
@@ -35,10 +35,7 @@ _OPTIONS = (
     "factor_dtype",
 )
 _MAY_DIFFER = ("dropout", "precision")
-_FACTOR_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-}
+_FACTOR_DTYPES = dict(zip(FLOAT_NAMES, FLOATS, strict=True))
 
 # A module's hooks outlive its replacement: the dictionaries move on, so handles stay valid.
 HOOKS = (

@@ -15,6 +15,7 @@ from torch import Tensor
 TRANSFORMS = ("low_rank", "two_sided")
 PRECISIONS = ("merged", "split")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 
 
 class Spec(NamedTuple):

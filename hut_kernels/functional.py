@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import definition, dispatch, ops
 from .autograd import HUTLinearFunction
-from .definition import FLOATS, PRECISIONS, TRANSFORMS, Spec
-from .errors import HUTBackendError
+from .definition import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS, Spec
+from .errors import HUTBackendError, check_choice
 
+_FLOAT_NAMES = ", ".join(FLOAT_NAMES)
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -118,7 +119,7 @@ def hut_weight(
     check_tensors(weight, weight, hut_A, hut_B, None, gamma, None, transform, names)
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in FLOATS:
-        raise TypeError(f"dtype must be one of {_names(FLOATS)}; got {dtype}")
+        raise TypeError(f"dtype must be one of {_FLOAT_NAMES}; got {dtype}")
     chosen = dispatch.choose("auto", (weight, hut_A, hut_B))
     return ops.weight(weight, hut_A, hut_B, gamma, *spec[:3], dtype, chosen)
 
@@ -151,7 +152,7 @@ def check_weight(weight: Tensor) -> None:
     if kind in _PLAIN:
         if weight.is_quantized:
             raise HUTBackendError(
-                f"weight is quantised ({weight.dtype}); a HUT layer needs {_names(FLOATS)}"
+                f"weight is quantised ({weight.dtype}); a HUT layer needs {_FLOAT_NAMES}"
             )
         return
     if hasattr(weight, "_local_tensor"):
@@ -174,14 +175,8 @@ def _number(name: str, value: object) -> float:
 
 
 def _check_options(spec: Spec) -> None:
-    if spec.transform not in TRANSFORMS:
-        raise ValueError(
-            f"transform must be one of {', '.join(TRANSFORMS)}; got {spec.transform!r}"
-        )
-    if spec.precision not in PRECISIONS:
-        raise ValueError(
-            f"precision must be one of {', '.join(PRECISIONS)}; got {spec.precision!r}"
-        )
+    check_choice("transform", spec.transform, TRANSFORMS)
+    check_choice("precision", spec.precision, PRECISIONS)
     if spec.transform == "two_sided" and (spec.offset != 1.0 or spec.scaling != 1.0):
         raise ValueError(
             "two_sided has no offset and no scaling: both must be 1; "
@@ -231,7 +226,7 @@ def _refuse(name: str, tensor: object, device: torch.device | None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} must be one of {_names(FLOATS)}; got {tensor.dtype}")
+        raise TypeError(f"{name} must be one of {_FLOAT_NAMES}; got {tensor.dtype}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor; got {kind}")
@@ -290,7 +285,3 @@ def _check_shapes(
                 f"{name} must have shape ({out_features},), weight's out_features; "
                 f"got {tuple(vector.shape)}"
             )
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import definition
 from .autograd import FrozenProduct
-from .errors import HUTBackendError
+from .errors import HUTBackendError, check_choice
 from .functional import hut_linear, hut_weight
 
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
@@ -337,8 +337,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def check_form(transform: str, offset: float, alpha: float | None) -> None:
     """Refuse a transform, offset or alpha that do not go together (ValueError)."""
-    if transform not in definition.TRANSFORMS:
-        raise ValueError(f"transform must be one of {definition.TRANSFORMS}, got {transform!r}")
+    check_choice("transform", transform, definition.TRANSFORMS)
     if transform == "two_sided" and offset != 1:
         raise ValueError(f"offset has no part in two_sided and must be left at 1, got {offset}")
     if offset not in (0, 1):
@@ -365,8 +364,7 @@ def check_rank(r: int, transform: str, in_features: int, out_features: int) -> N
 
 def check_run_options(precision: str, dropout: float) -> None:
     """Refuse an unknown precision, or dropout outside [0, 1) (ValueError)."""
-    if precision not in definition.PRECISIONS:
-        raise ValueError(f"precision must be one of {definition.PRECISIONS}, got {precision!r}")
+    check_choice("precision", precision, definition.PRECISIONS)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
@@ -374,8 +372,8 @@ def check_run_options(precision: str, dropout: float) -> None:
 def _check_types(**dtypes: torch.dtype) -> None:
     for name, dtype in dtypes.items():
         if dtype not in definition.FLOATS:
-            names = ", ".join(str(d).removeprefix("torch.") for d in definition.FLOATS)
-            raise TypeError(f"{name} must be one of {names}, got {dtype}")
+            names = ", ".join(definition.FLOAT_NAMES)
+            raise TypeError(f"{name} must be one of {names}; got {dtype}")
 
 
 def check_linear(linear: nn.Module) -> None:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...definition import FLOATS, PRECISIONS
-from ...errors import HUTBackendError
+from ...errors import HUTBackendError, check_choice
 from ...functional import hut_linear
 from .base import bias, check_base, drops, is_watched, matrix
 
@@ -97,8 +97,7 @@ def accelerate_hira(model: nn.Module, *, precision: str = "merged") -> HiraRepor
     Raises:
         ValueError: the model has no HiRA layer, or an unknown `precision`.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    check_choice("precision", precision, PRECISIONS)
     fused, conditional, kept, rounded = [], {}, {}, []
     for name, layer in _hira_layers(model).items():
         reason = _unfusible(layer)
