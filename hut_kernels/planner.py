@@ -182,7 +182,7 @@ class Plan:
         """Bytes alive during each part beyond inputs and outputs."""
         p = self.problem
         staging = p.O * p.K * _BYTES[p.dtype]
-        partials = p.O * p.K * _BYTES[p.weight_dtype] // 4 if self.backend != "torch" else 0
+        partials = p.O * p.K * _BYTES[p.weight_dtype] if self.backend != "torch" else 0
         chunk = min(self.chunk, p.O) * p.K * 4 if self.grad_factors == CHUNKED else 0
         return {
             "forward": staging if self.forward == STAGED else 0,
@@ -295,8 +295,10 @@ def spans(
     """How many programs share O and K in a factor-gradient kernel.
 
     Each span of O costs a partial of d hut_A, each span of K one of d hut_B. The partials together
-    stay within a quarter of W0's bytes (one span each is no partial at all but the result), and no
-    more programs run than keep the device busy.
+    stay within W0's bytes, which is what a staged W takes (one span each is no partial at all but
+    the result), and no more programs run than keep the device busy. A closer bound would leave
+    most of the device idle: within a quarter of W0's bytes there are 16 programs for 1024 x 1024
+    and r 16, and 4 for r 64.
 
     Returns:
         `(spans_o, spans_k)`, none of them empty.
@@ -306,7 +308,7 @@ def spans(
     def partial_bytes() -> int:
         return 4 * r * ((spans_o - 1) * K + (spans_k - 1) * O)
 
-    while partial_bytes() > weight_bytes // 4 or spans_o * spans_k > 4 * sms:
+    while partial_bytes() > weight_bytes or spans_o * spans_k > 2 * sms:
         if spans_o == spans_k == 1:
             break
         if spans_k == 1 or (spans_o > 1 and spans_o * K >= spans_k * O):

@@ -368,10 +368,10 @@ def _possible(row: Any, change: dict[str, Any], tiles: tuple[str, ...], capacity
 
 def current_row(bench: Bench, layer: Layer, kernel: str, N: int) -> Any:
     """The table's row for a kernel of this layer on this device."""
-    from hut_kernels.triton import backend
+    from hut_kernels.triton import launch, tables
 
-    plan = planner.plan(_problem(layer, N), bench.limits, "triton")
-    return backend._row(kernel, plan, getattr(torch, layer.dtype))
+    kind = launch.kind(getattr(torch, layer.dtype))
+    return tables.row(kernel, bench.limits.arch, N, layer.r, kind)
 
 
 def tile_cases(bench: Bench, layer: Layer, tokens: dict[str, tuple[int, ...]]) -> list[Case]:

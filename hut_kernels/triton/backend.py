@@ -15,7 +15,7 @@ from . import grad_factors as fused_grad_factors
 from . import grad_input as fused_grad_input
 from . import grad_reduce as chunked_grad_factors
 from . import weight as weight_kernel
-from .launch import Row, cdiv, kind
+from .launch import Row, cdiv, is_heavy, kind
 from .tables import row
 
 # Stands for the device under the interpreter: small limits, so that small shapes meet them.
@@ -38,7 +38,7 @@ def forward(
     if plan.backend == "torch":
         return torch_backend.forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
     if plan.forward == FUSED:
-        tiles = _row("forward", plan, x.dtype)
+        tiles = _row("forward", plan, x.dtype, weight, spec)
         parts = planner.split(
             cdiv(len(x2d), tiles.BN) * cdiv(len(weight), tiles.BO),
             cdiv(x2d.shape[1], tiles.BK),
@@ -81,7 +81,7 @@ def grad_input(
     if plan.backend == "torch":
         return torch_backend.grad_input(grad, weight, hut_A, hut_B, gamma, spec)
     if plan.grad_input == FUSED:
-        tiles = _row("grad_input", plan, grad.dtype)
+        tiles = _row("grad_input", plan, grad.dtype, weight, spec)
         parts = planner.split(
             cdiv(len(grad2d), tiles.BN) * cdiv(weight.shape[1], tiles.BK),
             cdiv(len(weight), tiles.BO),
@@ -107,7 +107,7 @@ def weight(
     plan = _plan(weight[:1], weight[:1], weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.weight(weight, hut_A, hut_B, gamma, spec, dtype)
-    tiles = _row("weight", plan, torch.float32)
+    tiles = _row("weight", plan, torch.float32, weight, spec)
     return weight_kernel.weight(weight, hut_A, hut_B, gamma, spec, dtype, tiles, exact=True)
 
 
@@ -128,10 +128,10 @@ def grad_factors(
         return torch_backend.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
     arguments = grad2d, x2d, weight, hut_A, hut_B, gamma, spec, needs
     if plan.grad_factors == FUSED:
-        tiles = _row("grad_factors", plan, x.dtype)
+        tiles = _row("grad_factors", plan, x.dtype, weight, spec)
         spans = _spans(len(weight), tiles, plan, weight)
         return fused_grad_factors.grad_factors(*arguments, tiles, spans)
-    tiles = _row("grad_reduce", plan, x.dtype)
+    tiles = _row("grad_reduce", plan, x.dtype, weight, spec)
     chunk = min(plan.chunk, len(weight))
     spans = _spans(chunk, tiles, plan, weight)
     return chunked_grad_factors.grad_reduce(*arguments, tiles, chunk, spans)
@@ -152,12 +152,14 @@ def _stage(
     enqueued: every layer's W lands in the same memory, also inside a CUDA graph.
     """
     minus = 1.0 if spec.precision == "split" else 0.0
-    tiles = _row("weight", plan, dtype)
+    tiles = _row("weight", plan, dtype, weight, spec)
     return weight_kernel.weight(weight, hut_A, hut_B, gamma, spec, dtype, tiles, minus)
 
 
-def _row(kernel: str, plan: Plan, dtype: torch.dtype) -> Row:
-    return row(kernel, plan.device.arch, plan.problem.N, plan.problem.r, kind(dtype))
+def _row(kernel: str, plan: Plan, dtype: torch.dtype, weight: Tensor, spec: Spec) -> Row:
+    where = kernel, plan.device.arch, plan.problem.N, plan.problem.r, kind(dtype)
+    tiles = row(*where)
+    return row(*where, True) if is_heavy(weight, where[3], spec, dtype, tiles) else tiles
 
 
 def _spans(rows: int, tiles: Row, plan: Plan, weight: Tensor) -> tuple[int, int]:

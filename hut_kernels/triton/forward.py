@@ -45,6 +45,7 @@ def hut_forward_kernel(
     K,
     O,
     r,
+    splits,
     stride_xn,
     stride_xk,
     stride_wo,
@@ -68,16 +69,16 @@ def hut_forward_kernel(
     SETTLE: tl.constexpr,
     TMA: tl.constexpr,
     W_FIRST: tl.constexpr,
-    SPLIT: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of y; with SPLIT > 1 its sum over one of SPLIT parts of K, to p_y [SPLIT, N, O]."""
-    pid = tl.program_id(0) // SPLIT
-    split = tl.program_id(0) % SPLIT
+    """One tile of y; with IS_SPLIT its sum over a part of K, to p_y [splits, N, O]."""
+    pid = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     pid_n, pid_o = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(O, BO), GROUP)
     o_n = pid_n * BN + tl.arange(0, BN)
     o_o = pid_o * BO + tl.arange(0, BO)
@@ -89,7 +90,7 @@ def hut_forward_kernel(
         )  # [BO, BR]
 
     acc = tl.zeros((BO, BN) if W_FIRST else (BN, BO), tl.float32)
-    part = tl.cdiv(tl.cdiv(K, BK), SPLIT) * BK
+    part = tl.cdiv(tl.cdiv(K, BK), splits) * BK
     for k in range(split * part, min(K, (split + 1) * part), BK):
         b_w = load_tile(p_w, pid_o * BO, k, O, K, stride_wo, stride_wk, BO, BK, TMA)  # [BO, BK]
         b_x = load_tile(p_x, pid_n * BN, k, N, K, stride_xn, stride_xk, BN, BK, TMA)  # [BN, BK]
@@ -110,7 +111,7 @@ def hut_forward_kernel(
 
     if W_FIRST:
         acc = tl.trans(acc)
-    if SPLIT == 1:
+    if not IS_SPLIT:
         acc = scale_shift(acc, p_bias, p_gamma, p_beta, o_o, m_o, HAS_BIAS, HAS_GAMMA, HAS_BETA)
     o_y = (split.to(tl.int64) * N + o_n)[:, None] * O + o_o[None, :]
     tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=m_n[:, None] & m_o[None, :])
@@ -147,6 +148,7 @@ def forward(
             K,
             O,
             len(hut_A),
+            split,
             *x.stride(),
             *weight.stride(),
             *hut_A.stride(),
@@ -160,7 +162,7 @@ def forward(
             SETTLE=row.settle,
             TMA=tma,
             W_FIRST=row.W_FIRST,
-            SPLIT=split,
+            IS_SPLIT=split > 1,
             BN=row.BN,
             GROUP=row.GROUP,
             **multiplier_options(weight, hut_A, spec, x.dtype, row, residual=True),

@@ -52,6 +52,11 @@ TYPES = {
     "tf32": torch.float32,
     "fp32": torch.float32,
 }
+# What a launch may have beside the plain case: strides and pointers that are no multiples of 16
+# elements; groups of `two_sided` that fill whole tiles, and such as do not; bias, gamma, beta and
+# the sums for d gamma; a float32 W0 under 16 bits; a W0 stored transposed, as Conv1D's is.
+VARIANTS = ("plain", "unaligned", "two_sided", "ragged", "vectors", "wide", "transposed")
+HEAVY = ("ragged", "wide", "transposed")  # of which the launch takes its row lightened
 _TENSOR_CORES = {"sm_90": "HGMMA", "sm_100": "UTC*MMA"}  # HMMA elsewhere
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -67,8 +72,7 @@ class Config:
         r: The rank.
         N: Tokens, for the class of the row.
         row: The launch row.
-        transform: `"low_rank"` or `"two_sided"`.
-        aligned: Whether strides and pointers are multiples of 16 elements.
+        variant: One of `VARIANTS`.
     """
 
     arch: str
@@ -77,18 +81,14 @@ class Config:
     r: int
     N: int
     row: Row
-    transform: str = "low_rank"
-    aligned: bool = True
+    variant: str = "plain"
 
     @property
     def name(self) -> str:
         """As the dumped files are called."""
-        variant = "" if self.transform == "low_rank" else "-two_sided"
-        tail = "" if self.aligned else "-unaligned"
-        return (
-            f"{self.arch.replace('_', '')}-{self.kernel}-{self.dtype}-r{self.r}-n{self.N}"
-            f"{variant}{tail}"
-        )
+        tail = "" if self.variant == "plain" else f"-{self.variant}"
+        arch = self.arch.replace("_", "")
+        return f"{arch}-{self.kernel}-{self.dtype}-r{self.r}-n{self.N}{tail}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Report:
 def configurations(
     archs: Sequence[str] = ARCHITECTURES, kernels: Sequence[str] = tuple(KERNELS)
 ) -> list[Config]:
-    """Every row in use, by r, tokens and type; and the unaligned and two_sided variants."""
+    """Every row in use, by r, tokens and type, and its variants."""
     found: dict[Config, Config] = {}
     for arch in archs:
         for kernel in kernels:
@@ -123,12 +123,21 @@ def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
     for dtype in TYPES:
         for r in RANKS:
             for N in tokens:
-                tiles = row(kernel, arch, N, r, dtype)
-                yield Config(arch, kernel, dtype, r, N, tiles)
-                if N == tokens[-1] and dtype in ("bf16", "fp16"):
-                    yield Config(arch, kernel, dtype, r, N, tiles, aligned=False)
-                if N == tokens[-1] and dtype == "bf16":
-                    yield Config(arch, kernel, dtype, r, N, tiles, transform="two_sided")
+                for variant in VARIANTS:
+                    if _stands_for_others(variant, kernel, dtype, r, last=N == tokens[-1]):
+                        tiles = row(kernel, arch, N, r, dtype, variant in HEAVY)
+                        yield Config(arch, kernel, dtype, r, N, tiles, variant)
+
+
+def _stands_for_others(variant: str, kernel: str, dtype: str, r: int, last: bool) -> bool:
+    """Which variants are compiled: those of 16 bits, which are what the planner mostly runs."""
+    if variant == "plain":
+        return True
+    if dtype == "fp32" or (variant == "wide" and dtype == "tf32"):
+        return False
+    if variant in ("unaligned", "two_sided"):
+        return last and dtype != "tf32"
+    return r in (16, 128) and kernel in PRODUCTS
 
 
 def inspect(config: Config, dump: Path | None = None) -> Report:
@@ -185,24 +194,26 @@ def compile_config(config: Config) -> Any:
 def _launch(config: Config) -> None:
     """Calls the launcher with tensors of one real layer's size and strides."""
     dtype, N, r, tiles = TYPES[config.dtype], config.N, config.r, config.row
-    size = 4096 if config.aligned else 4099
-    weight_ = torch.empty(size, size, dtype=dtype)
+    size = {"unaligned": 4099, "ragged": 768}.get(config.variant, 4096)
+    weight_ = torch.empty(size, size, dtype=torch.float32 if config.variant == "wide" else dtype)
+    if config.variant == "transposed":
+        weight_ = weight_.t()
+    vector = torch.empty(size) if config.variant == "vectors" else None
     hut_A, hut_B = torch.empty(r, size), torch.empty(size, r)
     x, grad = torch.empty(N, size, dtype=dtype), torch.empty(N, size, dtype=dtype)
-    spec = Spec(config.transform)
-    needs = Needs(True, True, False)
+    spec = Spec("two_sided" if config.variant in ("two_sided", "ragged") else "low_rank")
+    needs = Needs(True, True, vector is not None)
+    layer = weight_, hut_A, hut_B
     if config.kernel == "forward":
-        forward.forward(x, weight_, hut_A, hut_B, None, None, None, spec, tiles)
+        forward.forward(x, *layer, vector, vector, vector, spec, tiles)
     elif config.kernel == "grad_input":
-        grad_input.grad_input(grad, weight_, hut_A, hut_B, None, spec, tiles)
+        grad_input.grad_input(grad, *layer, vector, spec, tiles)
     elif config.kernel == "grad_factors":
-        grad_factors.grad_factors(grad, x, weight_, hut_A, hut_B, None, spec, needs, tiles, (8, 8))
+        grad_factors.grad_factors(grad, x, *layer, vector, spec, needs, tiles, (8, 8))
     elif config.kernel == "grad_reduce":
-        grad_reduce.grad_reduce(
-            grad[:1], x[:1], weight_, hut_A, hut_B, None, spec, needs, tiles, size, (8, 8)
-        )
+        grad_reduce.grad_reduce(grad[:1], x[:1], *layer, vector, spec, needs, tiles, size, (8, 8))
     else:
-        weight.weight(weight_, hut_A, hut_B, None, spec, dtype, tiles)
+        weight.weight(*layer, vector, spec, dtype, tiles)
 
 
 class _StandIn:
@@ -317,6 +328,10 @@ def _run(tool: str, *arguments: str | Path) -> str:
 # The rules
 
 
+# Bytes of stack that a variant of a row may take: a few registers. The plain case has none.
+_SPARE = 16
+
+
 def _broken_rules(
     config: Config,
     stack: int,
@@ -331,10 +346,10 @@ def _broken_rules(
         broken.append(f"shared memory: {shared} bytes, the device has {limit}")
     if not _planned(config):
         return tuple(broken)  # slow would be no harm: the planner never chooses it
-    if spills or stack:
+    if stack > (_SPARE if config.variant in (*HEAVY, "vectors") else 0):
         broken.append(f"spills: {spills} local loads and stores, {stack} bytes of stack")
     broken += [f"serialised wgmma: ptxas {warning}" for warning in warnings]
-    strict = config.aligned and config.transform == "low_rank" and config.dtype != "fp32"
+    strict = config.variant == "plain" and config.dtype != "fp32"
     if strict and config.kernel in PRODUCTS:
         broken += _broken_loop_rules(config, loop)
     return tuple(broken)
@@ -364,7 +379,7 @@ def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:
 
 def _planned(config: Config) -> bool:
     """Whether the planner ever chooses this variant: unaligned products it leaves to the BLAS."""
-    if config.aligned or config.kernel not in PRODUCTS:
+    if config.variant != "unaligned" or config.kernel not in PRODUCTS:
         return True
     device = next(d for d in planner.DEVICES if d.arch == config.arch)
     dtype = str(TYPES[config.dtype]).removeprefix("torch.")

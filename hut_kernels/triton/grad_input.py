@@ -12,7 +12,6 @@ from .launch import (
     descriptors,
     multiplier_options,
     on_device,
-    optional,
     product_precision,
 )
 from .split import add_parts
@@ -25,12 +24,12 @@ def hut_grad_input_kernel(
     p_w,
     p_a,
     p_b,
-    p_gamma,
     p_dx,
     N,
     K,
     O,
     r,
+    splits,
     stride_gn,
     stride_go,
     stride_wo,
@@ -41,7 +40,6 @@ def hut_grad_input_kernel(
     stride_br,
     constant,
     scaling,
-    HAS_GAMMA: tl.constexpr,
     TWO_SIDED: tl.constexpr,
     UNIFORM_P: tl.constexpr,
     UNIFORM_Q: tl.constexpr,
@@ -51,16 +49,16 @@ def hut_grad_input_kernel(
     PRECISION: tl.constexpr,
     SETTLE: tl.constexpr,
     TMA: tl.constexpr,
-    SPLIT: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of dx; with SPLIT > 1 its sum over a part of O, to p_dx [SPLIT, N, K]."""
-    pid = tl.program_id(0) // SPLIT
-    split = tl.program_id(0) % SPLIT
+    """One tile of dx; with IS_SPLIT its sum over a part of O, to p_dx [splits, N, K]."""
+    pid = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     pid_n, pid_k = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(K, BK), GROUP)
     o_n = pid_n * BN + tl.arange(0, BN)
     o_k = pid_k * BK + tl.arange(0, BK)
@@ -70,7 +68,7 @@ def hut_grad_input_kernel(
         )  # [BR, BK]
 
     acc = tl.zeros((BN, BK), tl.float32)
-    part = tl.cdiv(tl.cdiv(O, BO), SPLIT) * BO
+    part = tl.cdiv(tl.cdiv(O, BO), splits) * BO
     for o in range(split * part, min(O, (split + 1) * part), BO):
         o_o = o + tl.arange(0, BO)
         b_g = load_tile(p_g, pid_n * BN, o, N, O, stride_gn, stride_go, BN, BO, TMA)  # [BN, BO]
@@ -83,13 +81,7 @@ def hut_grad_input_kernel(
         else:
             b_b = factor_tile(p_b, o, 0, O, r, stride_bo, stride_br, 1.0, BO, BR, FACTOR)
             b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
-        if HAS_GAMMA:
-            # gamma joins the multiplier in float32, so that W is still rounded once.
-            gamma = tl.load(p_gamma + o_o, mask=o_o < O, other=0.0).to(tl.float32)
-            b_t = (constant + b_t) * gamma[:, None]
-            b_W = modulate(b_w, b_t, 0.0, False, b_g.dtype)
-        else:
-            b_W = modulate(b_w, b_t, constant, RESIDUAL, b_g.dtype)
+        b_W = modulate(b_w, b_t, constant, RESIDUAL, b_g.dtype)
         acc = tl.dot(b_g, b_W, acc, input_precision=PRECISION)
         acc = settle(acc, SETTLE)
 
@@ -108,8 +100,14 @@ def grad_input(
     row: Row,
     split: int = 1,
 ) -> Tensor:
-    """`[N, K]` from grad `[N, O]`, any strides, with `split` programs over O for each tile."""
+    """`[N, K]` from grad `[N, O]`, any strides, with `split` programs over O for each tile.
+
+    gamma joins grad before, in one pass over few tokens: a load of it in the main loop would keep
+    the tensor cores of sm_90 waiting (ptxas C7519).
+    """
     (N, O), K = grad.shape, weight.shape[1]
+    if gamma is not None:
+        grad = torch.mul(grad, gamma, out=torch.empty_like(grad))  # multiplied in float32
     dx = torch.empty((N, K), dtype=grad.dtype, device=grad.device)
     out = dx if split == 1 else torch.empty((split, N, K), dtype=torch.float32, device=dx.device)
     tma, (p_g, p_w) = descriptors(row, (grad, [row.BN, row.BO]), (weight, [row.BO, row.BK]))
@@ -120,26 +118,25 @@ def grad_input(
             p_w,
             hut_A,
             hut_B,
-            optional(gamma, grad),
             out,
             N,
             K,
             O,
             len(hut_A),
+            split,
             *grad.stride(),
             *weight.stride(),
             *hut_A.stride(),
             *hut_B.stride(),
             spec.constant,
             spec.scaling,
-            HAS_GAMMA=gamma is not None,
             PRECISION=product_precision(grad.dtype),
             SETTLE=row.settle,
             TMA=tma,
-            SPLIT=split,
+            IS_SPLIT=split > 1,
             BN=row.BN,
             GROUP=row.GROUP,
-            **multiplier_options(weight, hut_A, spec, grad.dtype, row, residual=gamma is None),
+            **multiplier_options(weight, hut_A, spec, grad.dtype, row, residual=True),
             **row.meta(),
         )
         if split > 1:

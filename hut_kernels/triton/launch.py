@@ -106,6 +106,18 @@ def _uniform(size: int, r: int, block: int) -> bool:
     return r == 1 or size % (r * block) == 0
 
 
+def is_heavy(weight: Tensor, r: int, spec: Spec, dtype: torch.dtype, row: Row) -> bool:
+    """Whether a call's tiles need more memory than a plain one's, for which the tables were made.
+
+    So it is with a weight wider than the compute type or stored transposed, and with `two_sided`
+    where a tile holds pieces of several groups: its factors are gathered, `[BO, BK]` each.
+    """
+    O, K = weight.shape
+    ragged = not (_uniform(O, r, row.BO) and _uniform(K, r, row.BK))
+    wide = weight.dtype.itemsize > dtype.itemsize
+    return wide or weight.stride(1) != 1 or (spec.transform == "two_sided" and ragged)
+
+
 def kind(dtype: torch.dtype) -> str:
     """The tables' name of a compute type: `"bf16"`, `"fp16"`, `"tf32"` or `"fp32"`."""
     if dtype == torch.float32:

@@ -15,11 +15,14 @@ core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What sur
 - fp32 (ieee) products run on the CUDA cores, where a large tile only spills.
 - fp16 decides many cells of its line: its factors stay float32, twice the memory of bf16's.
 - Past r = 64 the tiles shrink because A's, `[r, BK]` in float32, takes most of the shared memory.
+- A float32 or transposed W0, and the ragged groups of `two_sided`, whose factors are gathered for
+  each weight, need more than the plain case: such a call takes its row lightened.
 - The gradients' reduction takes r in pieces (`launch.REDUCTION_RANK`): its tiles do not shrink.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from .launch import Row
@@ -58,7 +61,7 @@ grad_input    more  16-bit  128x32x128/8/3   128x32x128/8/3   128x32x128/8/2   6
 grad_input    16    tf32    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3     16x32x64/4/3
 grad_input    64    tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
 grad_input    more  tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
-grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
+grad_factors  any   16-bit  32x128x64/8/4    32x128x64/8/4    32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
@@ -92,8 +95,8 @@ grad_input    more  16-bit  128x64x128/8/3   128x64x128/8/3   128x64x128/8/3   1
 grad_input    16    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/8/2
 grad_input    64    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/8/2
 grad_input    more  tf32    128x64x128/8/2   128x64x128/8/2   128x32x128/8/3   128x32x128/8/2
-grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
-grad_factors  any   tf32    32x128x128/8/2   32x128x128/8/2   32x128x128/8/2   32x128x128/8/2
+grad_factors  any   16-bit  64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
+grad_factors  any   tf32    32x128x64/8/2    32x128x64/8/2    32x128x64/8/2    32x128x64/8/2
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 all
@@ -112,7 +115,7 @@ weight        any   fp32    16x32x32/8/1     16x32x32/8/1     16x32x32/8/1     1
 """
 
 
-def row(kernel: str, arch: str, N: int, r: int, dtype: str) -> Row:
+def row(kernel: str, arch: str, N: int, r: int, dtype: str, light: bool = False) -> Row:
     """The launch row of a call; there is one for every architecture.
 
     Args:
@@ -121,11 +124,24 @@ def row(kernel: str, arch: str, N: int, r: int, dtype: str) -> Row:
         N: Tokens.
         r: The rank, 1 to 128.
         dtype: `"bf16"`, `"fp16"`, `"tf32"` or `"fp32"`.
+        light: For a call whose tiles need more than those that the table was made for
+            (`launch.is_heavy`).
     """
     tokens = "16" if N <= 16 else "64" if N <= 64 else "more"
     kind = "16-bit" if dtype in ("bf16", "fp16") else dtype
     column = next(i for i, most in enumerate(RANKS) if r <= most)
-    return _rows()[family(arch), kernel, tokens, kind][column]
+    tiles = _rows()[family(arch), kernel, tokens, kind][column]
+    return _lightened(kernel, tiles) if light else tiles
+
+
+def _lightened(kernel: str, tiles: Row) -> Row:
+    """A row that leaves room in shared memory and registers."""
+    if kernel == "grad_factors":
+        return dataclasses.replace(tiles, BK=min(tiles.BK, 64))
+    if kernel in ("forward", "grad_input"):
+        columns, stages = max(32, tiles.BK // 2), min(2, tiles.stages)
+        return dataclasses.replace(tiles, BK=columns, warps=8, stages=stages)
+    return tiles  # no loop that keeps tiles for its next steps
 
 
 def family(arch: str) -> str:

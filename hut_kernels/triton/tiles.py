@@ -170,7 +170,7 @@ def reduce_tile(
     if TWO_SIDED and NEED_P:
         b_left = b_h * left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P)
     if HAS_GAMMA and NEED_Q:
-        b_right *= tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)[:, None]
+        b_gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)  # [BO]
     if TWO_SIDED and NEED_Q:
         b_right *= right_tile(p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q)
 
@@ -192,12 +192,15 @@ def reduce_tile(
         if NEED_Q:
             if UNIFORM_P:
                 here = (o_r == group_of(tl.min(o_o, 0), r, O)).to(tl.float32)
-                b_Q = here[:, None] * tl.sum(b_right, 0)[None, :]  # [BR, BK]
+                b_one = b_right * b_gamma[:, None] if HAS_GAMMA else b_right
+                b_Q = here[:, None] * tl.sum(b_one, 0)[None, :]  # [BR, BK]
             else:
                 if TWO_SIDED:
                     b_p = (group_of(o_o, r, O)[None, :] == o_r[:, None]).to(tl.float32)  # [BR, BO]
                 else:
                     b_p = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o).to(tl.float32)
+                if HAS_GAMMA:
+                    b_p *= b_gamma[None, :]  # here rather than on [BO, BK]
                 b_Q = tl.dot(b_p, b_right, input_precision=THIN)
             o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
             accumulate(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, first_o)

@@ -239,6 +239,38 @@ def test_many_tokens_are_staged():
     assert launched == ["weight", "weight", "grad_reduce"]
 
 
+@pytest.mark.parametrize(
+    ("heavy", "changes"),
+    [
+        (False, {}),
+        (True, {"weight": lambda w: w.float()}),
+        (True, {"weight": lambda w: w.t().contiguous().t()}),
+        (False, {"transform": "two_sided", "size": 512, "r": 1}),
+        (False, {"transform": "two_sided", "size": 512, "r": 2}),
+        (True, {"transform": "two_sided", "size": 768, "r": 16}),
+    ],
+    ids=["plain", "wide", "transposed", "one group", "whole tiles", "ragged"],
+)
+def test_what_needs_more_memory_takes_lighter_rows(heavy, changes, monkeypatch):
+    """Rows of the tables are as large as a plain call can hold: others would not be launched."""
+    size, r = changes.get("size", 256), changes.get("r", 4)
+    case = make_normal(16, size, size, r, dtype=torch.float16)
+    weight = changes.get("weight", lambda w: w)(case.weight)
+    looked_up, original = {}, backend.row
+
+    def noted(kernel, arch, N, r, dtype, light=False):
+        looked_up[kernel] = light
+        return original(kernel, arch, N, r, dtype, light)
+
+    monkeypatch.setattr(backend, "row", noted)
+    with launches() as launched:
+        run(case.replace(weight=weight), backend="triton", **{
+            key: value for key, value in changes.items() if key == "transform"
+        })  # fmt: skip
+    assert launched == ["forward", "grad_input", "grad_factors"]
+    assert looked_up == dict.fromkeys(launched, heavy)
+
+
 # Errors and the interpreter
 
 

@@ -41,6 +41,21 @@ def test_few_tokens_have_tiles_of_their_own():
         assert tiles[4] >= 64
 
 
+def test_a_lightened_row_takes_no_more_memory():
+    for arch in ARCHITECTURES:
+        for kernel in KERNELS:
+            for N in (16, 64, 4096):
+                for r in (16, 128):
+                    tiles = row(kernel, arch, N, r, "bf16")
+                    light = row(kernel, arch, N, r, "bf16", light=True)
+                    assert light.BK <= tiles.BK
+                    assert light.stages <= max(2, tiles.stages)
+                    assert light.BN * light.BO == tiles.BN * tiles.BO
+                    if kernel in ("forward", "grad_input"):
+                        assert (light.BK, light.stages) < (tiles.BK, tiles.stages)
+                        assert light.stages <= 2
+
+
 @pytest.mark.parametrize(
     ("arch", "family"),
     [("sm_87", "sm_89"), ("sm_86", "sm_89"), ("sm_103", "sm_100"), ("sm_121", "sm_89")],
