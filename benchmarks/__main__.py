@@ -1,14 +1,16 @@
 """What HUT costs beside LoRA, HiRA and plain PyTorch, on this machine.
 
-`python -m benchmarks SUITE`, or `hut-bench SUITE` where the package is installed. Suites: `layer`,
-`memory`, `overhead`, `model`, and `cost`, which counts and measures nothing. On their records:
-`compare`, `plot`, `check`, and `tables`, which writes the tables of README.md and docs/ anew.
+Suites: `layer`, `memory`, `overhead`, `model`, and `cost`, which counts and measures nothing. On
+their records: `compare`, `plot`, `check`, `targets`, and in a checkout `tables`, which writes the
+tables and pictures of README.md and docs/ anew.
 """
 
 import argparse
 import csv
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +19,22 @@ from typing import Any
 
 import torch
 
-from . import compare, cost, documents, layer, memory, model, overhead, records, report, tables
+from . import (
+    compare,
+    cost,
+    documents,
+    layer,
+    memory,
+    model,
+    overhead,
+    records,
+    report,
+    tables,
+    targets,
+)
 from .measure import OtherPrograms, memory_method, settle_threads
 from .progress import Progress
-from .providers import COMPILED, PROVIDERS, Admission, admit, named
+from .providers import COMPILED, GRAPH, PROVIDERS, Admission, admit, named
 from .shapes import MODELS, Shape, parsed
 
 Row = dict[str, Any]
@@ -40,8 +54,11 @@ EVERYWHERE = (
     "hut_low_rank_eager_graph",
     "hut_paper",
 )
-BASELINES = ("peft_lora", "lora")
+# The first three have columns in tables.
+BASELINES = ("peft_lora", "lora", "hut_low_rank", "peft_hira", "hut_low_rank_eager")
 SLOW_TO_COMPILE = "compiling takes long on a CPU; name it with --provider"
+COMPILED_TOKENS = 512
+COMPILED_ONCE = f"compiled at {COMPILED_TOKENS} tokens alone; name it with --provider"
 BUSY = 0.05  # of the CPUs, taken by other programs
 SEQUENCE = 128  # tokens of a text in the model suite; half of it on a CPU
 
@@ -64,7 +81,7 @@ SIZES = {
     "layer": (
         Size(("1024x1024", "1024x4096"), (16, 128, 512), 5),
         Size(("1024x1024",), (16, 256), 1.5),
-        Size(("4096x4096", "1024x1024"), (16, 512, 4096, 16384), 2),
+        Size(("4096x4096", "1024x1024"), (16, 512, 2048, 4096, 16384), 2),
         Size(("4096x4096",), (16, 4096), 1),
     ),
     "memory": (
@@ -86,9 +103,14 @@ SIZES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; 1 where a provider did not compute its formula, or a file is not valid."""
+    # What was measured is written then too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured until then is written", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
@@ -101,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hut-bench" if Path(sys.argv[0]).stem == "hut-bench" else "python -m benchmarks",
+        prog="hut-bench" if Path(sys.argv[0]).stem == "hut-bench" else f"python -m {__package__}",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -119,8 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("check", help="whether records are valid")
     one.add_argument("files", nargs="+", type=Path, metavar="FILE")
     one.set_defaults(command=_check)
-    one = commands.add_parser("tables", help="write the tables of README.md and docs/ anew")
-    one.set_defaults(command=_tables)
+    one = commands.add_parser("targets", help="what records say of the targets on a GPU")
+    one.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    one.set_defaults(command=_targets)
+    if (records.ROOT / "README.md").exists():  # not where the package is installed
+        one = commands.add_parser("tables", help="write the tables and pictures of docs/ anew")
+        one.set_defaults(command=_tables)
     return parser
 
 
@@ -137,7 +163,9 @@ def _add_suite(commands: Any, suite: str) -> None:
     add("--quick", action="store_true", help="less of everything")
     add("--json", type=Path, metavar="FILE", help="write the rows as lines of JSON")
     add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
-    add("--rank", type=_positive, nargs="+", default=[16], help="ranks of the factors (16)")
+    ranks = list(cost.RANKS) if suite == "cost" else [16]
+    shown = " ".join(map(str, ranks))
+    add("--rank", type=_positive, nargs="+", default=ranks, help=f"ranks of the factors ({shown})")
     if suite in ("layer", "memory", "cost"):
         add("--shapes", nargs="+", help=f"INxOUT, TOKENSxINxOUT, or of {', '.join(MODELS)}")
     if suite == "model":
@@ -149,19 +177,39 @@ def _add_suite(commands: Any, suite: str) -> None:
         add("--depths", type=_positive, nargs="+", help="layers of the stacks")
     if suite != "cost":
         add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
-        add("--device", type=torch.device, help="cpu, cuda … (a GPU where there is one)")
+        add("--device", type=_torch_device, help="cpu, cuda, cuda:1 … (a GPU where there is one)")
         add("--provider", nargs="+", help="names or shell patterns of what to run")
-        add("--baseline", nargs="+", help=f"what to compare with ({' '.join(BASELINES)})")
+        add(
+            "--baseline",
+            nargs="+",
+            help=f"what to compare with ({' '.join(BASELINES)}); tables show the first three",
+        )
     if suite in ("layer", "overhead", "model"):
-        add("--seconds", type=float, help="time for each group of rows")
+        add("--seconds", type=_seconds, help="time for each group of rows")
     one.set_defaults(command=_run, suite=suite)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from 0 up, not {text!r}")
     return value
+
+
+def _torch_device(text: str) -> torch.device:
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in text and not index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text!r}")
+    return torch.device(text)
 
 
 # Suites
@@ -169,10 +217,14 @@ def _positive(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Runs one suite: proofs, rows, tables, files."""
+    begin, device = time.perf_counter(), _device(options)
+    _check_before(options)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton and events go by the current one
     rows: list[Row] = []
     wrong: list[str] = []
     threads = settle_threads() if options.suite != "cost" else (1, 1)
-    environment, others = records.environment(_device(options)), OtherPrograms()
+    environment, others = records.environment(device), OtherPrograms()
     try:
         for found in _groups(options, wrong):
             rows += found
@@ -187,9 +239,31 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     print("", *tables.left_out(rows), sep="\n")
     _say_how(environment, threads, options)
+    if device.type == "cuda" and options.suite != "overhead":
+        with_origin = [{**row, "environment": environment} for row in rows]
+        print(f"\n{targets.table(with_origin, [options.suite]).text()}")
+    print(f"It took {time.perf_counter() - begin:.0f} seconds.")
     for name in wrong:
         print(f"{name} does NOT compute its formula: it was not timed.")
     return 1 if wrong else 0
+
+
+def _check_before(options: argparse.Namespace) -> None:
+    """Refuses what would be refused after measuring.
+
+    Raises:
+        ValueError: A stack of layers that are not square.
+        OSError: A file that cannot be written.
+    """
+    for file in filter(None, (options.json, options.csv)):
+        there = file.exists()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+        if not there:
+            file.unlink()
+    if options.suite == "memory" and options.shapes:
+        for shape in parsed(options.shapes, options.tokens or [1]):
+            memory.check(shape)
 
 
 def _write(rows: list[Row], environment: Row, options: argparse.Namespace) -> None:
@@ -221,10 +295,15 @@ def _device(options: argparse.Namespace) -> torch.device:
         ValueError: A CUDA device that is not there.
     """
     asked: torch.device | None = getattr(options, "device", None)
-    on_cuda = torch.cuda.is_available()
-    if asked is not None and asked.type == "cuda" and not on_cuda:
-        raise ValueError(f"--device {asked}: this PyTorch sees no CUDA device")
-    return asked or torch.device("cuda" if on_cuda and options.suite != "cost" else "cpu")
+    count = torch.cuda.device_count()
+    kind = asked.type if asked else "cuda" if count and options.suite != "cost" else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    index = asked.index or 0 if asked else 0
+    if index >= count:
+        seen = f"{count} CUDA devices" if count else "no CUDA device"
+        raise ValueError(f"--device {asked}: this PyTorch sees {seen}")
+    return torch.device("cuda", index)
 
 
 def _groups(options: argparse.Namespace, wrong: list[str]) -> Iterator[list[Row]]:
@@ -249,17 +328,24 @@ def _groups(options: argparse.Namespace, wrong: list[str]) -> Iterator[list[Row]
         for rows in suites[options.suite](options, size, dtype, ready, baselines):
             for row in rows:
                 row["proof"] = admitted.errors[row["provider"]]
+            wrong += [row["provider"] for row in rows if row.get("wrong")]
             yield [*rows, *_not_admitted(admitted, rows, dtype)]
 
 
 def _names(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The providers to run, baselines among them, and the baselines."""
+    """The providers to run, baselines among them, and the baselines, in the order given.
+
+    Where graphs run, the baselines' own graphs are baselines too.
+    """
     asked = named(options.provider or EVERYWHERE)
     if options.suite in ("memory", "model"):
         asked = [name for name in asked if PROVIDERS[name].for_models]
     if options.suite == "model":
         asked = [name for name in asked if name != "frozen"]  # nothing to train
-    baselines = named(options.baseline or BASELINES)
+    baselines = [name for one in options.baseline or BASELINES for name in named([one])]
+    if any(PROVIDERS[name].run == GRAPH for name in asked):
+        baselines += [f"{name}_graph" for name in baselines if f"{name}_graph" in PROVIDERS]
+    baselines = list(dict.fromkeys(baselines))
     return [name for name in PROVIDERS if name in {*asked, *baselines}], baselines
 
 
@@ -304,8 +390,20 @@ def _layer_groups(
     device, seconds = _device(options), options.seconds or size.seconds
     for r in options.rank:
         for shape in _shapes(options, size):
+            # Of the defaults, on a GPU: each shape would be compiled anew.
+            waits = not options.provider and shape.tokens != COMPILED_TOKENS
+            late = [name for name in names if waits and PROVIDERS[name].run == COMPILED]
+            now = [name for name in names if name not in late]
+            case = {**shape._asdict(), "r": r}
             with Progress(f"layer {shape}, r {r}", 1) as progress:
-                yield layer.measure(shape, r, dtype, device, seconds, names, baselines, progress.to)
+                rows = layer.measure(shape, r, dtype, device, seconds, now, baselines, progress.to)
+            yield [
+                *rows,
+                *(
+                    {**layer.described(name, case, dtype), "left_out": COMPILED_ONCE}
+                    for name in late
+                ),
+            ]
 
 
 def _overhead_groups(
@@ -357,19 +455,19 @@ def _settings(options: argparse.Namespace, size: Size) -> Iterator[model.Setting
         blocks = options.blocks or size.blocks or MODELS[name].blocks
         for tokens in options.tokens or size.tokens:
             sequence = min(tokens, longest)
-            for targets in cost.FEW_AND_ALL:
+            for adapted in cost.FEW_AND_ALL:
                 for checkpointing in size.checkpointing:
                     for r in options.rank:
                         yield model.Setting(
-                            name, targets, checkpointing, blocks, tokens // sequence, sequence, r
+                            name, adapted, checkpointing, blocks, tokens // sequence, sequence, r
                         )
 
 
 def _cost_rows(options: argparse.Namespace, size: Size) -> list[Row]:
-    ranks = options.rank if options.rank != [16] else cost.RANKS
-    tokens = options.tokens or list(size.tokens)
-    shapes = parsed(options.shapes or size.shapes, tokens)
-    return [*cost.layer_rows(shapes, ranks), *cost.model_rows(list(MODELS), tokens[0], ranks[0])]
+    """Layers at every rank; whole models at the first, at every number of tokens."""
+    tokens = options.tokens or size.tokens
+    models = [row for n in tokens for row in cost.model_rows(list(MODELS), n, options.rank[0])]
+    return [*cost.layer_rows(_shapes(options, size), options.rank), *models]
 
 
 def _shapes(options: argparse.Namespace, size: Size) -> list[Shape]:
@@ -411,12 +509,21 @@ def _compare(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from . import plots
 
-    rows = [row for file in options.files for row in records.read_lines(file)]
-    for line in tables.mixed_machines(rows):
-        print(line)
-    for file in plots.draw(rows, options.out):
+    for file in plots.draw(_joined(options.files), options.out):
         print(file)
     return 0
+
+
+def _targets(options: argparse.Namespace) -> int:
+    rows = _joined(options.files)
+    print(targets.table(rows).text())
+    for line in dict.fromkeys(tables.provenance([row]) for row in rows):
+        print(line)
+    return 0
+
+
+def _joined(files: Sequence[Path]) -> list[Row]:
+    return [row for file in files for row in records.read_lines(file)]
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -432,6 +539,9 @@ def _tables(options: argparse.Namespace) -> int:
         if new != text:
             file.write_text(new)
             print(f"{file.name}: written anew")
+    for picture in documents.stale_pictures():
+        documents.draw(picture)
+        print(f"{picture.name}: drawn anew")
     return 0
 
 

@@ -1,18 +1,20 @@
 """Two records compared: row by row a verdict that respects the spread, machines told apart.
 
-On one machine times are compared. Between machines a time says how fast the machine is, so what is
-compared there is each row's ratio to a baseline that both records have.
+Each row's ratio to a baseline is compared, and on one machine its times too: where these differ and
+the ratio does not, the machine has drifted. Between machines a time says how fast the machine is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .measure import FEWEST
 from .records import differences, machine
 from .tables import NONE, Table, at, measured, where_of
 
 Row = dict[str, Any]
 FASTER, SLOWER, LEVEL = "faster", "slower", "no difference beyond the spread"
+FEW = f"fewer than {FEWEST} samples"
 LESS, MORE, SAME = "less memory", "more memory", "same memory"
 TOLERANCE = 0.01  # of a byte count: allocators round
 
@@ -36,20 +38,45 @@ class Finding:
 
 
 def findings(first: Sequence[Row], second: Sequence[Row]) -> Iterator[Finding]:
-    """A verdict for each figure that both records have."""
-    same = same_machine(first, second)
-    others = {_identity(row): row for row in measured(second)}
-    for row in measured(first):
-        other = others.get(_identity(row))
-        if other is None:
-            continue
-        yield from _times(row, other) if same else _ratios(row, other)
+    """A verdict for each figure that both records have.
+
+    Raises:
+        ValueError: A record that has a row twice.
+    """
+    for row, other in pairs(first, second):
+        if same_machine(row, other):
+            yield from _times(row, other)
+        yield from _ratios(row, other)
         if other["environment"]["device"] == row["environment"]["device"]:
             yield from _bytes(row, other)
 
 
-def same_machine(first: Sequence[Row], second: Sequence[Row]) -> bool:
-    return machine(first[0]["environment"]) == machine(second[0]["environment"])
+def pairs(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The rows of both records that are of the same thing.
+
+    Raises:
+        ValueError: A record that has a row twice.
+    """
+    ours, theirs = by_identity(first), by_identity(second)
+    return [(row, theirs[key]) for key, row in ours.items() if key in theirs]
+
+
+def by_identity(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
+    """The rows with figures by what they are of: suite, provider, case, types.
+
+    Raises:
+        ValueError: Two rows of the same thing: which one counts?
+    """
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in measured(rows):
+        if _identity(row) in found:
+            raise ValueError(f"two rows of {_words(row)}: which of them counts?")
+        found[_identity(row)] = row
+    return found
+
+
+def same_machine(row: Row, other: Row) -> bool:
+    return machine(row["environment"]) == machine(other["environment"])
 
 
 def report(first: Sequence[Row], second: Sequence[Row], names: tuple[str, str]) -> Table:
@@ -61,18 +88,23 @@ def report(first: Sequence[Row], second: Sequence[Row], names: tuple[str, str]) 
     found = list(findings(first, second))
     if not found:
         raise ValueError(f"{names[0]} and {names[1]} have no figure in common")
-    kind = "times" if same_machine(first, second) else "ratios to the baseline"
     return Table(
-        f"{names[1]} against {names[0]}: {kind}, medians",
+        f"{names[1]} against {names[0]}: medians",
         ["", names[0], names[1], "second / first", "verdict"],
         [[one.what, one.first, one.second, f"{one.ratio:.2f}", one.verdict] for one in found],
-        ["", *notes(first, second), *_only_in(first, second, names)],
+        ["", *notes(pairs(first, second)), *_only_in(first, second, names)],
     )
 
 
-def notes(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
-    """Whether one machine measured both, and in which versions they differ."""
-    one, other = first[0]["environment"], second[0]["environment"]
+def notes(both: Sequence[tuple[Row, Row]]) -> list[str]:
+    """Whether one machine measured both, how idle it was, and in which versions they differ."""
+    lines = (
+        line for row, other in both for line in _notes(row["environment"], other["environment"])
+    )
+    return list(dict.fromkeys(lines))
+
+
+def _notes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     unlike = differences(machine(one), machine(other))
     lines = ["Both were measured on the same machine."]
     if unlike:
@@ -80,6 +112,9 @@ def notes(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
             f"Measured on DIFFERENT machines ({'; '.join(unlike)}): times are not comparable, so "
             "ratios to a common baseline are compared."
         ]
+    busy = [e["other_programs_share"] for e in (one, other)]
+    told = ("unknown" if share is None else f"{100 * share:.0f} %" for share in busy)
+    lines.append(f"Other programs took, of the CPUs: {', '.join(told)}.")
     versions = differences(one["versions"], other["versions"])
     if versions:
         lines.append(f"Versions differ: {'; '.join(versions)}.")
@@ -93,6 +128,8 @@ def notes(first: Sequence[Row], second: Sequence[Row]) -> list[str]:
 
 def verdict(first: Mapping[str, float], second: Mapping[str, float]) -> str:
     """Whether the middles of two samples, p20 to p80, lie apart."""
+    if min(first["samples"], second["samples"]) < FEWEST:
+        return FEW
     if first["p80"] < second["p20"]:
         return SLOWER
     if second["p80"] < first["p20"]:
@@ -108,10 +145,16 @@ def _times(row: Row, other: Row) -> Iterator[Finding]:
 
 
 def _ratios(row: Row, other: Row) -> Iterator[Finding]:
-    for baseline, passes in row.get("versus", {}).items():
-        for one, q in passes.items():
+    """Those to the first baseline that both rows have, other than itself."""
+    common = [
+        name
+        for name in row.get("versus", {})
+        if name in other.get("versus", {}) and name != row["provider"]
+    ]
+    for baseline in common[:1]:
+        for one, q in row["versus"][baseline].items():
             p = at(other, f"versus.{baseline}.{one}")
-            if p is not None and baseline != row["provider"]:
+            if p is not None:
                 yield _finding(f"{_words(row)}: {one} / {baseline}", q, p, "{:.2f}x", 1)
 
 

@@ -1,8 +1,9 @@
-"""What each method costs by count: operations, bytes moved, bytes kept, trainable numbers.
+"""What each method costs by count: of a layer operations, bytes and trainable numbers.
 
-Nothing is measured here, so a table of this suite is the same on every machine. A full product is
-`2 N O K` operations. Of a model, the linear layers of its blocks are counted: what else it does is
-the same for every method.
+Of a model, operations of the linear layers of its blocks: what else it does is the same for every
+method. Bytes are the fewest that the formula allows: of HUT, those of fused kernels, which store
+neither W nor G. What a plan really moves is the planner's to say (`explain`). Nothing is measured
+here, so a table of this suite is the same on every machine. A full product is `2 N O K` operations.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -48,7 +48,7 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures everything, prints the table; 0 where every limit holds."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu_ratios", description=__doc__.split("\n\n")[0]
+        prog=f"python -m {__package__}.cpu_ratios", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument(
@@ -229,6 +229,16 @@ def show(rows: Sequence[Row], load: float | None) -> None:
     print(f"\nLoad average at the start: {told}. The figures count only on an idle machine.")
     if load is not None and load > IDLE:
         print("This machine was NOT idle: a missed limit may be another program's doing.")
+
+
+def sentences(rows: Sequence[Row]) -> str:
+    """What a record's ratios say: each median where it was measured."""
+    medians: dict[str, list[str]] = {}
+    for row in rows:
+        if "ratio" in row:
+            where, what = row["what"].split(": ")
+            medians.setdefault(what, []).append(f"{row['ratio']['median']:.2f} ({where})")
+    return " ".join(f"{what}: {', '.join(found)}." for what, found in medians.items())
 
 
 def _figure(row: Row) -> str:

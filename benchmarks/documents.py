@@ -1,24 +1,32 @@
-"""The tables of README.md and docs/, generated from records between two marks.
+"""The tables, sentences and pictures of README.md and docs/, generated from records.
 
-    <!-- benchmark: KIND FILE -->
+    <!-- benchmark: KIND FILE ... -->
     ...
     <!-- end of benchmark -->
 
-KIND is a suite, whose tables in full are wanted; `summary`, for a layer record in brief; or `cost`,
-which needs no FILE. FILE lies in benchmarks/results/.
+KIND is a suite, whose tables in full are wanted; `brief`, for a layer record and a memory record in
+one small table; `ratios`, for a record of `make bench-cpu` in sentences; or `cost`, which needs no
+FILE. Files lie in benchmarks/results/. A picture is an SVG that holds its record's checksum.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cost, records, tables
+from . import cost, cpu_ratios, records, tables
 from .shapes import MODELS, parsed
 
 RESULTS = records.ROOT / "benchmarks" / "results"
+FOLDER = records.ROOT / "docs" / "pictures"
+PICTURES = {  # by what `plots` calls them
+    "layer-time": "layer-cpu-amd-epyc.jsonl",
+    "memory": "memory-cpu-amd-epyc.jsonl",
+}
 MARKED = re.compile(
-    r"(<!-- benchmark: (?P<kind>\w+)(?: (?P<file>\S+))? -->\n).*?(<!-- end of benchmark -->)", re.S
+    r"(<!-- benchmark: (?P<kind>\w+)(?P<files>(?: [^\s>]+)*) -->\n).*?(<!-- end of benchmark -->)",
+    re.S,
 )
 Row = dict[str, Any]
 
@@ -40,30 +48,28 @@ def renewed(text: str) -> str:
 
 
 def _generated(found: re.Match[str]) -> str:
-    if found["kind"] == "cost":
+    kind, names = found["kind"], found["files"].split()
+    if kind == "cost":
         return "\n\n".join(table.markdown() for table in tables.of(_counted()))
-    rows = records.read_lines(RESULTS / found["file"])
-    if found["kind"] == "summary":
-        return _summary(rows)
-    own = [row for row in rows if row["suite"] == found["kind"]]
+    if kind == "ratios":
+        record = json.loads((RESULTS / names[0]).read_text())
+        return f"{cpu_ratios.sentences(record['rows'])} {tables.provenance([record])}"
+    some = [records.read_lines(RESULTS / name) for name in names]
+    if kind == "brief":
+        layers, memory = some
+        about = dict.fromkeys(map(tables.provenance, some))
+        return "\n\n".join(
+            [tables.brief(layers, memory).markdown(), tables.all_wins(layers), *about]
+        )
+    own = [row for row in some[0] if row["suite"] == kind]
     if not own:
-        raise ValueError(f"{found['file']} has no row of {found['kind']!r}")
-    parts = [*(table.markdown() for table in tables.of(own)), *tables.left_out(own)]
-    return "\n\n".join([*parts, tables.provenance(own)])
-
-
-def _summary(rows: Sequence[Row]) -> str:
-    """Ratios to PEFT's LoRA over the shapes, who wins how often, and on what it was measured."""
-    sentences = [
-        tables.who_wins(rows, "hut_low_rank", other)
-        for other in ("peft_lora", "peft_hira", "hut_low_rank_eager")
-    ]
+        raise ValueError(f"{names[0]} has no row of {kind!r}")
     return "\n\n".join(
         [
-            *(table.markdown() for table in tables.ratios_over_shapes(rows, ["peft_lora"])),
-            " ".join(sentence for sentence in sentences if sentence),
-            *tables.left_out(rows),
-            tables.provenance(rows),
+            *(table.markdown() for table in tables.of(own)),
+            *([tables.all_wins(own)] if kind in ("layer", "overhead") else []),
+            *tables.left_out(own),
+            tables.provenance(own),
         ]
     )
 
@@ -74,3 +80,25 @@ def _counted() -> list[Row]:
         *cost.layer_rows(shapes, cost.RANKS),
         *cost.model_rows(list(MODELS), 4096, cost.RANKS[0]),
     ]
+
+
+def stale_pictures() -> list[Path]:
+    """The pictures that are not there, or not of their record as it is now."""
+    pictures = [FOLDER / f"{name}.svg" for name in PICTURES]
+    return [
+        file for file in pictures if not file.exists() or _checksum(file) not in file.read_text()
+    ]
+
+
+def draw(picture: Path) -> None:
+    """Draws one of the pictures from its record."""
+    from . import plots
+
+    rows = records.read_lines(RESULTS / PICTURES[picture.stem])
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    plots.save(picture.stem, rows, [picture], _checksum(picture))
+
+
+def _checksum(picture: Path) -> str:
+    record = RESULTS / PICTURES[picture.stem]
+    return f"{record.name}, sha256 {hashlib.sha256(record.read_bytes()).hexdigest()}"

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from . import cost
-from .measure import Case, Quantiles, interleaved, peak_bytes, ratios
-from .providers import COMPILED, GRAPH, PROVIDERS, Provider, passes, survived
+from .measure import Case, Quantiles, interleaved, peak_bytes, ratios, survived
+from .providers import COMPILED, GRAPH, PROVIDERS, Provider, passes, prove_step
 from .shapes import Shape
 
 Row = dict[str, Any]
 PASSES = ("forward", "backward", "step")
+PRODUCT = "product"  # owns the plain products that are timed beside the providers
 
 
 def measure(
@@ -44,7 +45,8 @@ def measure(
         **timing: More arguments of `interleaved`.
 
     Returns:
-        One row per provider; `left_out` says why one has no figures.
+        One row per provider; `left_out` says why one has no figures, and `wrong` that it does not
+        compute its formula on this shape.
     """
     linear = nn.Linear(shape.in_features, shape.out_features, device=device, dtype=dtype)
     x = torch.randn(shape.tokens, shape.in_features, device=device, dtype=dtype)
@@ -53,28 +55,44 @@ def measure(
     if any(PROVIDERS[name].run == COMPILED for name in names):
         torch.compiler.reset()  # each provider is compiled for this shape, whatever came before
     left_out: dict[str, str] = {}
+    wrong: list[str] = []
     ready: dict[str, dict[str, Case]] = {}
     for name in names:
         with survived(name, left_out):
-            ready[name] = _ready(PROVIDERS[name], linear, r, x, g)
+            try:
+                ready[name] = _ready(PROVIDERS[name], linear, r, x, g)
+            except ArithmeticError:
+                wrong.append(name)
+                raise
     cases = {(name, one): case for name, some in ready.items() for one, case in some.items()}
+    failed: dict[tuple[str, str], str] = {}
     times = interleaved(
         {**cases, **_products(linear.weight.detach(), x.detach(), g)},
         device,
         seconds,
         on_round=on_round,
+        failed=failed,
         **timing,
     )
-    seen = [name for name in baselines if name in ready]
+    for (owner, one), reason in failed.items():
+        if owner == PRODUCT:  # no floor, so no figures
+            left_out |= dict.fromkeys(ready, f"the plain product {one}: {reason}")
+        else:
+            left_out[owner] = reason
+    size: dict[str, Row] = {}
+    for name in ready:
+        with survived(name, left_out):
+            size[name] = _peak(PROVIDERS[name], ready[name], device)
+    seen = [name for name in baselines if name in ready and name not in left_out]
     case = {**shape._asdict(), "r": r}
     rows = []
     for name in names:
         row = described(name, case, dtype)
-        if name in ready:
-            row |= _figures(name, ready[name], times, shape, r, seen)
-            row["bytes"] = _peak(PROVIDERS[name], ready[name], device)
+        if name in left_out:
+            row |= {"left_out": left_out[name], **({"wrong": True} if name in wrong else {})}
         else:
-            row["left_out"] = left_out[name]
+            row |= _figures(name, ready[name], times, shape, r, seen)
+            row["bytes"] = size[name]
         rows.append(row)
     return rows
 
@@ -105,8 +123,14 @@ def type_name(dtype: torch.dtype) -> str:
 
 
 def _ready(provider: Provider, linear: nn.Linear, r: int, x: Tensor, g: Tensor) -> dict[str, Case]:
-    """A provider's passes, each run once: what cannot run, or compile, shows here."""
-    some = passes(provider, provider.make(linear, r), x, g)
+    """A provider's passes, each run once: what cannot run, or compile, or is wrong, shows here."""
+    layer = provider.make(linear, r)
+    with torch.no_grad():  # off the identity, as in training
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    some = passes(provider, layer, x, g)
+    prove_step(provider, layer, some["step"], x, g)
     for case in some.values():
         case.prepare()
         case.run()
@@ -116,9 +140,9 @@ def _ready(provider: Provider, linear: nn.Linear, r: int, x: Tensor, g: Tensor) 
 def _products(weight: Tensor, x: Tensor, g: Tensor) -> dict[tuple[str, str], Case]:
     """The full products of a step, each as the library computes it best."""
     return {
-        ("product", "y"): Case(lambda: torch.mm(x, weight.t())),
-        ("product", "dx"): Case(lambda: torch.mm(g, weight)),
-        ("product", "G"): Case(lambda: torch.mm(g.t(), x)),
+        (PRODUCT, "y"): Case(lambda: torch.mm(x, weight.t())),
+        (PRODUCT, "dx"): Case(lambda: torch.mm(g, weight)),
+        (PRODUCT, "G"): Case(lambda: torch.mm(g.t(), x)),
     }
 
 
@@ -131,6 +155,9 @@ def _figures(
     baselines: Sequence[str],
 ) -> Row:
     method = PROVIDERS[name].method
+    # A replay is compared with replays alone, for the others' times hold the host's too.
+    replay = PROVIDERS[name].run == GRAPH
+    baselines = [other for other in baselines if replay == (PROVIDERS[other].run == GRAPH)]
     forward, backward = cost.METHODS[method].operations(shape, r)
     operations = {"forward": forward, "backward": backward, "step": forward + backward}
     return {
@@ -154,7 +181,7 @@ def _floor(one: str, method: str, times: Mapping[tuple[str, str], list[float]]) 
     """Round by round, the time of the products that a pass of a method cannot do without."""
     forward, backward = ["y"], ["dx", "G"][: cost.NEEDED[method][1]]
     needed = {"forward": forward, "backward": backward, "step": forward + backward}[one]
-    return [sum(some) for some in zip(*(times["product", p] for p in needed), strict=True)]
+    return [sum(some) for some in zip(*(times[PRODUCT, p] for p in needed), strict=True)]
 
 
 def _peak(provider: Provider, measured: Mapping[str, Case], device: torch.device) -> Row:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+FEWEST = 5  # samples: of fewer, p20 to p80 is no spread to judge by
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
@@ -45,6 +46,7 @@ class Case:
 
     run: Callable[[], object]
     prepare: Callable[[], object] = field(default=lambda: None)
+    replay: bool = False  # of a CUDA graph: timed on the device alone, without the host
 
 
 def forward_case(layer: nn.Module, x: Tensor) -> Case:
@@ -85,9 +87,10 @@ def interleaved(
     device: torch.device,
     seconds: float,
     rounds: int = 1000,
-    min_rounds: int = 5,
+    min_rounds: int = FEWEST,
     on_round: Callable[[float], object] = lambda share: None,
-    timer: Callable[[Callable[[], object]], float] | None = None,
+    timer: Callable[[Case], float] | None = None,
+    failed: dict[Key, str] | None = None,
 ) -> dict[Key, list[float]]:
     """Times every case once per round, so that whatever drifts hits all of them alike.
 
@@ -104,26 +107,46 @@ def interleaved(
         on_round: Called after each round with the share that is done, for a progress bar.
         timer: Gives the seconds of one call; by default a wall clock, and on a CUDA device events
             around the call with a cold L2 cache.
+        failed: Where given, a case that fails is dropped, its reason goes in here, and the others
+            go on. Else its error is raised.
 
     Returns:
         For each name the seconds of each round; the same index is the same round.
     """
     if timer is None:
-        timer = _CudaTimer(device) if device.type == "cuda" else wall_time
+        on_cuda = device.type == "cuda"
+        timer = _CudaTimer(device) if on_cuda else lambda case: wall_time(case.run)
     times: dict[Key, list[float]] = {name: [] for name in cases}
     names, warm_up, begin = list(cases), 2, time.perf_counter()
     for number in range(rounds + warm_up):
         turn = number % len(names) if len(names) > 2 else 0
         for name in names[turn:] + names[:turn]:
-            cases[name].prepare()
-            times[name].append(timer(cases[name].run))
+            with contextlib.nullcontext() if failed is None else survived(name, failed):
+                cases[name].prepare()
+                times[name].append(timer(cases[name]))
+        names = [name for name in names if name not in (failed or {})]
         spent = (time.perf_counter() - begin) / max(seconds, 1e-9)
         share = max(spent, (number + 1) / (rounds + warm_up))
         done = number + 1 >= min_rounds + warm_up and share >= 1
         on_round(1.0 if done else min(share, 0.99))
         if done:
             break
-    return {name: values[warm_up:] for name, values in times.items()}
+    return {name: times[name][warm_up:] for name in names}
+
+
+@contextlib.contextmanager
+def survived(name: Key, failed: dict[Key, str]) -> Iterator[None]:
+    """Notes what goes wrong with one case, so that the others are measured all the same."""
+    try:
+        yield
+    except Exception as failure:
+        failed[name] = first_line(failure)
+
+
+def first_line(failure: Exception) -> str:
+    """What went wrong, in a line."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def wall_time(run: Callable[[], object], device: torch.device | None = None) -> float:
@@ -212,7 +235,7 @@ def peak_bytes(case: Case, device: torch.device) -> int:
     """
     case.prepare()
     if device.type != "cuda":
-        return int(_in_a_thread(lambda: _live_bytes(case.run)).max())
+        return int(_in_a_thread(lambda: _live_bytes(case.run), device).max())
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -240,12 +263,17 @@ def kept_bytes(case: Case, device: torch.device) -> int:
         return after - before
 
     case.prepare()
-    return _in_a_thread(kept)
+    return _in_a_thread(kept, device)
 
 
-def _in_a_thread(call: Callable[[], Result]) -> Result:
+def _in_a_thread(call: Callable[[], Result], device: torch.device) -> Result:
+    def on_device() -> Result:  # a thread begins on the first
+        on_cuda = device.type == "cuda"
+        with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
+            return call()
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
+        return pool.submit(on_device).result()
 
 
 def memory_method(device: torch.device) -> str:
@@ -272,17 +300,24 @@ def peak_resident_bytes(run: Callable[[], object]) -> int | None:
 
 
 class _CudaTimer:
-    """Time between two events around the call; the L2 cache is flushed before it."""
+    """Time between two events around the call; the L2 cache is flushed before it.
+
+    A call is launched once the flush has ended: an idle device waits for the host, as it does in a
+    training loop that launches cannot keep up with. A replay is launched during the flush, which
+    hides the host.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
-    def __call__(self, run: Callable[[], object]) -> float:
+    def __call__(self, case: Case) -> float:
         self.flush.zero_()
+        if not case.replay:
+            torch.cuda.synchronize(self.flush.device)
         self.begin.record()
-        run()
+        case.run()
         self.end.record()
         self.end.synchronize()
         return self.begin.elapsed_time(self.end) / 1e3

@@ -8,9 +8,9 @@ from torch import nn
 
 from . import cost
 from .layer import labels
-from .measure import forward_case, kept_bytes, peak_bytes, step_case
+from .measure import forward_case, kept_bytes, peak_bytes, step_case, survived
 from .methods import sharing_copy
-from .providers import PROVIDERS, survived
+from .providers import PROVIDERS
 from .shapes import Shape
 
 Row = dict[str, Any]
@@ -45,9 +45,8 @@ def measure(
     Raises:
         ValueError: A shape that is not square.
     """
-    tokens, width, out_features = shape
-    if width != out_features:
-        raise ValueError(f"a stack needs a square shape, {shape} is not")
+    check(shape)
+    tokens, width, _ = shape
     x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
     g = torch.randn(tokens, width, device=device, dtype=dtype)
     rows: list[Row] = []
@@ -71,6 +70,14 @@ def measure(
             rows.append(row)
             on_each(len(rows) / (len(depths) * len(names)))
     return rows
+
+
+def check(shape: Shape) -> None:
+    """Raises ValueError for a shape of which no stack can be made."""
+    if shape.in_features != shape.out_features:
+        raise ValueError(
+            f"a stack needs a square shape, {shape.in_features}x{shape.out_features} is not"
+        )
 
 
 def _theory(name: str, shape: Shape, depth: int, r: int, dtype: torch.dtype) -> int | None:

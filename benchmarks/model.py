@@ -18,9 +18,9 @@ from hut_kernels.nn import is_conv1d
 
 from . import cost
 from .layer import labels
-from .measure import Case, Quantiles, interleaved, peak_bytes, ratios
+from .measure import Case, Quantiles, interleaved, peak_bytes, ratios, survived
 from .methods import sharing_copy
-from .providers import PROVIDERS, survived
+from .providers import PROVIDERS
 from .shapes import MODELS
 
 Row = dict[str, Any]
@@ -187,7 +187,7 @@ def measure(
             rows[name]["bytes"] = {"peak": peak_bytes(Case(step), device)}
             rows[name]["counts"] = _counts(name, model, share, setting.checkpointing)
             cases[name] = Case(step)
-    times = interleaved(cases, device, seconds, on_round=on_round, min_rounds=3)
+    times = interleaved(cases, device, seconds, on_round=on_round, failed=left_out)
     for name, row in rows.items():
         if name in left_out:
             row["left_out"] = left_out[name]
@@ -198,7 +198,7 @@ def measure(
         row["versus"] = {
             other: {"step": ratios(times[name], times[other]).as_dict()}
             for other in baselines
-            if other in cases
+            if other in times
         }
     del cases
     gc.collect()

@@ -5,7 +5,6 @@ whose kernels are short waits for.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def measure(
         baselines,
         on_round,
         rounds=20_000,
-        timer=partial(host_time, device=device),
+        timer=lambda case: host_time(case.run, device),
     )
     without = ("operations", "floor_share", "bytes")  # nothing is computed here to speak of
     return [

@@ -11,8 +11,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from . import tables
+from . import compare, tables
+from .providers import PROVIDERS
 
 Row = dict[str, Any]
 # A method has a colour; how it is run shows in the line.
@@ -32,6 +34,14 @@ COLOURS = {
     "hut_paper_eager": "#eba3ad",
 }
 LINES = {"_graph": ":", "_compiled": "-.", "_staged": (0, (5, 1)), "_fused": (0, (3, 1, 1, 1))}
+LORAS = ("peft_lora", "lora", "lora_graph")  # of these, the first there is: 1 in layer-time
+_FORCED = ("_fused", "_staged")
+# What has panels of its own: a title's addition, and whose rows.
+KINDS: dict[str, Callable[[str], bool]] = {
+    "": lambda name: not name.endswith((*_FORCED, "_graph")),
+    ", graphs": lambda name: name.endswith("_graph"),
+    ", forced": lambda name: name.endswith(_FORCED) or name == "hut_low_rank",
+}
 STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,77 +62,85 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         The files.
 
     Raises:
-        ValueError: Rows of suites that have no picture.
+        ValueError: Rows of suites that have no picture, or of one thing twice on one machine.
     """
-    pictures: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
-        "layer-time": ("layer", time_over_tokens),
-        "layer-floor": ("layer", share_of_floor),
-        "memory": ("memory", memory_over_depth),
-        "model": ("model", training),
-    }
-    files = []
-    for name, (suite, picture) in pictures.items():
-        some = [row for row in tables.measured(rows) if row["suite"] == suite]
-        if not some:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context(STYLE):
-            figure = picture(some)
-            about = textwrap.fill(tables.provenance(some), int(16 * figure.get_figwidth()))
-            figure.supxlabel(about, fontsize=7.5, color="#666666")
-            for kind in ("png", "svg"):
-                files.append(folder / f"{name}.{kind}")
-                figure.savefig(files[-1], dpi=150)
-            plt.close(figure)
+    files: list[Path] = []
+    for some in tables.by_machine(rows):
+        compare.by_identity(some)
+    suites = {row["suite"] for row in tables.measured(rows)}
+    for name, (suite, _) in PICTURES.items():
+        if suite in suites:
+            folder.mkdir(parents=True, exist_ok=True)
+            own = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+            save(name, rows, own)
+            files += own
     if not files:
         raise ValueError("nothing to draw: pictures are of layer, memory and model records")
     return files
 
 
+def save(name: str, rows: Sequence[Row], files: Sequence[Path], about: str | None = None) -> None:
+    """Draws one of `PICTURES`; the same rows always give the same SVG, `about` in its metadata."""
+    suite, picture = PICTURES[name]
+    some = [row for row in tables.measured(rows) if row["suite"] == suite]
+    with plt.rc_context({**STYLE, "svg.hashsalt": "hut"}):
+        figure = picture(some)
+        width = int(16 * figure.get_figwidth())
+        lines = [textwrap.fill(tables.provenance(own), width) for own in tables.by_machine(some)]
+        figure.supxlabel("\n".join(lines), fontsize=7.5, color="#666666")
+        for file in files:
+            svg = {"Date": None, "Description": about} if file.suffix == ".svg" else None
+            figure.savefig(file, dpi=150, metadata=svg)
+        plt.close(figure)
+
+
 def time_over_tokens(rows: Sequence[Row]) -> Figure:
-    """A step's time over the number of tokens; the band is p20 to p80."""
-    figure, panels = _panels(rows, "case.in_features", "case.out_features", "case.r")
-    for axes, (sizes, some) in panels:
+    """A step's time over LoRA's, over the number of tokens; the band is p20 to p80."""
+    figure, panels = _layer_panels([row for row in rows if row["versus"]])
+    for axes, some in panels:
+        baseline = next(name for name in (*LORAS, *some[0]["versus"]) if name in some[0]["versus"])
         for name, own in _over(some, "case.tokens"):
             tokens = [row["case"]["tokens"] for row in own]
-            steps = [row["seconds"]["step"] for row in own]
+            steps = [row["versus"][baseline]["step"] for row in own]
             style = _style(name)
-            axes.plot(tokens, [1e3 * q["median"] for q in steps], label=own[0]["label"], **style)
-            low, high = ([1e3 * q[key] for q in steps] for key in ("p20", "p80"))
+            axes.plot(tokens, [q["median"] for q in steps], label=own[0]["label"], **style)
+            low, high = ([q[key] for q in steps] for key in ("p20", "p80"))
             axes.fill_between(tokens, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.set(title=_layer_title(sizes, some), xlabel="tokens", ylabel="step, milliseconds")
-        axes.set_yscale("log")
-        _token_axis(axes, some)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_locator(LogLocator(2, subs=(1, 1.5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="tokens", ylabel=f"step / {PROVIDERS[baseline].label}")
     _legend(figure)
     return figure
 
 
 def share_of_floor(rows: Sequence[Row]) -> Figure:
     """How near a step comes to the plain products that its formula cannot do without."""
-    figure, panels = _panels(rows, "case.in_features", "case.out_features", "case.r")
-    for axes, (sizes, some) in panels:
+    figure, panels = _layer_panels(rows)
+    for axes, some in panels:
         for name, own in _over(some, "case.tokens"):
             tokens = [row["case"]["tokens"] for row in own]
             shares = [100 * row["floor_share"]["step"]["median"] for row in own]
             axes.plot(tokens, shares, label=own[0]["label"], **_style(name))
         axes.axhline(100, color="#444444", linewidth=1)
-        axes.set(title=_layer_title(sizes, some), xlabel="tokens", ylabel="% of the floor")
+        axes.set(xlabel="tokens", ylabel="% of the floor")
         axes.set_ylim(0, max(110, axes.get_ylim()[1]))
-        _token_axis(axes, some)
     _legend(figure)
     return figure
 
 
 def memory_over_depth(rows: Sequence[Row]) -> Figure:
     """What the deepest stack keeps for backward, and each stack's peak, over the layers."""
-    stacks = tables.grouped(rows, "case.tokens", "case.width", "case.r", "types.compute")
+    stacks = _grouped(rows, "case.tokens", "case.width", "case.r", "types.compute")
     figure, grid = plt.subplots(
         len(stacks), 2, figsize=(13, 4.4 * len(stacks)), squeeze=False, layout="constrained"
     )
-    for (kept, peak), ((tokens, width, r, dtype), some) in zip(grid, stacks, strict=True):
+    for (kept, peak), (where, (tokens, width, r, dtype), some) in zip(grid, stacks, strict=True):
         depths = sorted({row["case"]["depth"] for row in some})
         _kept_bars(kept, [row for row in some if row["case"]["depth"] == depths[-1]])
-        kept.set_title(f"{depths[-1]} layers, {width}x{width}, {tokens} tokens, r {r}, {dtype}")
+        kept.set_title(
+            f"{depths[-1]} layers, {width}x{width}, {tokens} tokens, r {r}, {dtype}{where}"
+        )
         for name, own in _over(some, "case.depth"):
             sizes = [row["bytes"]["peak"] / 2**20 for row in own]
             peak.plot([row["case"]["depth"] for row in own], sizes, **_style(name))
@@ -144,37 +162,66 @@ def _kept_bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 def training(rows: Sequence[Row]) -> Figure:
     """Tokens a second and peak memory of each model and way of training."""
-    paths = ("case.model", "case.targets", "case.checkpointing")
-    settings = tables.grouped(rows, *paths)
+    machines = tables.by_machine(rows)
+    settings = [
+        (_where(own, machines), some) for own in machines for some in tables.by_setting(own)
+    ]
     figure, grid = plt.subplots(
-        len(settings), 2, figsize=(11, 2.5 * len(settings)), squeeze=False, layout="constrained"
+        len(settings), 2, figsize=(11, 2.8 * len(settings)), squeeze=False, layout="constrained"
     )
-    for (speed, memory), ((name, targets, checkpointing), some) in zip(grid, settings, strict=True):
-        case = some[0]["case"]
+    for (speed, memory), (where, some) in zip(grid, settings, strict=True):
         _bars(speed, some, [row["tokens_per_second"] for row in some], "{:,.0f}")
-        speed.set(
-            title=f"{name}, {targets}{', checkpointing' if checkpointing else ''} "
-            f"({case['blocks']} of {case['blocks_of']} blocks)"
-        )
+        speed.set_title(textwrap.fill(f"{tables.setting_of(some[0])}{where}", 60))
         speed.set_xlabel("tokens a second (median, p20–p80)")
         _memory_bars(memory, some)
     return figure
 
 
-def _panels(
-    rows: Sequence[Row], *paths: str
-) -> tuple[Figure, list[tuple[Axes, tuple[Any, list[Row]]]]]:
-    """One panel for each group of rows, three abreast."""
-    groups = tables.grouped(rows, *paths, "types.compute")
-    across = min(3, len(groups))
-    down = -(-len(groups) // across)
+PICTURES: dict[str, tuple[str, Callable[[Sequence[Row]], Figure]]] = {
+    "layer-time": ("layer", time_over_tokens),
+    "layer-floor": ("layer", share_of_floor),
+    "memory": ("memory", memory_over_depth),
+    "model": ("model", training),
+}
+
+
+def _layer_panels(rows: Sequence[Row]) -> tuple[Figure, list[tuple[Axes, list[Row]]]]:
+    """Panels for each weight, three abreast: eager and compiled, graphs, forced strategies."""
+    parts = []
+    for where, (K, O, r, dtype), some in _grouped(
+        rows, "case.in_features", "case.out_features", "case.r", "types.compute"
+    ):
+        for kind, chosen in KINDS.items():
+            own = [row for row in some if chosen(row["provider"])]
+            if len({row["provider"] for row in own}) > 1:
+                parts.append((f"{K} → {O}, r {r}, {dtype}{kind}{where}", own))
+    across = min(3, len(parts))
+    down = -(-len(parts) // across)
     figure, grid = plt.subplots(
         down, across, figsize=(4.5 * across + 2.5, 4.2 * down), squeeze=False, layout="constrained"
     )
-    panels = list(grid.flat)
-    for axes in panels[len(groups) :]:
+    for axes in grid.flat[len(parts) :]:
         axes.set_visible(False)
-    return figure, list(zip(panels, groups, strict=False))
+    for axes, (title, own) in zip(grid.flat, parts, strict=False):
+        axes.set_title(title)
+        tokens = sorted({row["case"]["tokens"] for row in own})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(tokens, [f"{n >> 10}k" if n % 1024 == 0 else str(n) for n in tokens])
+    return figure, [(axes, own) for axes, (_, own) in zip(grid.flat, parts, strict=False)]
+
+
+def _grouped(rows: Sequence[Row], *paths: str) -> list[tuple[str, Any, list[Row]]]:
+    """`tables.grouped` by machine, with what a title adds to tell machines apart."""
+    machines = tables.by_machine(rows)
+    return [
+        (_where(own, machines), key, some)
+        for own in machines
+        for key, some in tables.grouped(own, *paths)
+    ]
+
+
+def _where(rows: Sequence[Row], machines: Sequence[Sequence[Row]]) -> str:
+    return f", {rows[0]['environment']['device_name']}" if len(machines) > 1 else ""
 
 
 def _over(rows: Sequence[Row], path: str) -> list[tuple[str, list[Row]]]:
@@ -192,17 +239,6 @@ def _style(name: str) -> Any:
         if name.endswith(ending):
             line, base = dashes, name.removesuffix(ending)
     return {"color": COLOURS[base], "linestyle": line, "marker": "o", "markersize": 3.5}
-
-
-def _layer_title(sizes: Sequence[Any], rows: Sequence[Row]) -> str:
-    K, O, r, dtype = sizes
-    return f"{K} → {O}, r {r}, {dtype}"
-
-
-def _token_axis(axes: Axes, rows: Sequence[Row]) -> None:
-    tokens = sorted({row["case"]["tokens"] for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [str(n) for n in tokens])
 
 
 def _legend(figure: Figure) -> None:

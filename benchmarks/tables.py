@@ -6,10 +6,11 @@ from typing import Any
 
 from . import cost, report
 from .layer import PASSES
-from .records import differences, machine
+from .records import machine
 
 Row = dict[str, Any]
 NONE = "–"
+COLUMNS = 3  # baselines that a table has room for: the first ones; the others stand in the record
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def provenance(rows: Sequence[Row]) -> str:
         where += f", {threads} thread{'s' if threads > 1 else ''} of {found['cpu_count']} CPUs"
     else:
         where += f", driver {found['driver']}, CUDA {found['cuda']}"
-    busy = found["other_programs_share"]
+    busy = found.get("other_programs_share")
     if busy is not None:
         where += f", other programs at {100 * busy:.0f} %"
     software = ", ".join(f"{name} {versions[name]}" for name in names)
@@ -148,6 +149,7 @@ def _layer(rows: Sequence[Row]) -> list[Table]:
                     ]
                     for row in measured(some)
                 ],
+                [_types(some), *_graph_note(some)],
             )
         )
     return tables
@@ -169,6 +171,7 @@ def _overhead(rows: Sequence[Row]) -> list[Table]:
                     ]
                     for row in measured(some)
                 ],
+                [_types(some), *_graph_note(some)],
             )
         )
     return tables
@@ -213,18 +216,11 @@ def _memory(rows: Sequence[Row]) -> list[Table]:
 
 def _model(rows: Sequence[Row]) -> list[Table]:
     tables = []
-    for (name, targets, checkpointing, dtype), some in grouped(
-        rows, "case.model", "case.targets", "case.checkpointing", "types.compute"
-    ):
-        case, baselines = some[0]["case"], _baselines(some)
-        blocks = f"{case['blocks']} of {case['blocks_of']} blocks"
-        if case["blocks"] == case["blocks_of"]:
-            blocks = f"all {case['blocks']} blocks"
+    for some in by_setting(rows):
+        baselines = _baselines(some)
         tables.append(
             Table(
-                f"Training {name}, {targets} adapted, "
-                f"{'with' if checkpointing else 'without'} activation checkpointing: {blocks}, "
-                f"{case['batch']} x {case['sequence']} tokens, r {case['r']}, {dtype}",
+                f"Training {setting_of(some[0])}",
                 [
                     "",
                     "step ms",
@@ -246,9 +242,30 @@ def _model(rows: Sequence[Row]) -> list[Table]:
                     ]
                     for row in measured(some)
                 ],
+                [_types(some)],
             )
         )
     return tables
+
+
+def by_setting(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of the model suite, those of one case and type together."""
+    keys = ("model", "targets", "checkpointing", "blocks", "batch", "sequence", "r")
+    groups = grouped(rows, *(f"case.{key}" for key in keys), "types.compute")
+    return [some for _, some in groups]
+
+
+def setting_of(row: Row) -> str:
+    """The model of a row, and how it is trained."""
+    case = row["case"]
+    blocks = f"{case['blocks']} of {case['blocks_of']} blocks"
+    if case["blocks"] == case["blocks_of"]:
+        blocks = f"all {case['blocks']} blocks"
+    return (
+        f"{case['model']}, {case['targets']} adapted, "
+        f"{'with' if case['checkpointing'] else 'without'} activation checkpointing: {blocks}, "
+        f"{case['batch']} x {case['sequence']} tokens, r {case['r']}, {row['types']['compute']}"
+    )
 
 
 def _cost(rows: Sequence[Row]) -> list[Table]:
@@ -291,6 +308,9 @@ def _layer_costs(rows: Sequence[Row]) -> list[Table]:
                     for counts in [row["counts"]]
                 ],
                 [
+                    "Bytes and temporaries of HUT are those of its fused kernels. Where the "
+                    "planner stages W, with many tokens or on a CPU, one temporary more is written "
+                    "and read in each direction: `explain` has the plan's own numbers.",
                     "HUT's third full product makes its training step dearer than LoRA's; full "
                     "fine-tuning has the same three, and an optimiser state of the weight's size.",
                 ],
@@ -323,8 +343,10 @@ def _rank_costs(rows: Sequence[Row]) -> list[Table]:
 
 
 def _model_costs(rows: Sequence[Row]) -> list[Table]:
-    if not rows:
-        return []
+    return [_model_cost(some) for _, some in grouped(rows, "case.tokens", "case.r")]
+
+
+def _model_cost(rows: Sequence[Row]) -> Table:
     body = []
     paths = ("case.model", "case.targets", "case.checkpointing")
     for (name, targets, checkpointing), some in grouped(rows, *paths):
@@ -343,23 +365,21 @@ def _model_costs(rows: Sequence[Row]) -> list[Table]:
         )
     labels = [f"{cost.METHODS[name].label} / LoRA" for name in OTHERS]
     case = rows[0]["case"]
-    return [
-        Table(
-            f"By count: a step of a model's linear layers over LoRA's, {case['tokens']} tokens, "
-            f"r {case['r']}",
-            [
-                "",
-                "adapted",
-                "checkpointing",
-                "f",
-                "(2 + c + f) / (2 + c)",
-                "HUT low_rank / LoRA",
-                *labels,
-            ],
-            body,
-            ["Full fine-tuning trains every layer, whichever are adapted."],
-        )
-    ]
+    return Table(
+        f"By count: a step of a model's linear layers over LoRA's, {case['tokens']} tokens, "
+        f"r {case['r']}",
+        [
+            "",
+            "adapted",
+            "checkpointing",
+            "f",
+            "(2 + c + f) / (2 + c)",
+            "HUT low_rank / LoRA",
+            *labels,
+        ],
+        body,
+        ["Full fine-tuning trains every layer, whichever are adapted."],
+    )
 
 
 OTHERS = ("hut_two_sided", "peft_hira", "full")
@@ -368,45 +388,61 @@ OTHERS = ("hut_two_sided", "peft_hira", "full")
 # Short forms, for README.md and docs/
 
 
-def ratios_over_shapes(rows: Sequence[Row], baselines: Sequence[str]) -> list[Table]:
-    """For each baseline and type: providers down, shapes across, a step's ratio and its spread."""
-    tables = []
-    rows = [row for row in rows if row["suite"] == "layer"]
-    for (dtype, r), some in grouped(rows, "types.compute", "case.r"):
-        shapes = grouped(measured(some), "case.in_features", "case.out_features", "case.tokens")
-        shapes.sort(key=lambda group: group[0])
-        for baseline in baselines:
-            by = {key: {row["provider"]: row for row in own} for key, own in shapes}
-            labels = {row["provider"]: row["label"] for row in measured(some)}
-            body = [
-                [label, *(_versus(by[key].get(name, {}), baseline) for key in by)]
-                for name, label in labels.items()
+def brief(layers: Sequence[Row], memory: Sequence[Row]) -> Table:
+    """Time and memory of each provider in four columns.
+
+    The time is that of the largest weight, with the fewest tokens and with the most, over PEFT's
+    LoRA; the memory that of the deepest stack in the same type.
+    """
+    layers = measured(layers)
+    largest = max(layers, key=lambda row: row["case"]["in_features"] * row["case"]["out_features"])
+    K, O, r = (largest["case"][key] for key in ("in_features", "out_features", "r"))
+    dtype = largest["types"]["compute"]
+    same = ("case.in_features", "case.out_features", "case.r", "types.compute")
+    (own,) = (some for key, some in grouped(layers, *same) if key == (K, O, r, dtype))
+    tokens = sorted({row["case"]["tokens"] for row in own})
+    times = {(row["provider"], row["case"]["tokens"]): row for row in own}
+    stacks = [row for row in measured(memory) if row["types"]["compute"] == dtype]
+    deepest = max(stacks, key=lambda row: row["case"]["depth"])["case"]
+    sizes = {row["provider"]: row for row in stacks if row["case"] == deepest}
+    stack = f"{deepest['depth']} layers {deepest['width']}x{deepest['width']}"
+    return Table(
+        f"Step of a layer {K} → {O} over that of LoRA (PEFT), median (p20–p80), below 1 is faster; "
+        f"MiB of {stack}, {deepest['tokens']} tokens; {dtype}, r {r}",
+        ["", *(f"step, {n} tokens" for n in (tokens[0], tokens[-1])), "kept for backward", "peak"],
+        [
+            [
+                label,
+                *(_versus(times.get((name, n), {}), "peft_lora") for n in (tokens[0], tokens[-1])),
+                *(_mebibytes(at(sizes.get(name, {}), f"bytes.{one}")) for one in ("saved", "peak")),
             ]
-            tables.append(
-                Table(
-                    f"Time of a step (forward and backward) over that of {labels[baseline]}: "
-                    f"{dtype}, r {r}; median (p20–p80), below 1 is faster",
-                    ["", *(f"{K} → {O}, {tokens} tokens" for K, O, tokens in by)],
-                    body,
-                )
-            )
-    return tables
+            for name, label in {row["provider"]: row["label"] for row in own}.items()
+        ],
+    )
+
+
+def all_wins(rows: Sequence[Row], ours: str = "hut_low_rank") -> str:
+    """`who_wins` against every baseline of the rows but graphs."""
+    names = dict.fromkeys(name for row in measured(rows) for name in row["versus"])
+    others = [name for name in names if name != ours and not name.endswith("_graph")]
+    return " ".join(who_wins(rows, ours, other) for other in others)
 
 
 def who_wins(rows: Sequence[Row], ours: str, theirs: str) -> str:
-    """How often, and by how much, one provider's step is faster than another's, and the reverse."""
-    pairs = [
-        (row, row["versus"][theirs]["step"])
-        for row in measured(rows)
-        if row["provider"] == ours and "step" in row.get("versus", {}).get(theirs, {})
-    ]
-    if not pairs:
-        return ""
+    """How often, and by how much, one provider's step is faster than another's, and the reverse.
+
+    Raises:
+        ValueError: The rows do not compare the two.
+    """
+    found = [at(row, f"versus.{theirs}.step") for row in measured(rows) if row["provider"] == ours]
+    quantiles = [q for q in found if q is not None]
+    if not quantiles:
+        raise ValueError(f"no row compares {ours} with {theirs}: measure it with --baseline")
     labels = {row["provider"]: row["label"] for row in rows}
     us, them = labels[ours], labels[theirs]
-    slower = [q["median"] for _, q in pairs if q["p20"] > 1]
-    faster = [q["median"] for _, q in pairs if q["p80"] < 1]
-    level = len(pairs) - len(slower) - len(faster)
+    slower = [q["median"] for q in quantiles if q["p20"] > 1]
+    faster = [q["median"] for q in quantiles if q["p80"] < 1]
+    level = len(quantiles) - len(slower) - len(faster)
     parts = []
     if slower:
         parts.append(f"{us} takes longer than {them} in {len(slower)} ({_span(slower)})")
@@ -414,7 +450,7 @@ def who_wins(rows: Sequence[Row], ours: str, theirs: str) -> str:
         parts.append(f"{us} takes less time than {them} in {len(faster)} ({_span(faster)})")
     if level:
         parts.append(f"the two are level within the spread in {level}")
-    return f"Of {len(pairs)} steps measured, {'; '.join(parts)}."
+    return f"Of {len(quantiles)} steps measured, {'; '.join(parts)}."
 
 
 def _span(medians: Sequence[float]) -> str:
@@ -422,14 +458,12 @@ def _span(medians: Sequence[float]) -> str:
     return f"{low}x its time" if low == high else f"{low} to {high} times its time"
 
 
-def mixed_machines(rows: Sequence[Row]) -> list[str]:
-    """A warning where rows of one table come from different machines."""
-    first = machine(rows[0]["environment"])
-    other = next((row for row in rows if machine(row["environment"]) != first), None)
-    if other is None:
-        return []
-    unlike = "; ".join(differences(first, machine(other["environment"])))
-    return [f"These rows are NOT of one machine ({unlike}): compare their ratios, not their times."]
+def by_machine(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one machine together."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(machine(row["environment"]).values()), []).append(row)
+    return list(groups.values())
 
 
 # Cells
@@ -438,8 +472,28 @@ def mixed_machines(rows: Sequence[Row]) -> list[str]:
 def _baselines(rows: Sequence[Row]) -> dict[str, str]:
     """The providers that these rows are compared with, and their labels."""
     labels = {row["provider"]: row["label"] for row in rows}
-    names = dict.fromkeys(name for row in measured(rows) for name in row.get("versus", {}))
-    return {name: labels.get(name, name) for name in names}
+    names = dict.fromkeys(
+        name.removesuffix("_graph") for row in measured(rows) for name in row.get("versus", {})
+    )
+    return {name: labels.get(name, name) for name in list(names)[:COLUMNS]}
+
+
+def _types(rows: Sequence[Row]) -> str:
+    """In which types the adapters are."""
+    by: dict[str, dict[str, None]] = {}
+    for row in measured(rows):
+        by.setdefault(row["types"]["adapter"], {})[row["label"]] = None
+    most = max(by, key=lambda dtype: len(by[dtype]))
+    others = [f"; in {dtype}: {', '.join(names)}" for dtype, names in by.items() if dtype != most]
+    autocast = at(rows[0], "types.autocast")
+    return f"Adapters in {most}{''.join(others)}. {autocast or 'No'} autocast."
+
+
+def _graph_note(rows: Sequence[Row]) -> list[str]:
+    """How graphs are compared, where there are any."""
+    if not any(name.endswith("_graph") for row in rows for name in row.get("versus", {})):
+        return []
+    return ["The ratios of a graph are to the other method's graph, not to its eager step."]
 
 
 def _milliseconds(row: Row, one: str, spread: bool = True) -> str:
@@ -454,7 +508,7 @@ def _microseconds(seconds: float | None) -> str:
 
 
 def _versus(row: Row, baseline: str) -> str:
-    q = at(row, f"versus.{baseline}.step")
+    q = at(row, f"versus.{baseline}.step") or at(row, f"versus.{baseline}_graph.step")
     return NONE if q is None else f"{q['median']:.2f} ({q['p20']:.2f}–{q['p80']:.2f})"
 
 

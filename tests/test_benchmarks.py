@@ -1,11 +1,13 @@
 """What the benchmarks and the demo stand on: timing, memory counts, texts, verdicts, records."""
 
+import contextlib
 import json
 import subprocess
 import sys
 import threading
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +42,49 @@ class TestMeasure:
         times = measure.interleaved(cases, CPU, seconds=0, min_rounds=3)
         assert len(times["slow"]) == 3
         assert min(times["slow"]) >= 0.01
+
+    def test_a_case_that_fails_is_dropped_and_the_others_go_on(self):
+        runs = []
+
+        def fails_late():
+            runs.append(1)
+            if len(runs) > 3:
+                raise MemoryError("out of memory\nand more")
+
+        cases = {"late": measure.Case(fails_late), "good": measure.Case(lambda: None)}
+        failed = {}
+        times = measure.interleaved(cases, CPU, seconds=60, rounds=6, failed=failed)
+        assert failed == {"late": "MemoryError: out of memory"}
+        assert list(times) == ["good"]
+        assert len(times["good"]) == 6
+        assert len(runs) == 4
+        with pytest.raises(MemoryError):
+            measure.interleaved(cases, CPU, seconds=60, rounds=6)
+
+    @pytest.mark.parametrize(("replay", "order"), [(False, ["wait", "run"]), (True, ["run"])])
+    def test_the_flush_hides_the_host_of_replays_alone(self, monkeypatch, replay, order):
+        seen = []
+        event = SimpleNamespace(
+            record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 2.0
+        )
+        for name, stand_in in {
+            "Event": lambda **_: event,
+            "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=8),
+            "synchronize": lambda device: seen.append("wait"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        case = measure.Case(lambda: seen.append("run"), replay=replay)
+        assert measure._CudaTimer(CPU)(case) == 2e-3
+        assert seen == order
+
+    def test_a_thread_works_on_the_device_that_is_measured(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            torch.cuda, "device", lambda device: contextlib.nullcontext(seen.append(device))
+        )
+        second = torch.device("cuda", 1)
+        assert measure._in_a_thread(lambda: 3, second) == 3
+        assert seen == [second]
 
     def test_preparation_is_not_timed(self):
         case = measure.Case(lambda: None, prepare=lambda: time.sleep(0.02))
@@ -251,6 +296,11 @@ class TestCPURatios:
         assert cpu_ratios.timed_row("a", times, others, at_most=1.0)["holds"] is True
         assert cpu_ratios.timed_row("a", times, others, at_least=1.5)["holds"] is False
         assert cpu_ratios.timed_row("a", times, others)["holds"] is None
+
+    def test_a_record_is_said_in_sentences(self):
+        rows = [cpu_ratios.timed_row(f"{where}: HUT / x", [2.0], [1.0]) for where in ("a", "b")]
+        rows.append(cpu_ratios.memory_row("HUT", 1.0, 2.5))
+        assert cpu_ratios.sentences(rows) == "HUT / x: 2.00 (a), 2.00 (b)."
 
     def test_rows_of_one_shape_are_printed_with_verdicts(self, capsys):
         rows = cpu_ratios.product_rows(Shape(32, 16, 24), torch.float32, 1e9, 0.01)

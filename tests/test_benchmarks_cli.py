@@ -1,6 +1,8 @@
 """`python -m benchmarks`: suites run, write, plot and compare; the package holds the command."""
 
 import csv
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +104,100 @@ class TestSuites:
         assert cli.main(["model", "--quick", *FEW]) == 1
         assert "pip install 'hut_kernels[bench]'" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["layer", "--device", "mps"], "must be cpu, cuda or cuda:N"),
+            (["layer", "--device", "meta"], "must be cpu, cuda or cuda:N"),
+            (["layer", "--device", "foo"], "must be cpu, cuda or cuda:N"),
+            (["layer", "--rank", "x"], "must be a whole number from 1 up"),
+            (["layer", "--seconds", "-1"], "must be a number from 0 up"),
+        ],
+    )
+    def test_what_is_no_option_is_said_in_a_line(self, arguments, complaint, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert complaint in capsys.readouterr().err
+
+    def test_what_cannot_be_is_said_before_anything_is_measured(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(cli, "admit", lambda *_: pytest.fail("measured"))
+        (tmp_path / "file").touch()
+        assert cli.main(["layer", *FEW, "--json", str(tmp_path / "file" / "r.jsonl")]) == 1
+        assert cli.main(["layer", *FEW, "--csv", str(tmp_path)]) == 1
+        assert cli.main(["memory", *FEW, "--shapes", "8x8", "4x8"]) == 1
+
+    def test_what_was_measured_before_an_interruption_is_written(self, monkeypatch, tmp_path):
+        measure = cli.layer.measure
+
+        def interrupted(shape, *arguments):
+            if shape.tokens == 16:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return measure(shape, *arguments)
+
+        monkeypatch.setattr(cli.layer, "measure", interrupted)
+        file = tmp_path / "r.jsonl"
+        arguments = ["layer", "--shapes", "8x8", "--tokens", "4", "16", "--rank", "2", *FEW]
+        assert cli.main([*arguments, "--seconds", "0", "--json", str(file)]) == 130
+        assert {row["case"]["tokens"] for row in records.read_lines(file)} == {4}
+
+    def test_a_device_has_its_index_and_is_there(self, monkeypatch):
+        def device(asked):
+            return cli._device(SimpleNamespace(device=asked, suite="layer"))
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert device(None) == device(torch.device("cuda")) == torch.device("cuda", 0)
+        assert device(torch.device("cuda:1")) == torch.device("cuda", 1)
+        assert device(torch.device("cpu")) == torch.device("cpu")
+        with pytest.raises(ValueError, match="sees 2 CUDA devices"):
+            device(torch.device("cuda:2"))
+
+    def test_defaults_compare_with_what_documents_speak_of(self):
+        others = {"peft_lora", "lora", "peft_hira", "hut_low_rank_eager"}
+        assert others <= set(cli.BASELINES)
+
+    def test_where_graphs_run_the_baselines_graphs_are_baselines(self):
+        def names(provider):
+            options = SimpleNamespace(provider=provider, baseline=["lora"], suite="layer")
+            return cli._names(options)
+
+        assert names(["hut_low_rank"])[1] == ["lora"]
+        assert names(["hut_low_rank_graph"]) == (
+            ["lora", "lora_graph", "hut_low_rank_graph"],
+            ["lora", "lora_graph"],
+        )
+
+    def test_defaults_are_compiled_at_one_number_of_tokens(self, monkeypatch):
+        measured = {}
+        monkeypatch.setattr(
+            cli.layer,
+            "measure",
+            lambda shape, r, dtype, device, seconds, names, *_: (
+                measured.update({shape: names}) or []
+            ),
+        )
+        options = SimpleNamespace(
+            seconds=0, rank=[2], shapes=["8x8"], tokens=[16, 512], provider=None,
+            device=torch.device("cpu"), suite="layer",
+        )  # fmt: skip
+        names = ["lora", "hut_low_rank_compiled"]
+        groups = cli._layer_groups(options, cli.Size(), torch.float32, names, ["lora"])
+        rows = [row for group in groups for row in group]
+        assert list(measured.values()) == [["lora"], names]
+        assert [row["left_out"] for row in rows] == [cli.COMPILED_ONCE]
+
+    def test_ranks_and_tokens_of_costs_are_those_asked_for(self, capsys):
+        assert cli.main(["cost", "--rank", "16", "--tokens", "8", "64"]) == 0
+        text = capsys.readouterr().out
+        assert "r 128" not in text
+        for tokens in (8, 64):
+            assert f"linear layers over LoRA's, {tokens} tokens, r 16" in text
+
+    def test_tables_are_written_in_a_checkout_alone(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(records, "ROOT", tmp_path)
+        with pytest.raises(SystemExit):
+            cli.main(["tables"])
+        assert "invalid choice" in capsys.readouterr().err
+
     @pytest.mark.parametrize("suite", records.SUITES)
     def test_every_suite_has_its_sizes_and_its_help(self, suite, capsys):
         with pytest.raises(SystemExit) as stopped:
@@ -151,6 +247,38 @@ class TestFiles:
         ]  # fmt: skip
         assert [file.name for file in plots.draw(rows, tmp_path)] == ["model.png", "model.svg"]
 
+    def test_each_machine_has_its_panels_and_its_line(self, files, tmp_path):
+        pytest.importorskip("matplotlib")
+        from benchmarks import plots
+
+        rows = records.read_lines(files / "layer.jsonl")
+        there = [{**row, "environment": {**row["environment"], "cpu": "other"}} for row in rows]
+        figure = plots.time_over_tokens([*rows, *there])
+        assert len([axes for axes in figure.axes if axes.get_visible()]) == 2
+        with pytest.raises(ValueError, match="two rows of layer"):
+            plots.draw([*rows, *rows], tmp_path)
+
+    def test_graphs_and_forced_strategies_have_panels_of_their_own(self, files):
+        pytest.importorskip("matplotlib")
+        from benchmarks import plots
+
+        like = records.read_lines(files / "layer.jsonl")
+        names = ("lora", "lora_graph", "hut_low_rank", "hut_low_rank_graph", "hut_low_rank_fused")
+        rows = [
+            {
+                **row, "provider": name, "label": name,
+                "versus": {f"lora{'_graph' * name.endswith('_graph')}": row["versus"]["lora"]},
+            }
+            for name in names
+            for row in like
+            if row["provider"] == "lora"
+        ]  # fmt: skip
+        figure = plots.time_over_tokens(rows)
+        panels = {axes.get_title(): len(axes.lines) for axes in figure.axes}
+        assert [title.rpartition(", ")[2] for title in panels] == ["float32", "graphs", "forced"]
+        assert list(panels.values()) == [2, 2, 2]
+        assert figure.axes[1].get_ylabel() == "step / LoRA, lean, graph"
+
     def test_every_provider_has_a_colour(self):
         pytest.importorskip("matplotlib")
         from benchmarks import plots
@@ -163,6 +291,7 @@ class TestFiles:
         assert cli.main(["compare", file, file]) == 0
         assert "no difference beyond the spread" in capsys.readouterr().out
         assert cli.main(["check", file]) == 0
+        assert cli.main(["targets", file]) == 0
         assert "4 valid rows" in capsys.readouterr().out
 
     def test_a_bad_record_fails_the_check(self, tmp_path, capsys):

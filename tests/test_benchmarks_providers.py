@@ -1,6 +1,7 @@
 """Providers: each proves its formula before it may be timed, and a wrong one is found."""
 
 import contextlib
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -65,6 +66,20 @@ class TestProofs:
         dead = replace(PROVIDERS["lora"], adapt=providers._own(Dead))
         with pytest.raises(ArithmeticError, match="d lora_B"):
             prove(dead, torch.float32, CPU)
+
+    def test_a_step_is_proved_by_a_few_rows_and_the_gradient_is_as_before(self):
+        provider = PROVIDERS["hut_low_rank"]
+        layer = provider.make(nn.Linear(6, 5), 2)
+        nn.init.normal_(layer.hut_B)
+        x, g = torch.randn(40, 6, requires_grad=True), torch.randn(40, 5)
+        before = g.clone()
+        step = passes(provider, layer, x, g)["step"]
+        assert providers.prove_step(provider, layer, step, x, g, rows=3) < 2e-6
+        assert torch.equal(g, before)
+        wrong = replace(provider, formula=methods.frozen_formula)
+        with pytest.raises(ArithmeticError, match="off its formula"):
+            providers.prove_step(wrong, layer, step, x, g, rows=3)
+        assert torch.equal(g, before)
 
     def test_what_is_wrong_or_cannot_run_is_left_out_with_its_reason(self, monkeypatch):
         def broken(model, targets, r):
@@ -152,7 +167,22 @@ class TestProviders:
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         layer, x = nn.Linear(3, 3), torch.ones(2, 3, requires_grad=True)
+        nodes = []
+
+        def mark(*_):
+            """A hook lives as long as the node that adds up x's gradient."""
+
+            def hook(*_):
+                pass
+
+            x.view_as(x).grad_fn.next_functions[0][0].register_hook(hook)
+            nodes.append(weakref.ref(hook))
+
+        layer.register_forward_hook(mark)
         cases = passes(PROVIDERS["lora_graph"], layer, x, torch.ones(2, 3))
+        assert nodes
+        assert not [node for node in nodes if node() is not None]
+        assert all(case.replay for case in cases.values())
         assert list(cases) == ["forward", "step"]
         assert captured == [(None, None)] * 2
         gradient = x.grad

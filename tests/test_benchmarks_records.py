@@ -2,11 +2,14 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import compare, documents, records, tables
+from benchmarks import __main__ as cli
+from benchmarks import compare, documents, records, tables, targets
+from benchmarks.shapes import parsed
 
 CPU = torch.device("cpu")
 
@@ -123,9 +126,37 @@ class TestCompare:
         assert found[0].verdict == verdict
         assert found[0].ratio == pytest.approx(seconds / 1e-3)
 
+    def test_few_samples_have_no_verdict(self):
+        few = row(seconds=9.0)
+        few["seconds"]["step"]["samples"] = compare.FEWEST - 1
+        assert next(compare.findings([row()], [few])).verdict == compare.FEW
+
+    def test_a_drift_shows_in_times_and_not_in_ratios(self):
+        found = list(compare.findings([row()], [row(seconds=2e-3)]))
+        assert [one.verdict for one in found[:2]] == [compare.SLOWER, compare.LEVEL]
+
+    def test_machines_are_told_apart_row_by_row(self):
+        there = environment(device_name="another processor", cpu="another processor")
+        first = [row(), row("peft_hira")]
+        second = [row(seconds=2e-3, environment=there), row("peft_hira", seconds=2e-3)]
+        words = [one.what for one in compare.findings(first, second)]
+        assert not [one for one in words if "hut_low_rank" in one and one.endswith(": step")]
+        assert [one for one in words if "peft_hira" in one and one.endswith(": step")]
+        text = compare.report(first, second, ("a", "b")).text()
+        assert "DIFFERENT machines" in text
+        assert "same machine" in text
+
+    def test_the_load_of_both_is_told(self):
+        busy = row(environment=environment(other_programs_share=0.5))
+        assert "of the CPUs: 1 %, 50 %" in compare.report([row()], [busy], ("a", "b")).text()
+
+    def test_a_row_that_is_there_twice_is_refused(self):
+        with pytest.raises(ValueError, match="two rows of layer hut_low_rank 16x64x32"):
+            compare.report([row()], [row(), row()], ("a", "b"))
+
     def test_memory_has_a_verdict_of_its_own(self):
         words = [
-            list(compare.findings([row()], [row(peak=peak)]))[1].verdict
+            list(compare.findings([row()], [row(peak=peak)]))[2].verdict
             for peak in (1 << 20, 1 << 21, 1 << 19)
         ]
         assert words == [compare.SAME, compare.MORE, compare.LESS]
@@ -185,16 +216,134 @@ class TestTables:
         seen = [row("peft_loha"), other]
         assert tables.left_out(seen) == ["Left out: peft_loha at 17x64x32 (too large)."]
 
-    def test_rows_of_two_machines_are_not_one_table_unseen(self):
+    def test_wins_over_what_was_not_measured_are_refused(self):
+        with pytest.raises(ValueError, match="no row compares hut_low_rank with peft_hira"):
+            tables.who_wins(pair(), "hut_low_rank", "peft_hira")
+
+    def test_types_of_adapters_are_said(self):
+        cast = {**row()["types"], "adapter": "bfloat16"}
+        (table,) = tables.of([*pair(), row("peft_lora_cast", types=cast)])
+        assert "Adapters in float32; in bfloat16: peft_lora_cast. No autocast." in table.text()
+
+    def test_a_graph_stands_against_a_graph_in_the_same_column(self):
+        graph = row("hut_low_rank_graph", versus={"peft_lora_graph": {"step": quantiles(0.5)}})
+        (table,) = tables.of([*pair(), graph])
+        assert table.header.count("step / LoRA (PEFT)") == 1
+        assert "0.50 (0.48–0.52)" in table.rows[2]
+        assert "graph" in table.notes[-1]
+
+    def test_models_of_two_ranks_are_two_tables(self):
+        case = {
+            "model": "m", "targets": "all", "checkpointing": False, "blocks": 1, "blocks_of": 2,
+            "batch": 1, "sequence": 8, "r": 4,
+        }  # fmt: skip
+        rows = [
+            row(suite="model", case={**case, **change}, tokens_per_second=quantiles(9.0),
+                counts={"trainable": 1})
+            for change in ({}, {"r": 8}, {"sequence": 16})
+        ]  # fmt: skip
+        titles = [table.title for table in tables.of(rows)]
+        assert len(set(titles)) == 3
+        assert "1 x 8 tokens, r 8, float32" in titles[1]
+
+    def test_rows_of_two_machines_are_told_apart(self):
         there = row(environment=environment(threads=99))
-        assert tables.mixed_machines([row(), row()]) == []
-        assert "NOT of one machine (threads" in tables.mixed_machines([row(), there])[0]
+        assert len(tables.by_machine([row(), row()])) == 1
+        assert tables.by_machine([row(), there]) == [[row()], [there]]
 
     def test_provenance_says_where_and_when(self):
         one = environment(dirty=True, commit="0123456789abcdef")
         said = tables.provenance([{"environment": one}])
         for part in (one["cpu"], "torch", "0123456789", "uncommitted", one["date"][:10], "1 %"):
             assert part in said
+
+
+class TestTargets:
+    def rows(self, ratio, spread=0.04, **changes):
+        """HUT at 4096x4096x4096 on a GPU, beside PEFT's LoRA."""
+        return [
+            row(
+                case={"tokens": 4096, "in_features": 4096, "out_features": 4096, "r": 16},
+                types={"compute": "bfloat16", "weight": "bfloat16", "adapter": "float32"},
+                versus={"peft_lora": {"step": quantiles(ratio, spread)}},
+                environment=environment(device="cuda", device_name="A100"),
+                **changes,
+            )
+        ]
+
+    def line(self, rows):
+        return targets.table(rows, ["layer"]).rows[0]
+
+    @pytest.mark.parametrize(
+        ("ratio", "spread", "verdict"),
+        [
+            (1.2, 0.04, targets.MET),
+            (1.4, 0.04, targets.MISSED),
+            (1.28, 0.04, targets.UNDECIDED),
+            (1.32, 0.04, targets.UNDECIDED),
+        ],
+    )
+    def test_a_verdict_respects_the_spread(self, ratio, spread, verdict):
+        assert self.line(self.rows(ratio, spread))[-1] == verdict
+
+    def test_few_samples_decide_nothing(self):
+        (one,) = self.rows(1.2)
+        one["versus"]["peft_lora"]["step"]["samples"] = 3
+        assert "3 samples" in self.line([one])[-1]
+
+    def test_what_is_not_meant_is_not_measured(self):
+        assert self.line([])[-1] == targets.UNMEASURED
+        (one,) = self.rows(1.2)
+        for key, value in (("tokens", 2048), ("in_features", 1024), ("r", 8)):
+            assert self.line([{**one, "case": {**one["case"], key: value}}])[-1] == (
+                targets.UNMEASURED
+            )
+        on_cpu = {**one, "environment": environment()}
+        assert self.line([on_cpu])[-1] == targets.UNMEASURED
+
+    def test_a_ratio_is_turned_round_where_it_was_taken_so(self):
+        least = next(t for t in targets.TARGETS if t.over == "peft_lora" and t.least)
+        by = {"hut_low_rank": {"versus": {"peft_lora": {"step": quantiles(1.25)}}}}
+        q = targets.ratio(least, by)
+        assert q["median"] == pytest.approx(0.8)
+        assert q["p20"] < q["median"] < q["p80"]
+        assert targets.verdict(least, q) == targets.MISSED
+
+    def test_a_workspace_is_one_weight(self):
+        target = next(t for t in targets.TARGETS if t.workspace)
+        case = {"width": 4, "depth": 4}
+        by = {
+            "hut_low_rank": {"case": case, "bytes": {"peak": 132}},
+            "lora": {"case": case, "bytes": {"peak": 100}},
+        }
+        assert targets.ratio(target, by)["median"] == 1
+
+    def test_every_provider_of_a_target_is_run_by_default(self):
+        options = SimpleNamespace(provider=None, baseline=None, suite="layer")
+        names, baselines = cli._names(options)
+        for target in targets.TARGETS:
+            assert {target.over, target.under} <= set(names)
+            assert {target.over, target.under} & set(baselines), target.words
+
+    def test_every_target_has_a_case_by_default(self):
+        for suite in ("layer", "memory"):
+            size = cli.SIZES[suite][2]
+            cases = [
+                {
+                    "tokens": shape.tokens, "in_features": shape.in_features,
+                    "out_features": shape.out_features, "width": shape.in_features,
+                    "depth": depth, "r": 16,
+                }
+                for shape in parsed(size.shapes, size.tokens)
+                for depth in size.depths or [0]
+            ]  # fmt: skip
+            for target in targets.TARGETS:
+                rows = [
+                    {"suite": suite, "case": case, "types": {"compute": "bfloat16"}}
+                    for case in cases
+                ]
+                if target.suite == suite:
+                    assert any(map(target.meant_for, rows)), target.words
 
 
 class TestDocuments:
@@ -224,13 +373,51 @@ class TestDocuments:
         records.write_lines(tmp_path / "r.jsonl", pair(ratio=1.7), environment())
         assert documents.renewed(fresh) != fresh
 
-    def test_a_summary_says_who_wins_and_where_it_was_measured(self, tmp_path, monkeypatch):
+    def test_the_brief_has_time_and_memory_who_wins_and_where_it_was_measured(
+        self, tmp_path, monkeypatch
+    ):
         monkeypatch.setattr(documents, "RESULTS", tmp_path)
+        small = row(case={"tokens": 16, "in_features": 8, "out_features": 8, "r": 4}, ratio=9.0)
+        many = row(case={**row()["case"], "tokens": 64}, ratio=1.2)
+        records.write_lines(tmp_path / "r.jsonl", [small, *pair(), many], environment())
+        stack = {"tokens": 8, "width": 4, "depth": 2, "r": 4}
+        sizes = {"saved": 3 << 20, "peak": 5 << 20}
+        memory = row(suite="memory", case=stack, bytes=sizes)
+        records.write_lines(tmp_path / "m.jsonl", [memory], environment())
+        mark = "<!-- benchmark: brief r.jsonl m.jsonl -->\n<!-- end of benchmark -->"
+        said = documents.renewed(mark)
+        assert "| HUT low_rank | 1.50 (1.44–1.56) | 1.20 (1.15–1.25) | 3.0 | 5.0 |" in said
+        assert "| LoRA (PEFT) | 1.00 (0.96–1.04) | – | – | – |" in said
+        assert "takes longer than LoRA (PEFT) in 3 (1.20 to 9.00 times its time)." in said
+        assert said.count("Measured on") == 1
+        assert documents.renewed(said) == said
+
+    def test_ratios_are_said_with_where_they_were_measured(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(documents, "RESULTS", tmp_path)
+        rows = [{"what": "a: HUT / products", "ratio": quantiles(1.25)}]
+        content = {"environment": environment(), "rows": rows}
+        records.write(tmp_path / "c.json", "cpu_ratios", content)
+        said = documents.renewed("<!-- benchmark: ratios c.json -->\n<!-- end of benchmark -->")
+        assert "HUT / products: 1.25 (a). Measured on" in said
+
+    def test_no_picture_is_stale(self):
+        assert not documents.stale_pictures(), "run `python -m benchmarks tables`"
+
+    def test_a_picture_of_another_record_is_stale(self, tmp_path, monkeypatch):
+        pytest.importorskip("matplotlib")
+        monkeypatch.setattr(documents, "RESULTS", tmp_path)
+        monkeypatch.setattr(documents, "FOLDER", tmp_path / "pictures")
+        monkeypatch.setattr(documents, "PICTURES", {"layer-time": "r.jsonl"})
+        many = row(case={**row()["case"], "tokens": 64})
+        records.write_lines(tmp_path / "r.jsonl", [*pair(), many], environment())
+        (picture,) = documents.stale_pictures()
+        documents.draw(picture)
+        assert documents.stale_pictures() == []
+        first = picture.read_text()
+        documents.draw(picture)
+        assert picture.read_text() == first  # the same bytes every time
         records.write_lines(tmp_path / "r.jsonl", pair(), environment())
-        said = documents.renewed("<!-- benchmark: summary r.jsonl -->\n<!-- end of benchmark -->")
-        assert "| HUT low_rank | 1.50 (1.44–1.56) |" in said
-        assert "HUT low_rank takes longer than LoRA (PEFT) in 1 (1.50x its time)." in said
-        assert "Measured on" in said
+        assert documents.stale_pictures() == [picture]
 
     def test_a_mark_without_a_record_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(documents, "RESULTS", tmp_path)

@@ -1,10 +1,13 @@
 """The suites: what they count agrees with what is measured, and a row says what it was."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import cost, layer, memory, model, overhead, shapes
-from benchmarks.providers import PROVIDERS
+from benchmarks.methods import LoRALinear
+from benchmarks.providers import PROVIDERS, _own, prove
 from benchmarks.shapes import MODELS, Shape
 from hut_kernels import explain
 
@@ -104,6 +107,47 @@ class TestLayer:
         found = layer.measure(Shape(8, 4, 4), 8, FP32, CPU, 0, ["hut_paper", "lora"], ["lora"])
         assert "two_sided needs r <= min" in found[0]["left_out"]
         assert found[1]["seconds"]["step"]["median"] > 0
+
+    def test_what_is_wrong_at_the_timed_size_alone_is_not_timed(self, monkeypatch):
+        class WrongWhereLarge(LoRALinear):
+            def forward(self, x):
+                return super().forward(x) * (2 if len(x) > 30 else 1)
+
+        wrong = replace(PROVIDERS["lora"], adapt=_own(WrongWhereLarge))
+        monkeypatch.setitem(PROVIDERS, "lora", wrong)
+        prove(wrong, FP32, CPU)
+        row, other = layer.measure(
+            Shape(32, 64, 48), 4, FP32, CPU, 0, ["lora", "hut_low_rank"], ["lora"]
+        )
+        assert row["wrong"] is True
+        assert "off its formula" in row["left_out"]
+        assert "wrong" not in other
+        assert other["versus"] == {}
+
+    def test_what_fails_while_it_is_timed_is_left_out(self, monkeypatch):
+        class FailsLater(LoRALinear):
+            calls = 0
+
+            def forward(self, x):
+                FailsLater.calls += 1
+                if FailsLater.calls > 8:
+                    raise MemoryError("out of memory")
+                return super().forward(x)
+
+        late = replace(PROVIDERS["lora"], adapt=_own(FailsLater))
+        monkeypatch.setitem(PROVIDERS, "lora", late)
+        row, other = layer.measure(
+            Shape(8, 6, 4), 2, FP32, CPU, 0, ["lora", "hut_low_rank"], ["lora", "hut_low_rank"]
+        )
+        assert row["left_out"] == "MemoryError: out of memory"
+        assert set(other["versus"]) == {"hut_low_rank"}
+
+    def test_a_replay_is_compared_with_replays(self):
+        shape, names = Shape(8, 6, 4), ("lora", "lora_graph", "hut_low_rank_graph")
+        times = {(name, "step"): [1.0, 2.0] for name in names}
+        times |= {(layer.PRODUCT, one): [1.0, 1.0] for one in ("y", "dx", "G")}
+        figures = layer._figures(names[2], {"step": None}, times, shape, 2, names[:2])
+        assert set(figures["versus"]) == {"lora_graph"}
 
     def test_types_are_stated(self):
         assert layer.labels("peft_lora", BF16)["types"] == {

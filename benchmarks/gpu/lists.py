@@ -104,6 +104,12 @@ def _plans() -> Iterator[Case]:
         yield Case(512, 4096, 4096, 16, strategies=strategies, **form)
     for N in (1, 64, 4096):
         yield Case(N, 4096, 4096, 16, strategies=None)
+    # What a plan's own rows must hold: groups that end within a tile, wide and transposed weights.
+    for N in (1, 16, 64, 256):
+        yield Case(N, 768, 768, 16, transform="two_sided", vectors=ALL_VECTORS, strategies=None)
+        yield Case(N, 1024, 1024, 64, weight_dtype="float32", strategies=None)
+        yield Case(N, 768, 2304, 16, layout="transposed", vectors=("gamma",), strategies=None)
+    yield Case(16, 768, 768, 16, "float32", tf32=True, transform="two_sided", strategies=None)
     for strategies in MIXED:
         yield Case(128, 2048, 2048, 16, strategies=strategies)
     for strategies in (FUSED, STAGED):
@@ -140,7 +146,7 @@ def _odd() -> Iterator[Case]:
     """Odd sizes, addresses, strides and mixes of types."""
     for strategies in (FUSED, STAGED):
         with_strategies: dict[str, Any] = {"strategies": strategies}
-        for layout in ("transposed", "expanded", "sliced"):
+        for layout in ("transposed", "expanded", "sliced", "shifted"):
             yield Case(200, 1024, 768, 16, layout=layout, **with_strategies)
             yield Case(33, 512, 640, 8, "float16", layout=layout, **with_strategies)
         for N, K, O, r in ((77, 1001, 515, 7), (1, 999, 1003, 3), (130, 1030, 2046, 100)):

@@ -167,19 +167,18 @@ def test_kernels_read_matrices_whose_elements_lie_beyond_2_to_the_31():
     assert done.stdout.strip() == "right", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("transform", ["low_rank", "two_sided"])
+@pytest.mark.parametrize("variant", ["plain", "two_sided", "unaligned", "ragged", "transposed"])
 @pytest.mark.parametrize(
     "kernel", ["forward", "grad_input", "grad_factors", "grad_reduce", "weight"]
 )
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
-def test_every_stride_is_widened_before_it_multiplies(kernel, transform, aligned):
+def test_every_stride_is_widened_before_it_multiplies(kernel, variant):
     """Read from the compiler's own representation of a real launch: nothing is left in 32 bits."""
     pytest.importorskip("triton", reason="triton is not installed: nothing to compile with")
     from hut_kernels.triton import gate
     from hut_kernels.triton.launch import Row
 
     tiles = Row(BN=16, BO=16, BK=16, warps=4, stages=1)
-    config = gate.Config("sm_80", kernel, "bf16", 16, 64, tiles, transform, aligned)
+    config = gate.Config("sm_80", kernel, "bf16", 16, 64, tiles, variant)
     source = gate.compile_config(config).asm["ttir"]
     body = source[source.index("tt.func public") :].split("\n", 1)[1]
     uses = [line.strip() for line in body.splitlines() if re.search(r"%stride_\w+\b[^:]*:", line)]
