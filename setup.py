@@ -48,12 +48,14 @@ class Toolchain:
         cxx: The host compiler, which nvcc calls.
         torch: PyTorch's package folder.
         architectures: Such as `("80", "90", "120+PTX")`.
+        jobs: Compilers at work at once.
     """
 
     nvcc: Path
     cxx: str
     torch: Path
     architectures: tuple[str, ...]
+    jobs: int
 
     @property
     def includes(self) -> list[str]:
@@ -81,15 +83,14 @@ def find_toolchain() -> Toolchain:
     if not cxx:
         raise Impossible("there is no C++ compiler")
     nvcc = _find_nvcc()
-    if nvcc is None:
-        raise Impossible("nvcc is neither in CUDA_HOME nor on the PATH")
     found = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
     if found is None or _numbers(found[1]) < OLDEST_NVCC:
         release = found[1] if found else "of an unknown release"
         raise Impossible(f"nvcc {release} is too old: 12.0 or newer is needed")
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
     supported = re.findall(r"compute_(\w+)", _output(nvcc, "--list-gpu-arch"))
-    return Toolchain(nvcc, cxx, Path(torch.origin).parent, choose_architectures(wanted, supported))
+    architectures = choose_architectures(wanted, supported)
+    return Toolchain(nvcc, cxx, Path(torch.origin).parent, architectures, _jobs())
 
 
 def choose_architectures(wanted: str | None, supported: Sequence[str]) -> tuple[str, ...]:
@@ -104,7 +105,7 @@ def choose_architectures(wanted: str | None, supported: Sequence[str]) -> tuple[
         Impossible: An entry that nvcc does not know, or nothing left to build for.
     """
     chosen = []
-    for entry in re.split(r"[\s;,]+", (wanted or ARCHITECTURES).strip()):
+    for entry in re.findall(r"[^\s;,]+", wanted or ARCHITECTURES):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
             raise Impossible(f'TORCH_CUDA_ARCH_LIST should look like "8.0;9.0+PTX"; got {entry!r}')
@@ -184,7 +185,7 @@ class BuildExtension(build_ext):
         def build(name: str) -> str:
             return compile_one(tools, _ROOT / "csrc" / name, objects / f"{name}.o")
 
-        with ThreadPoolExecutor(_jobs()) as pool:
+        with ThreadPoolExecutor(tools.jobs) as pool:
             said = list(pool.map(build, sorted(SOURCES, key=lambda name: name.endswith(".cpp"))))
         (objects / REPORT).write_text("".join(said))
         link(tools, [objects / f"{name}.o" for name in SOURCES], target)
@@ -194,9 +195,12 @@ def extensions() -> list[Extension]:
     """The extension, or nothing and a sentence that says why.
 
     Raises:
-        SystemExit: HUT_KERNELS_CUDA=1 demands what cannot be built.
+        SystemExit: HUT_KERNELS_CUDA=1 demands what cannot be built, or the variable is neither 0
+            nor 1.
     """
     demand = os.environ.get("HUT_KERNELS_CUDA", "")
+    if demand not in ("", "0", "1"):
+        sys.exit(f"HUT_KERNELS_CUDA should be 0, 1 or unset; got {demand!r}.")
     if demand == "0":
         return []
     try:
@@ -219,15 +223,22 @@ def extensions() -> list[Extension]:
     ]
 
 
-def _find_nvcc() -> Path | None:
+def _find_nvcc() -> Path:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc")
-    found = Path(found) if found else Path("/usr/local/cuda/bin/nvcc")
-    return found if found.exists() else None
+    found = None if home else shutil.which("nvcc")
+    nvcc = Path(found or Path(home or "/usr/local/cuda") / "bin" / "nvcc")
+    if nvcc.exists():
+        return nvcc
+    if home:  # another nvcc than the one that is asked for would be a surprise
+        raise Impossible(f"CUDA_HOME is {home}, and {nvcc} does not exist")
+    raise Impossible("nvcc is neither on the PATH nor in /usr/local/cuda (CUDA_HOME may name it)")
 
 
 def _jobs() -> int:
-    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    given = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not given.isdecimal() or int(given) == 0:
+        raise Impossible(f"MAX_JOBS should be a number of compilers; got {given!r}")
+    return int(given)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -66,7 +66,8 @@ class GroupWalk {
   int64_t r_, size_, group_, rest_;
 };
 
-// T from the sum (low_rank) or the product (two_sided) of factor entries, in float32.
+// T in float32, from the sum over k (low_rank, tile.h) or the one product (two_sided, weight.h) of
+// factor entries that a kernel has at hand.
 HUT_HD float multiplier(const Multiplier& m, float product) {
   return fmaf(m.scaling, product, m.constant);
 }

@@ -99,14 +99,13 @@ void check_vector(const std::optional<Tensor>& vector, int64_t size, const char*
 }
 
 // A layer's parameters as the kernels see them. Rows and columns are those of the storage: a weight
-// stored [in, out] is `transposed`, and then its rows are the inputs.
+// stored [in, out], which its strides tell, is `transposed`, and then its rows are the inputs.
 class Layer {
  public:
   Layer(
       const Tensor& weight, const Tensor& hut_A, const Tensor& hut_B,
-      const std::optional<Tensor>& gamma, bool transposed, bool two_sided, double constant,
-      double scaling)
-      : weight_(weight), transposed_(transposed), two_sided_(two_sided) {
+      const std::optional<Tensor>& gamma, bool two_sided, double constant, double scaling)
+      : weight_(weight), two_sided_(two_sided) {
     check_device(weight, "weight");
     check_device(hut_A, "hut_A");
     check_device(hut_B, "hut_B");
@@ -125,6 +124,8 @@ class Layer {
     STD_TORCH_CHECK(
         !two_sided || (r <= inputs && r <= outputs),
         "hut_kernels: two_sided needs r <= min(in_features, out_features)");
+    STD_TORCH_CHECK(
+        !two_sided || constant == 0.0, "hut_kernels: two_sided has no constant; got ", constant);
     check_vector(gamma, outputs, "gamma");
     const Side output{
         outputs, {hut_B.const_data_ptr(), hut_B.stride(0), hut_B.stride(1), type_of(hut_B)},
@@ -132,8 +133,9 @@ class Layer {
     const Side input{
         inputs, {hut_A.const_data_ptr(), hut_A.stride(1), hut_A.stride(0), type_of(hut_A)},
         vector_of(std::nullopt)};
+    transposed_ = weight.stride(0) < weight.stride(1);
     multiplier_ = {
-        {transposed ? input : output, transposed ? output : input}, static_cast<int>(r),
+        {transposed_ ? input : output, transposed_ ? output : input}, static_cast<int>(r),
         static_cast<float>(constant), static_cast<float>(scaling)};
   }
 
@@ -202,15 +204,15 @@ class Layer {
   }
 
   Tensor weight_;
-  bool transposed_, two_sided_;
+  bool two_sided_, transposed_;
   Multiplier multiplier_;
 };
 
 Tensor weight(
     const Tensor& weight, const Tensor& hut_A, const Tensor& hut_B,
-    const std::optional<Tensor>& gamma, bool transposed, bool two_sided, double constant,
-    double scaling, ScalarType dtype) {
-  const Layer layer(weight, hut_A, hut_B, gamma, transposed, two_sided, constant, scaling);
+    const std::optional<Tensor>& gamma, bool two_sided, double constant, double scaling,
+    ScalarType dtype) {
+  const Layer layer(weight, hut_A, hut_B, gamma, two_sided, constant, scaling);
   const OnDevice device(weight);
   return layer.stage(dtype, true, 0.0, Shift{}, device.stream());
 }
@@ -218,9 +220,9 @@ Tensor weight(
 Tensor forward(
     const Tensor& x, const Tensor& weight, const Tensor& hut_A, const Tensor& hut_B,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& gamma,
-    const std::optional<Tensor>& beta, bool transposed, bool two_sided, double constant,
-    double scaling, bool split) {
-  const Layer layer(weight, hut_A, hut_B, gamma, transposed, two_sided, constant, scaling);
+    const std::optional<Tensor>& beta, bool two_sided, double constant, double scaling,
+    bool split) {
+  const Layer layer(weight, hut_A, hut_B, gamma, two_sided, constant, scaling);
   const int64_t outputs = weight.size(0);
   check_device(x, "x");
   check_vector(bias, outputs, "bias");
@@ -328,10 +330,10 @@ std::vector<Tensor> grad_factors(
 
 std::vector<Tensor> backward(
     const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& hut_A,
-    const Tensor& hut_B, const std::optional<Tensor>& gamma, bool transposed, bool two_sided,
-    double constant, double scaling, bool split, bool need_x, bool need_A, bool need_B,
-    bool need_gamma, int64_t chunk, int64_t row_spans, int64_t column_spans) {
-  const Layer layer(weight, hut_A, hut_B, gamma, transposed, two_sided, constant, scaling);
+    const Tensor& hut_B, const std::optional<Tensor>& gamma, bool two_sided, double constant,
+    double scaling, bool split, bool need_x, bool need_A, bool need_B, bool need_gamma,
+    int64_t chunk, int64_t row_spans, int64_t column_spans) {
+  const Layer layer(weight, hut_A, hut_B, gamma, two_sided, constant, scaling);
   check_device(grad, "grad");
   const OnDevice device(grad);
   std::vector<Tensor> gradients;
@@ -365,8 +367,7 @@ class Group {
     for (size_t j = 0; j < count; ++j) {
       const Tensor& weight = weights[j];
       layers_.emplace_back(
-          weight, hut_A[j], hut_B[j], gamma[j], weight.stride(0) < weight.stride(1), two_sided,
-          constant, scalings[j]);
+          weight, hut_A[j], hut_B[j], gamma[j], two_sided, constant, scalings[j]);
       STD_TORCH_CHECK(
           weight.size(1) == weights[0].size(1) &&
               weight.scalar_type() == weights[0].scalar_type(),
@@ -467,13 +468,11 @@ std::vector<Tensor> group_backward(
 STABLE_TORCH_LIBRARY(hut_cuda, m) {
   m.def(
       "forward(Tensor x, Tensor weight, Tensor hut_A, Tensor hut_B, Tensor? bias, Tensor? gamma, "
-      "Tensor? beta, bool transposed, bool two_sided, float constant, float scaling, bool split) "
-      "-> Tensor");
+      "Tensor? beta, bool two_sided, float constant, float scaling, bool split) -> Tensor");
   m.def(
       "backward(Tensor grad, Tensor? x, Tensor weight, Tensor hut_A, Tensor hut_B, Tensor? gamma, "
-      "bool transposed, bool two_sided, float constant, float scaling, bool split, bool need_x, "
-      "bool need_A, bool need_B, bool need_gamma, int chunk, int row_spans, int column_spans) "
-      "-> Tensor[]");
+      "bool two_sided, float constant, float scaling, bool split, bool need_x, bool need_A, "
+      "bool need_B, bool need_gamma, int chunk, int row_spans, int column_spans) -> Tensor[]");
   m.def(
       "group_forward(Tensor x, Tensor[] weights, Tensor[] hut_A, Tensor[] hut_B, Tensor?[] bias, "
       "Tensor?[] gamma, Tensor?[] beta, bool two_sided, float constant, float[] scalings) "
@@ -484,7 +483,7 @@ STABLE_TORCH_LIBRARY(hut_cuda, m) {
       "bool[] need_A, bool[] need_B, bool[] need_gamma, int[] chunks, int[] row_spans, "
       "int[] column_spans) -> Tensor[]");
   m.def(
-      "weight(Tensor weight, Tensor hut_A, Tensor hut_B, Tensor? gamma, bool transposed, "
+      "weight(Tensor weight, Tensor hut_A, Tensor hut_B, Tensor? gamma, "
       "bool two_sided, float constant, float scaling, ScalarType dtype) -> Tensor");
 }
 

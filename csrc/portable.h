@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 
 #ifdef __CUDACC__
@@ -127,12 +128,21 @@ struct Matrix {
   bool packed;
 };
 
+// A device faults where 16 bytes do not begin on 16 bytes. A CPU does not mind, so it is told to.
+HUT_HD void check_packed([[maybe_unused]] const void* data) {
+#ifndef __CUDA_ARCH__
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0)
+    throw std::runtime_error("hut_kernels: a 16-byte access that does not begin on 16 bytes");
+#endif
+}
+
 // Elements (row, column ... column + 7), zero outside the matrix.
 template <class T>
 HUT_HD Pack<T> load_pack(const Matrix<const T>& matrix, int64_t row, int64_t column) {
   Pack<T> pack;
   const T* from = matrix.data + row * matrix.row_stride + column * matrix.column_stride;
   if (matrix.packed && row < matrix.rows && column + kPack <= matrix.columns) {
+    check_packed(from);
     HUT_UNROLL
     for (int j = 0; j < Pack<T>::kWords; ++j)
       pack.words[j] = reinterpret_cast<const uint4*>(from)[j];
@@ -154,6 +164,7 @@ HUT_HD void store_pack(
   if (row >= matrix.rows || column >= matrix.columns) return;
   T* to = matrix.data + row * matrix.row_stride + column * matrix.column_stride;
   if (matrix.packed && column + kPack <= matrix.columns) {
+    check_packed(to);
     HUT_UNROLL
     for (int j = 0; j < Pack<T>::kWords; ++j) reinterpret_cast<uint4*>(to)[j] = pack.words[j];
     return;

@@ -6,8 +6,8 @@ by the planner; what is left of the host's work is done in C++ (docs/extension.m
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def forward(
     if _empty(x, weight):
         return torch_backend.forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
     return _operators.forward.default(
-        x, weight, hut_A, hut_B, bias, gamma, beta, *_layout(weight, spec), _split(spec)
+        x, weight, hut_A, hut_B, bias, gamma, beta, *_multiplier(spec), _split(spec)
     )
 
 
@@ -58,7 +58,7 @@ def backward(
     if _empty(grad, weight):
         return torch_backend.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
     return _operators.backward.default(
-        grad, x, weight, hut_A, hut_B, gamma, *_layout(weight, spec), _split(spec),
+        grad, x, weight, hut_A, hut_B, gamma, *_multiplier(spec), _split(spec),
         need_x, *needs, *_strips(weight, hut_A),
     )  # fmt: skip
 
@@ -76,9 +76,9 @@ def group_forward(
     scalings: list[float],
 ) -> Tensor:
     """The outputs of several layers that read x, side by side: one weight kernel, one product."""
-    spec = Spec(transform, offset)
+    two_sided, constant, _ = _multiplier(Spec(transform, offset))
     return _operators.group_forward.default(
-        x, weights, hut_A, hut_B, bias, gamma, beta, _two_sided(spec), spec.constant, scalings
+        x, weights, hut_A, hut_B, bias, gamma, beta, two_sided, constant, scalings
     )
 
 
@@ -98,10 +98,10 @@ def group_backward(
     need_gamma: list[bool],
 ) -> list[Tensor]:
     """One dx of all the layers, where asked for; then each layer's gradients as in `backward`."""
-    spec = Spec(transform, offset)
+    two_sided, constant, _ = _multiplier(Spec(transform, offset))
     strips = zip(*map(_strips, weights, hut_A), strict=True)
     return _operators.group_backward.default(
-        grad, x, weights, hut_A, hut_B, gamma, _two_sided(spec), spec.constant, scalings,
+        grad, x, weights, hut_A, hut_B, gamma, two_sided, constant, scalings,
         need_x, need_A, need_B, need_gamma, *strips,
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def weight(
     """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
     if _empty(weight, weight):
         return torch_backend.weight(weight, hut_A, hut_B, gamma, spec, dtype)
-    return _operators.weight.default(weight, hut_A, hut_B, gamma, *_layout(weight, spec), dtype)
+    return _operators.weight.default(weight, hut_A, hut_B, gamma, *_multiplier(spec), dtype)
 
 
 def _empty(moving: Tensor, weight: Tensor) -> bool:
@@ -127,24 +127,21 @@ def _empty(moving: Tensor, weight: Tensor) -> bool:
 
 def _strips(weight: Tensor, hut_A: Tensor) -> tuple[int, int, int]:
     """`chunk, row_spans, column_spans`: how the reduction of G is divided."""
-    rows, columns = weight.shape[::-1] if _transposed(weight) else weight.shape
-    device = gpu(weight.device)
-    return planner.strips(rows, columns, len(hut_A), weight.element_size(), device)
+    layout = (*weight.shape, *weight.stride())
+    return _strips_of(*layout, hut_A.shape[0], weight.element_size(), weight.device)
 
 
-def _layout(weight: Tensor, spec: Spec) -> tuple[Any, ...]:
-    """`transposed, two_sided, constant, scaling`: how W0 is stored, and what T is."""
-    return _transposed(weight), _two_sided(spec), spec.constant, spec.scaling
+@functools.lru_cache(maxsize=4096)
+def _strips_of(
+    O: int, K: int, stride_o: int, stride_k: int, r: int, weight_item: int, device: torch.device
+) -> tuple[int, int, int]:
+    rows, columns = (K, O) if stride_o < stride_k else (O, K)  # as the weight is stored
+    return planner.strips(rows, columns, r, weight_item, gpu(device))
 
 
-def _transposed(weight: Tensor) -> bool:
-    """Whether the weight is stored `[in, out]`."""
-    stride_out, stride_in = weight.stride()
-    return stride_out < stride_in
-
-
-def _two_sided(spec: Spec) -> bool:
-    return spec.transform == "two_sided"
+def _multiplier(spec: Spec) -> tuple[bool, float, float]:
+    """`two_sided, constant, scaling`: what T is."""
+    return spec.transform == "two_sided", spec.constant, spec.scaling
 
 
 def _split(spec: Spec) -> bool:

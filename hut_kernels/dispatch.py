@@ -7,15 +7,18 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import numbers
 import os
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import planner
-from .definition import PRECISIONS, TRANSFORMS
-from .errors import HUTBackendError
+from .definition import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
+from .errors import HUTBackendError, check_choice
 from .planner import Plan
 from .versions import FALLBACKS, Miscompile, miscompiled, release
 
@@ -66,13 +69,7 @@ def choose(name: str, tensors: Sequence[Tensor]) -> str:
     """
     device = tensors[0].device
     if name == "auto":
-        if device.type != "cuda" or _any_float64(tensors):
-            return "torch"
-        with_triton = _triton_missing() is None and _device_missing(device.index) is None
-        with_extension = _extension_unusable(device) is None
-        if with_triton and with_extension:
-            return "planned"
-        return "triton" if with_triton else "cuda" if with_extension else "torch"
+        return "torch" if _any_float64(tensors) else _auto(device)
     if name == "torch":
         return name
     if name not in BACKENDS:
@@ -83,6 +80,17 @@ def choose(name: str, tensors: Sequence[Tensor]) -> str:
     if _any_float64(tensors):
         raise TypeError(f'backend="{name}" has no float64; use backend="torch" or float32')
     return name
+
+
+def _auto(device: torch.device) -> str:
+    """What "auto" means on a device, but for float64."""
+    if device.type != "cuda":
+        return "torch"
+    with_triton = _triton_missing() is None and _device_missing(device.index) is None
+    with_extension = _extension_unusable(device) is None
+    if with_triton and with_extension:
+        return "planned"
+    return "triton" if with_triton else "cuda" if with_extension else "torch"
 
 
 def explain(
@@ -104,7 +112,8 @@ def explain(
         in_features, out_features, r: The layer.
         dtype: The compute type.
         device_name: A known GPU by (part of) its name, such as `"A100"` or `"RTX 4090"`, or
-            `"cpu"`; None means this machine's own device.
+            `"cpu"`; None means this machine's own device, with the compiled extension where it is
+            loaded.
         weight_dtype: W0's type; None means `dtype`.
         transform, precision: As in `hut_linear`.
 
@@ -112,18 +121,28 @@ def explain(
         A `Plan`; `str(plan)` is a readable table.
 
     Raises:
-        ValueError: A size below 0, r below 1, an unknown option, an unknown device.
+        ValueError: A size below 0, r below 1 or not possible with `two_sided`, an unknown option,
+            an unknown device.
+        TypeError: A size that is no integer, a type that `hut_linear` does not take.
     """
-    sizes = {"N": N, "in_features": in_features, "out_features": out_features}
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    sizes = {"N": N, "in_features": in_features, "out_features": out_features, "r": r}
     for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral):
+            raise TypeError(f"{name} must be an integer; got {type(size).__name__}")
         if size < 0:
             raise ValueError(f"{name} must not be negative; got {size}")
     if r < 1:
         raise ValueError(f"r must be at least 1; got {r}")
-    if transform not in TRANSFORMS or precision not in PRECISIONS:
+    for name, given in (("dtype", dtype), ("weight_dtype", weight_dtype)):
+        if given not in FLOATS:
+            raise TypeError(f"{name} must be one of {', '.join(FLOAT_NAMES)}; got {given}")
+    check_choice("transform", transform, TRANSFORMS)
+    check_choice("precision", precision, PRECISIONS)
+    if transform == "two_sided" and r > min(in_features, out_features):
         raise ValueError(
-            f"transform must be one of {', '.join(TRANSFORMS)} and precision one of "
-            f"{', '.join(PRECISIONS)}; got {transform!r}, {precision!r}"
+            "two_sided needs r <= min(in_features, out_features) = "
+            f"{min(in_features, out_features)}; got r = {r}"
         )
     device = _own_device() if device_name is None else _named_device(device_name)
     problem = planner.Problem(
@@ -132,14 +151,18 @@ def explain(
         out_features,
         r,
         dtype_name(dtype),
-        dtype_name(weight_dtype or dtype),
+        dtype_name(weight_dtype),
         aligned=in_features % 16 == 0 and out_features % 16 == 0,
         transform=transform,
         precision=precision,
     )
-    on_torch = device == planner.CPU or dtype == torch.float64
-    on_torch = on_torch or _fallback_lost(device.miscompiles) is not None
-    return planner.plan(problem, device, "torch" if on_torch else "triton")
+    if device == planner.CPU or torch.float64 in (dtype, weight_dtype):
+        backend = "torch"
+    elif device_name is None:
+        backend = _auto(torch.device("cuda", torch.cuda.current_device()))
+    else:
+        backend = "triton" if _fallback_lost(device.miscompiles) is None else "torch"
+    return planner.plan(problem, device, backend)
 
 
 def _named_device(name: str) -> planner.Device:
@@ -252,9 +275,19 @@ def _extension_missing() -> str | None:
     return None
 
 
+def _extension() -> Any:
+    """The compiled extension, which must be there."""
+    return importlib.import_module("hut_kernels._C")
+
+
 def architectures() -> str:
     """What the compiled extension, which must be there, is compiled for: `"80 90 120+PTX"`."""
-    return importlib.import_module("hut_kernels._C").architectures
+    return _extension().architectures
+
+
+def _cuda_version(number: int) -> str:
+    """`"12.8"` for 12080."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _extension_idle() -> str | None:
@@ -277,6 +310,13 @@ def _extension_unusable(device: torch.device) -> str | None:
 def _device_uncovered(index: int | None) -> str | None:
     if torch.version.hip:
         return "the compiled extension has no kernels for ROCm"
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    toolkit = _extension().toolkit
+    if driver // 1000 < toolkit // 1000:  # within a major version any driver runs any toolkit's
+        return (
+            f"the compiled extension is built by CUDA {_cuda_version(toolkit)}, and the driver is "
+            f"for CUDA {_cuda_version(driver)}: a newer driver is needed, or an older nvcc"
+        )
     capability = torch.cuda.get_device_capability(index)
     if covers(architectures(), capability):
         return None
@@ -289,15 +329,14 @@ def _device_uncovered(index: int | None) -> str | None:
 def covers(compiled: str, capability: tuple[int, int]) -> bool:
     """Whether a build for `"80 90 120+PTX"` runs on a device.
 
-    Machine code runs on later devices of the same major version, PTX on all later ones.
+    Machine code runs on later devices of the same major version, PTX on all later ones. What is
+    compiled for `"100f"` stays in its family, the major version, and for `"90a"` on that device.
     """
-    major, minor = capability
-    for architecture in compiled.split():
-        number = "".join(filter(str.isdigit, architecture))
+    for target in compiled.split():
+        number, variant, ptx = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", target).groups()  # type: ignore[union-attr]
         built = int(number[:-1]), int(number[-1])
-        if architecture.endswith("+PTX") and capability >= built:
-            return True
-        if major == built[0] and minor >= built[1]:
+        latest = {"a": built, "f": (built[0], 9), "": (99, 9) if ptx else (built[0], 9)}[variant]
+        if built <= capability <= latest:
             return True
     return False
 

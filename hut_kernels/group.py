@@ -14,18 +14,23 @@ from .nn import HUTLinear, LayerTensors
 
 
 def hut_linear_group(x: Tensor, layers: Sequence[HUTLinear]) -> tuple[Tensor, ...]:
-    """What `tuple(layer(x) for layer in layers)` is, with less of the host's time.
+    """What `tuple(layer(x) for layer in layers)` is, in fewer launches.
 
     Where the compiled extension runs the layers, one launch makes all their weights, one product
     their outputs and one product dx (docs/extension.md). Elsewhere, and where layers differ in
-    more than size, rank and scaling, have hooks, dropout or `split`, each is called by itself.
+    more than size, rank and scaling, have hooks, dropout, `split` or a forward of their own, each
+    is called by itself; so is what is no HUT layer, such as one that `merge` has replaced.
+
+    Together the layers differ from layers by themselves in two ways. The outputs are slices of one
+    tensor, which autograd does not let change in place: `y = y + 1`, not `y += 1`. And a layer of
+    which no output is used gets gradients of 0, not None.
 
     Args:
         x: Activations, `[..., in_features]`.
         layers: HUT layers of the same `in_features`.
 
     Returns:
-        For each layer `[..., out_features]`; may be slices of one tensor.
+        For each layer `[..., out_features]`; not to be changed in place.
 
     Raises:
         ValueError, TypeError, HUTBackendError: As `hut_linear`.
@@ -53,21 +58,23 @@ def _alike(layers: tuple[HUTLinear, ...]) -> bool:
         and layer.precision == "merged"
         and not (layer.dropout and layer.training)
         and layer.weight.numel() > 0
-        and not any(getattr(layer, name, None) for name in HOOKS)
+        and "forward" not in vars(layer)
+        and not any(vars(layer).get(name) for name in HOOKS)
         for layer in layers
     )
 
 
-def _form(layer: HUTLinear) -> tuple | HUTLinear:
-    """What layers of one call have in common; a layer with a forward of its own shares nothing."""
+def _form(layer: HUTLinear) -> object:
+    """What layers of one call have in common; a layer of another class shares nothing."""
     if type(layer) is not HUTLinear:
-        return layer
+        return object()
     return layer.transform, layer.offset, layer.weight.dtype
 
 
 def _together(x: Tensor, groups: list[LayerTensors]) -> bool:
     """Whether the extension is what runs all the layers."""
-    backends = {dispatch.choose("auto", (x, *tensors[:3])) for tensors in groups}
-    if backends == {"planned"}:
+    factors = [tensor for tensors in groups for tensor in tensors[:3]]
+    backend = dispatch.choose("auto", [x, *factors])
+    if backend == "planned":
         return planner.group_wins([tensors[0].shape for tensors in groups])
-    return backends == {"cuda"}
+    return backend == "cuda"

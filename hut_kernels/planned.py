@@ -6,14 +6,14 @@ the operators, and not where a backend is named: there it would be a guard under
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import cuda, planner
-from .definition import Needs, Spec
-from .dispatch import gpu
+from .definition import Needs, Spec, as_rows
 from .triton import backend as triton_backend
 
 
@@ -28,7 +28,9 @@ def forward(
     spec: Spec,
 ) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
-    return _winner("forward", x, weight).forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
+    layer = weight, hut_A, hut_B
+    (winner,) = _winners(("forward",), x, x, *layer, spec)
+    return winner.forward(x, *layer, bias, gamma, beta, spec)
 
 
 def backward(
@@ -43,7 +45,8 @@ def backward(
     needs: Needs,
 ) -> list[Tensor]:
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
-    of_x, of_factors = (_winner(part, grad, weight) for part in ("grad_input", "grad_factors"))
+    parts = "grad_input", "grad_factors"
+    of_x, of_factors = _winners(parts, grad if x is None else x, grad, weight, hut_A, hut_B, spec)
     layer = weight, hut_A, hut_B, gamma, spec
     if not (need_x and any(needs)) or of_x is of_factors:
         return (of_x if need_x else of_factors).backward(grad, x, *layer, need_x, needs)
@@ -63,8 +66,17 @@ def weight(
     return cuda.weight(weight, hut_A, hut_B, gamma, spec, dtype)
 
 
-def _winner(part: str, moving: Tensor, weight: Tensor) -> ModuleType:
-    O, K = weight.shape
-    tokens = moving.numel() // max(1, moving.shape[-1])
-    wins = planner.extension_wins(part, tokens, O, K, gpu(moving.device))
-    return cuda if wins else triton_backend
+def _winners(
+    parts: Sequence[str],
+    x: Tensor,
+    moving: Tensor,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    spec: Spec,
+) -> list[ModuleType]:
+    """Who makes each of the parts. A small layer is not planned at all: that would take longer."""
+    if planner.launch_bound(*weight.shape):
+        return [cuda] * len(parts)
+    plan = triton_backend.plan_of(as_rows(x), as_rows(moving), weight, hut_A, hut_B, spec)
+    return [cuda if planner.extension_wins(part, plan) else triton_backend for part in parts]

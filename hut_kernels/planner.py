@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from .versions import Miscompile
 
 FUSED, STAGED, CHUNKED = "fused", "staged", "chunked"
+PARTS = ("forward", "grad_input", "grad_factors")
 
 MAX_RANK = 128  # the largest r with kernels of its own
 # Kernels count tokens, and index * r for the groups, in int32; a last tile may reach over the end.
@@ -131,12 +132,13 @@ class Plan:
     Attributes:
         problem: What was asked.
         device: Where.
-        backend: `"torch"`, `"triton"` or `"cuda"`.
+        backend: `"torch"`, `"triton"` or `"cuda"`: of the parts that are not `compiled`.
         forward: `"fused"` or `"staged"`.
         grad_input: `"fused"` or `"staged"`.
         grad_factors: `"fused"` or `"chunked"`.
         chunk: Rows of G made at a time by `chunked`.
         source: Whether the break-evens behind the choice are measured.
+        compiled: The parts that go to the extension, beside a backend of another name.
     """
 
     problem: Problem
@@ -147,6 +149,7 @@ class Plan:
     grad_factors: str
     chunk: int
     source: str
+    compiled: tuple[str, ...] = ()
 
     @property
     def operations(self) -> dict[str, int]:
@@ -198,14 +201,15 @@ class Plan:
             f"on {self.device.name} ({self.device.arch}), backend {self.backend}; "
             f"break-evens: {self.source}",
             *map(str, self.device.miscompiles),
-            f"{'':14}{'strategy':10}{'GFLOP':>10}{'MB moved':>10}{'MB workspace':>14}",
+            f"{'':14}{'backend':9}{'strategy':10}{'GFLOP':>10}{'MB moved':>10}{'MB workspace':>14}",
         ]  # fmt: skip
         operations, moved, workspace = self.operations, self.bytes, self.workspace
-        for part in ("forward", "grad_input", "grad_factors"):
+        for part in PARTS:
+            backend = "cuda" if part in self.compiled else self.backend
             bound = "up to " if part == "grad_factors" and self.backend != "torch" else ""
             space = f"{bound}{workspace[part] / 1e6:.2f}"
             lines.append(
-                f"{part:14}{getattr(self, part):10}{operations[part] / 1e9:10.3f}"
+                f"{part:14}{backend:9}{getattr(self, part):10}{operations[part] / 1e9:10.3f}"
                 f"{moved[part] / 1e6:10.2f}{space:>14}"
             )
         return "\n".join(lines)
@@ -237,14 +241,25 @@ def force(**strategies: str) -> Iterator[None]:
 
 
 def plan(problem: Problem, device: Device, backend: str = "triton") -> Plan:
-    """The plan for a problem on a device; the same arguments always give the same plan."""
-    made = _plan(problem, device, backend)
-    return _with_forced(made, tuple(_forced.items())) if _forced else made
+    """The plan for a problem on a device; the same arguments always give the same plan.
+
+    Args:
+        problem: What is asked.
+        device: Where.
+        backend: As in `dispatch.choose`.
+    """
+    made = _plan(problem, device, "triton" if backend == "planned" else backend)
+    if _forced:
+        return _with_forced(made, tuple(_forced.items()))
+    return _with_extension(made) if backend == "planned" else made
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     empty = 0 in (problem.N, problem.K, problem.O)
+    if backend == "cuda" and not empty:
+        rows = _chunk_rows(problem.K, device)
+        return Plan(problem, device, "cuda", STAGED, STAGED, CHUNKED, rows, "not needed")
     index = max(problem.N, max(problem.K, problem.O) * problem.r)
     if backend == "torch" or problem.r > MAX_RANK or index >= _MAX_INDEX or empty:
         rows = max(1, (1 << 22) // max(1, problem.K))
@@ -270,7 +285,7 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
-    if made.backend == "torch":
+    if made.backend != "triton":
         return made
     wanted = dict(forced)
     split = made.problem.precision == "split"
@@ -281,6 +296,16 @@ def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
         grad_factors=wanted.get("grad_factors", made.grad_factors),
         source="forced",
     )
+
+
+def _with_extension(made: Plan) -> Plan:
+    """What becomes of Triton's plan where the extension takes the parts that it is faster at."""
+    compiled = tuple(part for part in PARTS if extension_wins(part, made))
+    of_extension = _plan(made.problem, made.device, "cuda")
+    if compiled == PARTS:
+        return of_extension
+    strategies = {part: getattr(of_extension, part) for part in compiled}
+    return dataclasses.replace(made, compiled=compiled, **strategies)
 
 
 def _chunk_rows(columns: int, device: Device) -> int:
@@ -329,21 +354,20 @@ def _fewer(tiles: int, spans_now: int) -> int:
 LAUNCH_BOUND = 1 << 21
 
 
-def extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
-    """Whether the compiled extension is expected to be faster than Triton at a part of a layer.
+def launch_bound(O: int, K: int) -> bool:
+    """Whether a layer is so small that the extension gets it, whatever Triton's plan is."""
+    return not _forced and O * K <= LAUNCH_BOUND  # strategies by name are Triton's
 
-    Where Triton too would go through a workspace and the BLAS, the extension does the same with
-    less host time; where Triton's fused kernels save device time, they keep the layers that are
-    large enough to show it.
+
+def extension_wins(part: str, made: Plan) -> bool:
+    """Whether the extension is expected to be faster at a part of a layer than Triton's plan.
+
+    Where Triton too would go through a workspace and the BLAS, or has no kernel, the extension does
+    the same with less to launch; where Triton's fused kernels save device time, they keep the
+    layers that are large enough to show it.
     """
-    # Strategies by name are Triton's.
-    return not _forced and _extension_wins(part, N, O, K, device)
-
-
-@functools.lru_cache(maxsize=4096)
-def _extension_wins(part: str, N: int, O: int, K: int, device: Device) -> bool:
-    fuses = part not in device.denied and N <= getattr(break_even(device), part)
-    return O * K <= LAUNCH_BOUND or not fuses
+    bound = launch_bound(made.problem.O, made.problem.K)
+    return bound or (not _forced and getattr(made, part) != FUSED)
 
 
 def group_wins(sizes: Sequence[Sequence[int]]) -> bool:
@@ -355,14 +379,13 @@ def group_wins(sizes: Sequence[Sequence[int]]) -> bool:
     Args:
         sizes: `(out_features, in_features)` of each layer.
     """
-    return not _forced and all(O * K <= LAUNCH_BOUND for O, K in sizes)
+    return all(launch_bound(O, K) for O, K in sizes)
 
 
 _STRIP = 64  # rows or columns of G whose sums a block of the extension's reduction makes
 _RESIDENT = 3  # of its blocks on a multiprocessor at once
 
 
-@functools.lru_cache(maxsize=4096)
 def strips(
     rows: int, columns: int, r: int, weight_item: int, device: Device
 ) -> tuple[int, int, int]:
@@ -401,7 +424,7 @@ def find_device(name: str) -> Device:
     wanted = name.lower().replace(" ", "")
     if wanted == "cpu":
         return CPU
-    for device in DEVICES:
+    for device in DEVICES if wanted else ():
         if wanted in device.name.lower().replace(" ", "") or wanted == device.arch:
             return device
     known = ", ".join(device.name for device in DEVICES)

@@ -258,7 +258,7 @@ def _draw() -> int:
 
 # Strides
 
-LAYOUTS = ("contiguous", "transposed", "sliced", "offset")
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "shifted")
 
 
 def lay(tensor: Tensor, layout: str) -> Tensor:
@@ -271,10 +271,14 @@ def lay(tensor: Tensor, layout: str) -> Tensor:
         return tensor.contiguous()
     if layout == "transposed":
         return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor.contiguous()
+    finite = tensor.dtype == torch.bfloat16 and not tensor.is_cuda
+    between = 1e30 if finite else math.nan
+    if layout == "shifted":  # contiguous, but from an odd address
+        view = tensor.new_full((tensor.numel() + 1,), between)[1:].view(tensor.shape)
+        return view.copy_(tensor)
     step = 2 if layout == "sliced" else 1
     shape = [size * step + 3 for size in tensor.shape]
-    finite = tensor.dtype == torch.bfloat16 and not tensor.is_cuda
-    buffer = tensor.new_full(shape, 1e30 if finite else math.nan)
+    buffer = tensor.new_full(shape, between)
     view = buffer[tuple(slice(1, 1 + size * step, step) for size in tensor.shape)]
     return view.copy_(tensor)
 
@@ -354,10 +358,14 @@ GROUP = ((40, 3, "bias"), (24, 17, ""), (72, 2, "bias gamma beta"), (16, 5, ""),
 def group_of(
     form: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...], **how: Any
 ) -> list[Case]:
-    """Layers over one x: with and without vectors, one stored [in, out], more than one launch's."""
+    """Layers over one x: with and without vectors, one stored [in, out], more than one launch's.
+
+    Each has a scaling of its own.
+    """
     cases = []
-    for O, r, vectors in GROUP:
-        case = make(shape, 88, O, r, dtype=dtype, vectors=vectors, **form, **how)
+    for j, (O, r, vectors) in enumerate(GROUP):
+        own = {} if form.get("transform") == "two_sided" else {"scaling": 0.5 + 0.25 * j}
+        case = make(shape, 88, O, r, dtype=dtype, vectors=vectors, **{**form, **own}, **how)
         weight = case.weight.T.contiguous().T if O == 24 else case.weight
         cases.append(case.replace(x=cases[0].x if cases else case.x, weight=weight))
     return cases

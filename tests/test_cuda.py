@@ -324,8 +324,9 @@ def test_one_call_for_each_direction_of_a_group(calls):
         lambda layer: layer.register_forward_hook(lambda *_: None),
         lambda layer: layer.half().float().bfloat16(),
         lambda layer: setattr(layer, "offset", 0.0),
+        lambda layer: setattr(layer, "forward", lambda x: x),
     ],
-    ids=["fused", "precision", "dropout", "hook", "dtype", "offset"],
+    ids=["fused", "precision", "dropout", "hook", "dtype", "offset", "forward"],
 )
 def test_layers_that_are_not_alike_are_called_by_themselves(calls, change):
     layers = layers_of()
@@ -407,7 +408,14 @@ def test_the_extensions_own_checks(emulation, change, message):
     given = {"weight": torch.ones(5, 6), "hut_A": torch.ones(2, 6), "hut_B": torch.ones(5, 2)}
     arguments = {**given, "gamma": None, **change}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.hut_emulated.weight(*arguments.values(), False, False, 1.0, 1.0, torch.float32)
+        torch.ops.hut_emulated.weight(*arguments.values(), False, 1.0, 1.0, torch.float32)
+
+
+@compiled
+def test_two_sided_has_no_constant(emulation):
+    arguments = torch.ones(5, 6), torch.ones(2, 6), torch.ones(5, 2), None, True, 1.0, 1.0
+    with pytest.raises(RuntimeError, match="two_sided has no constant; got 1"):
+        torch.ops.hut_emulated.weight(*arguments, torch.float32)
 
 
 @compiled
@@ -415,7 +423,7 @@ def test_a_failure_within_torch_is_told_in_its_words(emulation):
     with pytest.raises(RuntimeError, match=r"aten::linear failed: .*shapes cannot be multiplied"):
         torch.ops.hut_emulated.forward(
             torch.ones(3, 7), torch.ones(5, 6), torch.ones(2, 6), torch.ones(5, 2),
-            None, None, None, False, False, 1.0, 1.0, False,
+            None, None, None, False, 1.0, 1.0, False,
         )  # fmt: skip
 
 
@@ -435,36 +443,55 @@ def test_strips_fill_a_device_and_bound_the_partial_sums():
     assert planner.strips(1024, 1024, 4, 2, planner.find_device("H100"))[1] > 4
 
 
-def test_the_extension_gets_what_is_small_and_what_is_staged():
-    device = planner.find_device("H100")
-    even = planner.break_even(device).forward
-    assert planner.extension_wins("forward", 16, 1024, 1024, device)
-    assert not planner.extension_wins("forward", even, 4096, 4096, device)
-    assert planner.extension_wins("forward", even + 1, 4096, 4096, device)
-    with planner.force(forward="staged"):
-        assert not planner.extension_wins("forward", 16, 1024, 1024, device)
+@pytest.fixture
+def went(emulation, monkeypatch):
+    """What `planned` calls, as `(backend, function)`; PyTorch stands for Triton's kernels."""
+    pytest.importorskip("triton", reason="the other half of the choice is Triton")
+    from hut_kernels import planned, torch_backend
+    from hut_kernels.triton import backend
+
+    calls = []
+
+    def noted(name, module):
+        def note(function):
+            def call(*arguments):
+                calls.append((name, function))
+                return getattr(module, function)(*arguments)
+
+            return call
+
+        return {function: note(function) for function in ("forward", "backward")}
+
+    triton = types.SimpleNamespace(plan_of=backend.plan_of, **noted("triton", torch_backend))
+    monkeypatch.setattr(planned, "triton_backend", triton)
+    monkeypatch.setattr(planned, "cuda", types.SimpleNamespace(**noted("cuda", emulation)))
+    return calls
 
 
 @compiled
-@pytest.mark.parametrize("winner", ["cuda", "triton", "mixed"])
-def test_planned_goes_where_the_planner_says(emulation, winner, monkeypatch):
-    pytest.importorskip("triton", reason="the other half of the choice is Triton")
-    from hut_kernels import planned, torch_backend
-
-    went = []
-
-    def wins(part, N, O, K, device):
-        assert (N, O, K, device) == (6, 40, 24, SMALL)
-        went.append(part)
-        return winner == "cuda" or (winner == "mixed" and part != "grad_input")
-
-    monkeypatch.setattr(planned, "triton_backend", torch_backend)  # which takes CPU tensors
-    monkeypatch.setattr(planned, "gpu", lambda device: SMALL)
-    monkeypatch.setattr(planned, "cuda", emulation)
-    monkeypatch.setattr(planner, "extension_wins", wins)
+def test_planned_does_not_plan_what_is_bound_by_launching(went, monkeypatch):
+    monkeypatch.setattr(planner, "plan", None)
     case = make((2, 3), 24, 40, 3, vectors="bias gamma beta")
     check(case, operators(case, "planned"))
-    assert sorted(went) == ["forward", "grad_factors", "grad_input"]
+    assert went == [("cuda", "backward"), ("cuda", "forward")]
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("size", "options", "winners"),
+    [
+        ((6, 32, 48, 3), {}, ["triton", "triton"]),
+        ((6, 24, 40, 3), {}, ["cuda", "cuda"]),  # unaligned
+        ((6, 32, 48, 3), {"precision": "split"}, ["cuda", "triton", "cuda"]),
+        ((321, 32, 48, 3), {}, ["cuda", "triton", "cuda"]),  # beyond two of three break-evens
+        ((6, 144, 160, 129), {}, ["cuda", "cuda"]),  # Triton has no kernel for the rank
+    ],
+)
+def test_planned_goes_where_the_plan_says(went, size, options, winners, monkeypatch):
+    monkeypatch.setattr(planner, "LAUNCH_BOUND", 0)
+    case = make(*size, vectors="bias gamma beta", **options)
+    check(case, operators(case, "planned"))
+    assert [name for name, _ in went] == winners
 
 
 @compiled
@@ -486,12 +513,18 @@ def test_the_gpu_commands_cases_are_the_extensions():
     assert len(found) > 50
     assert {case.backend for case in found} == {"cuda"}
     assert len({str(case) for case in found}) == len(found)
-    assert {case.layout for case in found} == {"", "transposed", "expanded", "sliced"}
+    assert {case.layout for case in found} == {
+        "", "transposed", "expanded", "sliced", "shifted",
+    }  # fmt: skip
     assert {case.dtype for case in found} == {"bfloat16", "float16", "float32"}
 
 
 @compiled
-@pytest.mark.parametrize("change", [{}, {"transform": "two_sided"}, {"layout": "sliced"}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"transform": "two_sided"}, {"layout": "sliced"}, {"layout": "shifted"}],
+    ids=str,
+)
 def test_the_gpu_commands_check_passes_and_fails(emulation, change, monkeypatch):
     from benchmarks.gpu import cases as gpu_cases
 
@@ -500,9 +533,34 @@ def test_the_gpu_commands_check_passes_and_fails(emulation, change, monkeypatch)
         vectors=("bias", "gamma", "beta"), **change,
     )  # fmt: skip
     assert gpu_cases.check(case, torch.device("cpu"))["status"] == "passed"
-    monkeypatch.setattr(emulation, "_split", lambda spec: True)
-    monkeypatch.setattr(emulation, "_layout", lambda weight, spec: (False, False, 0.9, 1.0))
+    monkeypatch.setattr(emulation, "_multiplier", lambda spec: (False, 0.9, 1.0))
     assert gpu_cases.check(case, torch.device("cpu"))["status"] == "failed"
+
+
+@compiled
+def test_the_sanitized_group_is_one(calls):
+    from benchmarks.gpu import sanitizer
+
+    sanitizer.group_step(torch.device("cpu"))
+    assert calls == ["group_forward", "group_backward"]
+
+
+def test_verdicts_on_host_times():
+    from benchmarks.gpu import extension
+
+    def judged(**rows):
+        rows = [{"suite": "launching", "provider": name, **row} for name, row in rows.items()]
+        return extension.verdicts(rows), extension.verdicts_text(extension.verdicts(rows))
+
+    cuda = {"seconds": 1.0}
+    found, text = judged(cuda=cuda, triton={"seconds": 2.5}, peft_lora={"seconds": 0.9})
+    assert [one["met"] for one in found] == [False, True]
+    assert "at most 1.00 of PEFT LoRA's: MISSED (1.11)" in text
+    assert "at most 0.50 of the Triton path's: met (0.40)" in text
+    found, text = judged(cuda=cuda, triton={"seconds": 1.9}, peft_lora={"error": "no PEFT"})
+    assert [one["met"] for one in found] == [None, False]
+    assert "not measured (no PEFT)" in text
+    assert [one["reason"] for one in judged()[0]] == ["not run", "not run"]
 
 
 def test_host_times_by_provider(monkeypatch):

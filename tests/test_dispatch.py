@@ -162,6 +162,11 @@ def test_asking_does_not_import_triton():
 
 # explain
 
+CALL = {
+    "N": 8, "in_features": 64, "out_features": 64, "r": 4,
+    "dtype": torch.float32, "device_name": "cpu",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("name", ["cpu", *(device.name for device in planner.DEVICES)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -209,9 +214,55 @@ def test_explain_of_this_machine():
         ({"transform": "lora"}, "low_rank, two_sided.*'lora'"),
         ({"precision": "half"}, "merged, split.*'half'"),
         ({"device_name": "abacus"}, "'abacus'; known: cpu, NVIDIA A100"),
+        ({"device_name": ""}, "''; known: cpu, NVIDIA A100"),
+        (
+            {"transform": "two_sided", "r": 65},
+            r"r <= min\(in_features, out_features\) = 64; got r = 65",
+        ),
     ],
 )
 def test_what_explain_refuses(changes, message):
-    call = {"N": 8, "in_features": 64, "out_features": 64, "r": 4, "device_name": "cpu"}
     with pytest.raises(ValueError, match=message):
-        explain(**{**call, **changes}, dtype=torch.float32)
+        explain(**{**CALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.int8}, "dtype must be one of float16, .*; got torch.int8"),
+        ({"dtype": torch.complex64}, "got torch.complex64"),
+        ({"dtype": "float16"}, "got float16"),
+        ({"weight_dtype": torch.int8}, "weight_dtype must be one of float16, .*; got torch.int8"),
+        ({"r": 4.0}, "r must be an integer; got float"),
+        ({"N": "8"}, "N must be an integer; got str"),
+        ({"in_features": None}, "in_features must be an integer; got NoneType"),
+    ],
+)
+def test_types_that_explain_refuses(changes, message):
+    with pytest.raises(TypeError, match=message):
+        explain(**{**CALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("triton", "extension", "backend"),
+    [
+        (None, None, "cuda"),
+        (None, "old", "triton"),
+        ("none", None, "cuda"),
+        ("none", "old", "torch"),
+    ],
+)
+def test_explain_of_this_machine_knows_of_its_extension(triton, extension, backend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch, "gpu", lambda device: planner.find_device("H100"))
+    monkeypatch.setattr(dispatch, "_triton_missing", lambda: triton)
+    monkeypatch.setattr(dispatch, "_device_missing", lambda index: None)
+    monkeypatch.setattr(dispatch, "_extension_unusable", lambda device: extension)
+    call = {**CALL, "device_name": None, "dtype": torch.bfloat16}
+    assert explain(**call).backend == backend
+    assert explain(**{**call, "dtype": torch.float64}).backend == "torch"
+    assert explain(**{**call, "device_name": "H100"}).backend == "triton"
+    if backend == "cuda" and triton is None:
+        large = explain(**{**call, "N": 410, "in_features": 4096, "out_features": 4096})
+        assert (large.backend, large.compiled) == ("triton", ("forward", "grad_input"))

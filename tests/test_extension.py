@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ compiled = pytest.mark.skipif(_MISSING is not None, reason=f"csrc/ is not compil
         ("8.0;9.0+PTX", ("80", "90+PTX")),
         ("7.5 8.0, 8.9", ("80", "89")),
         ("9.0a", ("90a",)),
+        (";8.0; 9.0 ;", ("80", "90")),
     ],
 )
 def test_architectures(wanted, chosen):
@@ -47,6 +49,7 @@ def test_an_older_nvcc_builds_what_it_knows_and_ptx_for_the_rest():
         ("Hopper", "should look like"),
         ("8.7", "nvcc does not know 8.7"),
         ("7.0;7.5", "no architecture from 8.0"),
+        (";", "no architecture from 8.0"),
     ],
 )
 def test_architectures_that_cannot_be(wanted, message):
@@ -76,7 +79,7 @@ def fake_nvcc(folder: Path, says: str) -> None:
 @pytest.mark.parametrize(
     ("says", "reason"),
     [
-        (None, "nvcc is neither in CUDA_HOME nor on the PATH"),
+        (None, "bin/nvcc does not exist"),
         ("echo Cuda compilation tools, release 11.8, V11.8.89", "nvcc 11.8 is too old"),
         ("echo nonsense", "nvcc of an unknown release is too old"),
         ("exit 3", "does not run"),
@@ -99,6 +102,46 @@ def test_a_build_without_nvcc_ends_in_a_sentence(tmp_path, says, reason, demand)
     else:
         (sentence,) = said
         assert reason in sentence
+
+
+def build(**variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=csrc.ROOT, env={**os.environ, **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("demand", ["yes", "2", "01"])
+def test_a_demand_that_is_neither_yes_nor_no_is_refused(demand):
+    done = build(HUT_KERNELS_CUDA=demand)
+    assert done.returncode != 0
+    assert done.stderr.splitlines() == [
+        f"HUT_KERNELS_CUDA should be 0, 1 or unset; got {demand!r}."
+    ]
+
+
+@compiled
+@pytest.mark.parametrize("jobs", ["abc", "0", "-1", "1.5"])
+def test_a_number_of_jobs_that_is_none_ends_in_a_sentence(jobs):
+    done = build(HUT_KERNELS_CUDA="1", MAX_JOBS=jobs)
+    assert done.returncode != 0
+    (sentence,) = done.stderr.splitlines()
+    assert f"MAX_JOBS should be a number of compilers; got {jobs!r}" in sentence
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the extension is for Linux")
+def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
+    fake_nvcc(tmp_path, "")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup._find_nvcc() == tmp_path / "bin" / "nvcc"
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert setup._find_nvcc() == tmp_path / "bin" / "nvcc"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(setup.Path, "exists", lambda path: False)
+    with pytest.raises(setup.Impossible, match="neither on the PATH nor in /usr/local/cuda"):
+        setup._find_nvcc()
 
 
 def test_a_build_without_torch_ends_in_a_sentence(monkeypatch, capsys):
@@ -238,9 +281,10 @@ def test_it_imports_without_a_gpu_and_says_so(built, tmp_path):
         "import torch, pytest, hut_kernels\n"
         "from hut_kernels import cuda\n"
         "assert hut_kernels.__file__.startswith('" + str(tmp_path) + "')\n"
+        "assert hut_kernels.dispatch._extension().toolkit >= 12000\n"
         "W0, A, B = torch.ones(5, 6), torch.ones(2, 6), torch.ones(5, 2)\n"
         "with pytest.raises(RuntimeError, match='weight must be on a CUDA device'):\n"
-        "    torch.ops.hut_cuda.weight(W0, A, B, None, False, False, 1.0, 1.0, torch.float32)\n"
+        "    torch.ops.hut_cuda.weight(W0, A, B, None, False, 1.0, 1.0, torch.float32)\n"
         "with pytest.raises(hut_kernels.HUTBackendError, match='needs a CUDA device'):\n"
         "    hut_kernels.hut_linear(torch.ones(3, 6), W0, A, B, backend='cuda')\n"
         "assert hut_kernels.hut_linear(torch.ones(3, 6), W0, A, B).shape == (3, 5)\n",
@@ -257,9 +301,31 @@ def test_it_imports_without_a_gpu_and_says_so(built, tmp_path):
         ("80 90+PTX", (12, 1), True),
         ("120+PTX", (9, 0), False),
         ("90a", (9, 0), True),
+        ("100a", (10, 3), False),
+        ("100a+PTX", (10, 3), False),
+        ("100a+PTX", (12, 0), False),
+        ("100f", (10, 3), True),
+        ("100f+PTX", (12, 0), False),
+        ("103f", (10, 0), False),
+        ("100a 120", (12, 1), True),
     ],
 )
 def test_which_devices_a_build_covers(compiled_for, capability, runs):
     from hut_kernels import dispatch
 
     assert dispatch.covers(compiled_for, capability) is runs
+
+
+@pytest.mark.parametrize(
+    ("driver", "toolkit", "runs"),
+    [(13000, 13000, True), (12080, 13000, False), (13010, 12080, True), (12020, 12080, True)],
+)
+def test_a_driver_of_an_older_major_version_is_named(driver, toolkit, runs, monkeypatch):
+    from hut_kernels import dispatch
+
+    made = SimpleNamespace(architectures="90", toolkit=toolkit)
+    monkeypatch.setattr(dispatch, "_extension", lambda: made)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    reason = dispatch._device_uncovered.__wrapped__(0)
+    assert (reason is None) if runs else ("built by CUDA 13.0" in reason and "CUDA 12.8" in reason)

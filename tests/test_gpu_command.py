@@ -223,8 +223,19 @@ def test_what_has_no_room_on_the_device_is_skipped_with_the_reason(monkeypatch):
 
 
 def test_cases_travel_as_json():
-    for case in (*lists.device_cases(False), *lists.tiny_cases(False), *sanitizer.small_cases()):
+    for case in (
+        *lists.device_cases(False),
+        *lists.tiny_cases(False),
+        *sanitizer.small_cases(True),
+    ):
         assert Case.load(json.loads(json.dumps(dataclasses.asdict(case)))) == case
+
+
+def test_what_is_shifted_is_contiguous_at_an_odd_address():
+    inputs = cases.make(Case(4, 32, 16, 2, layout="shifted"), CPU)
+    for tensor in (inputs.x, inputs.weight, inputs.grad):
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 16 == tensor.element_size()
 
 
 def test_limits_are_those_of_the_definition():
@@ -255,7 +266,9 @@ def test_the_lists_cover_what_they_say():
         assert len(some) == len(tokens) * len(lists.RANKS) * len(kinds)
     assert max(case.K for case in full) == max(case.O for case in full) == 14336
     assert {case.transform for case in full} == {"low_rank", "two_sided"}
-    assert {case.layout for case in full} == {"", "transposed", "expanded", "sliced"}
+    assert {case.layout for case in full} == {
+        "", "transposed", "expanded", "sliced", "shifted",
+    }  # fmt: skip
     assert {case.offset for case in full} == {0.0, 1.0}
     assert len({case.seed for case in full}) == len(full)
     assert all(case.row is None for case in full)
@@ -447,7 +460,13 @@ def test_without_a_sanitizer_it_says_so(monkeypatch):
 
 
 def test_the_sanitized_cases_are_right_cases():
-    for case in sanitizer.small_cases():
+    compiled = [case for case in sanitizer.small_cases(True) if case.backend == "cuda"]
+    assert {case.transform for case in compiled} == {"low_rank", "two_sided"}
+    assert {case.strategies for case in compiled} == {cases.STAGED}
+    assert "shifted" in {case.layout for case in compiled}
+    triton = sanitizer.small_cases(False)
+    assert [*triton, *compiled] == sanitizer.small_cases(True)
+    for case in triton:
         some = dataclasses.replace(case, backend="torch", dtype="float32")
         assert cases.check(some, CPU)["status"] == "passed"
 

@@ -48,9 +48,17 @@ def test_hooks_and_subclasses_keep_their_call():
     layers[0].register_forward_hook(lambda layer, inputs, y: y + 1)
     doubled = Doubled(24, 16, 3)
     x = torch.randn(4, 24)
-    outputs = hut_linear_group(x, [*layers, doubled])
-    for y, layer in zip(outputs, [*layers, doubled], strict=True):
-        assert torch.equal(y, layer(x))
+    for some in ([*layers, doubled], [doubled, doubled]):
+        for y, layer in zip(hut_linear_group(x, some), some, strict=True):
+            assert torch.equal(y, layer(x))
+
+
+def test_layers_that_are_merged_are_called_by_themselves():
+    merged = [layer.to_linear() for layer in layers_of({}, {})]
+    x = torch.randn(4, 24)
+    for some in (merged, [merged[0], merged[0]]):
+        for y, layer in zip(hut_linear_group(x, some), some, strict=True):
+            assert torch.equal(y, layer(x))
 
 
 @pytest.mark.parametrize(

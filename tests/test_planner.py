@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hut_kernels import planner
-from hut_kernels.planner import CHUNKED, DEVICES, FUSED, STAGED, UNKNOWN, Device, Problem
+from hut_kernels.planner import CHUNKED, DEVICES, FUSED, PARTS, STAGED, UNKNOWN, Device, Problem
 
 from .references import examples
 
-PARTS = ("forward", "grad_input", "grad_factors")
 SIZES = st.one_of(st.integers(0, 5), st.integers(0, 1 << 17))
 PROBLEMS = st.builds(
     Problem,
@@ -25,6 +24,7 @@ PROBLEMS = st.builds(
     transform=st.sampled_from(["low_rank", "two_sided"]),
     precision=st.sampled_from(["merged", "split"]),
 )
+BACKENDS = st.sampled_from(["torch", "triton", "cuda", "planned"])
 STRANGE = Device("a device of the future", "sm_999", 1, 1 << 10, 0)
 ANY_DEVICE = st.sampled_from((*DEVICES, UNKNOWN, planner.CPU, STRANGE))
 A100 = DEVICES[0]
@@ -44,7 +44,7 @@ def _nothing_is_forced():
 # Plans
 
 
-@given(problem=PROBLEMS, device=ANY_DEVICE, backend=st.sampled_from(["torch", "triton"]))
+@given(problem=PROBLEMS, device=ANY_DEVICE, backend=BACKENDS)
 @examples(200)
 def test_there_is_always_a_plan_and_always_the_same(problem, device, backend):
     plan = planner.plan(problem, device, backend)
@@ -54,19 +54,21 @@ def test_there_is_always_a_plan_and_always_the_same(problem, device, backend):
     assert plan.grad_input in (FUSED, STAGED)
     assert plan.grad_factors in (FUSED, CHUNKED)
     assert plan.chunk >= 1
-    assert plan.backend in ("torch", backend)
+    named = {"planned": ("torch", "triton", "cuda")}.get(backend, ("torch", backend))
+    assert plan.backend in named
     planner._plan.cache_clear()
     assert planner.plan(dataclasses.replace(problem), device, backend) == plan
     # No kernel of ours for what a kernel could not do.
-    if problem.r > planner.MAX_RANK or 0 in (problem.N, problem.K, problem.O):
+    empty = 0 in (problem.N, problem.K, problem.O)
+    if empty or (problem.r > planner.MAX_RANK and backend == "triton"):
         assert plan.backend == "torch"
-    if plan.backend == "torch":
+    if plan.backend != "triton":
         assert (plan.forward, plan.grad_input, plan.grad_factors) == (STAGED, STAGED, CHUNKED)
     if problem.precision == "split" or not problem.aligned:
         assert (plan.forward, plan.grad_input) == (STAGED, STAGED)
 
 
-@given(problem=PROBLEMS, device=ANY_DEVICE, backend=st.sampled_from(["torch", "triton"]))
+@given(problem=PROBLEMS, device=ANY_DEVICE, backend=BACKENDS)
 @examples(100)
 def test_figures_are_counts_and_the_text_holds_them(problem, device, backend):
     plan = planner.plan(problem, device, backend)
@@ -77,6 +79,7 @@ def test_figures_are_counts_and_the_text_holds_them(problem, device, backend):
     for part in PARTS:
         row = next(line for line in text.splitlines() if line.startswith(part + " "))
         assert getattr(plan, part) in row
+        assert ("cuda" if part in plan.compiled else plan.backend) in row
         assert f"{plan.operations[part] / 1e9:.3f}" in row
         assert f"{plan.bytes[part] / 1e6:.2f}" in row
         assert f"{plan.workspace[part] / 1e6:.2f}" in row
@@ -150,6 +153,47 @@ def test_a_chunk_of_G_fits_half_of_L2_or_is_one_tile(K, device):
     rows = planner.plan(problem(N=4096, K=K), device).chunk
     assert rows % 128 == 0
     assert rows == 128 or rows * K * 4 <= device.l2 // 2
+
+
+# The compiled extension
+
+
+def large(**options):
+    return problem(K=4096, O=4096, **options)
+
+
+@pytest.mark.parametrize(
+    ("asked", "compiled"),
+    [
+        (problem(), PARTS),  # bound by launching
+        (problem(N=1, K=2048), PARTS),
+        (large(), ()),
+        (large(aligned=False), PARTS),
+        (large(precision="split"), PARTS[:2]),
+        (large(N=400), PARTS[:2]),  # beyond the first two break-evens
+        (large(N=1 << 14), PARTS),
+        (large(r=planner.MAX_RANK + 1), PARTS),  # Triton has no kernel
+        (large(N=0), ()),
+    ],
+    ids=str,
+)
+def test_the_extension_takes_what_is_small_and_what_triton_would_not_fuse(asked, compiled):
+    triton = planner.plan(asked, A100)
+    plan = planner.plan(asked, A100, "planned")
+    if compiled == PARTS:
+        assert plan == planner.plan(asked, A100, "cuda")
+        assert plan.backend == "cuda"
+        assert "backend cuda" in str(plan)
+    else:
+        assert plan.compiled == compiled
+        assert plan.backend == triton.backend
+    if asked.N:
+        assert tuple(part for part in PARTS if planner.extension_wins(part, triton)) == compiled
+    with planner.force(forward="staged"):
+        assert not planner.extension_wins("forward", triton)
+        assert not planner.launch_bound(8, 8)
+        assert planner.plan(asked, A100, "cuda").source != "forced"  # strategies are Triton's
+        assert planner.plan(asked, A100, "planned") == planner.plan(asked, A100)
 
 
 # Forced strategies
@@ -264,6 +308,12 @@ def test_an_unknown_device_lists_the_known():
     assert planner.find_device("CPU") == planner.CPU
     with pytest.raises(ValueError, match=r"'TPU v5'.*known: cpu.*A100.*RTX 5090"):
         planner.find_device("TPU v5")
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_no_device(name):
+    with pytest.raises(ValueError, match="known: cpu"):
+        planner.find_device(name)
 
 
 @pytest.mark.parametrize(

@@ -447,6 +447,7 @@ def conclude(record: Row, limits: planner.Device, name: str) -> None:
     record["break_evens"] = findings.crossings(rows)
     record["proposal"] = findings.proposal(record["break_evens"], limits, name)
     record["verdicts"] = findings.verdicts(rows, limits)
+    record["host_verdicts"] = extension.verdicts(rows)
     record["tile_changes"] = findings.tile_changes(rows)
 
 

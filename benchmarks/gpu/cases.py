@@ -58,7 +58,8 @@ class Case:
         transform, offset, scaling, precision: As in `hut_linear`.
         vectors: Which of `bias`, `gamma`, `beta` there are.
         layout: `transposed` (the weight), `sliced` (x, weight and gradient are windows of wider
-            tensors, at odd addresses), `expanded` (the gradient has stride 0), or nothing.
+            tensors, at odd addresses), `shifted` (they are contiguous, at odd addresses),
+            `expanded` (the gradient has stride 0), or nothing.
         strategies: Of forward, input gradient and factor gradients; None leaves the planner free.
         wanted: The gradients asked for; None is all.
         update: The update's root mean square: the base cancels, and `y` is compared with the
@@ -201,10 +202,11 @@ def _lay(inputs: Inputs, layout: str) -> Inputs:
         return dataclasses.replace(inputs, weight=inputs.weight.t().contiguous().t())
     if layout == "expanded":
         return dataclasses.replace(inputs, grad=inputs.grad[:1].expand_as(inputs.grad))
-    if layout == "sliced":
-        names = ("x", "weight", "grad")
-        return dataclasses.replace(inputs, **{n: _window(getattr(inputs, n)) for n in names})
-    return inputs
+    moved = {"sliced": _window, "shifted": _shifted}.get(layout)
+    if moved is None:
+        return inputs
+    tensors = {name: moved(getattr(inputs, name)) for name in ("x", "weight", "grad")}
+    return dataclasses.replace(inputs, **tensors)
 
 
 def _window(tensor: Tensor) -> Tensor:
@@ -213,6 +215,12 @@ def _window(tensor: Tensor) -> Tensor:
     wide = tensor.new_full((rows + 2, columns + 3), math.nan)
     wide[1:-1, 1:-2] = tensor
     return wide[1:-1, 1:-2]
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """The same values from the second element of a buffer on."""
+    buffer = tensor.new_empty(tensor.numel() + 1)
+    return buffer[1:].view(tensor.shape).copy_(tensor)
 
 
 # The reference

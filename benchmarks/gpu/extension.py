@@ -123,6 +123,37 @@ def _peft_step(weight: Tensor, x: Tensor, grad: Tensor) -> Call:
     return step
 
 
+# What issue 6 asks of the extension's host time: at most so much of another provider's.
+TARGETS = (("peft_lora", "PEFT LoRA's", 1.0), ("triton", "the Triton path's", 0.5))
+
+
+def verdicts(rows: Sequence[Row]) -> list[Row]:
+    """For each target the ratio of host times; `met` is None, with a `reason`, if there is none."""
+    by = {row["provider"]: row for row in rows if row.get("suite") == "launching"}
+    judged = []
+    for provider, name, limit in TARGETS:
+        pair = by.get("cuda"), by.get(provider)
+        one: Row = {"target": name, "limit": limit, "ratio": None, "met": None}
+        if all(row and "seconds" in row for row in pair):
+            one["ratio"] = pair[0]["seconds"] / pair[1]["seconds"]
+            one["met"] = one["ratio"] <= limit
+        else:
+            errors = [row["error"] for row in pair if row and "error" in row]
+            one["reason"] = "; ".join(errors) or "not run"
+        judged.append(one)
+    return judged
+
+
+def verdicts_text(judged: Sequence[Row]) -> str:
+    """The verdicts, a line each."""
+    lines = []
+    for one in judged:
+        said = {True: "met", False: "MISSED", None: "not measured"}[one["met"]]
+        why = f"({one['reason']})" if one["met"] is None else f"({one['ratio']:.2f})"
+        lines.append(f"  at most {one['limit']:.2f} of {one['target']}: {said} {why}")
+    return "\n".join(lines)
+
+
 def launching_text(rows: Sequence[Row]) -> str:
     """The host times on one screen."""
     lines = [
@@ -130,4 +161,6 @@ def launching_text(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     title = f"Host time, forward + backward, {LAYER.K} x {LAYER.O}, N = {TOKENS}"
-    return table(title, ["", "us"], lines) if lines else ""
+    if not lines:
+        return ""
+    return f"{table(title, ['', 'us'], lines)}\n{verdicts_text(verdicts(rows))}"

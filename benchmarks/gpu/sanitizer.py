@@ -5,6 +5,7 @@ python -m benchmarks.gpu.sanitizer          the program that it watches
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -16,9 +17,17 @@ import threading
 import time
 from typing import Any
 
-from .cases import FUSED, STAGED, Case
+import torch
+
+from hut_kernels import HUTLinear, hut_linear_group
+
+from . import extension
+from .cases import FUSED, STAGED, Case, forced, make, run
 from .workers import ROOT
 
+# Without initcheck: it knows of no write but those of the kernels that it watches, so it would have
+# to watch torch's and the BLAS's as well. What nobody wrote is NaN in the correctness cases, and
+# where C++ allocates in tests/test_cuda.py.
 TOOLS = ("memcheck", "racecheck")
 _DONE = "hut-sanitized"
 _FINDING = re.compile(r"Invalid __|out of bounds|misaligned|[Hh]azard|Race reported|Uninitialized")
@@ -31,30 +40,45 @@ _FILTERS: tuple[list[str], ...] = (
 )
 
 
-def small_cases() -> list[Case]:
-    """Every kernel and transform; remainders in every tile, odd addresses, one token."""
+def small_cases(compiled: bool) -> list[Case]:
+    """Every kernel and transform; remainders in every tile, odd addresses, one token.
+
+    Args:
+        compiled: Whether the compiled extension is to be watched as well.
+    """
     cases = []
     for strategies, transform in itertools.product((FUSED, STAGED), ("low_rank", "two_sided")):
         how: dict[str, Any] = {"strategies": strategies, "transform": transform}
         cases += [
             Case(40, 144, 112, 16, vectors=("bias", "gamma", "beta"), **how),
             Case(33, 117, 83, 5, layout="sliced", **how),
+            Case(33, 128, 112, 5, layout="shifted", **how),
             Case(1, 128, 128, 3, "float32", **how),
         ]
+    if compiled:
+        staged = [case for case in cases if case.strategies == STAGED]
+        cases += [dataclasses.replace(case, backend="cuda") for case in staged]
     return cases
+
+
+def group_step(device: torch.device) -> None:
+    """A step of layers that read one x, of several sizes, and more of them than a launch takes."""
+    sizes = (112, 3), (83, 16), (64, 5), (8, 1), (40, 33)
+    layers = [HUTLinear(144, out_features, r, device=device) for out_features, r in sizes]
+    x = torch.randn(40, 144, device=device, requires_grad=True)
+    sum(y.sum() for y in hut_linear_group(x, layers)).backward()
 
 
 def main() -> None:
     """Runs the small cases; compares nothing, for that is done elsewhere."""
-    import torch
-
-    from .cases import forced, make, run
-
     device = torch.device("cuda", 0)
-    cases = small_cases()
+    compiled = extension.missing() is None
+    cases = small_cases(compiled)
     for case in cases:
         with forced(case):
             run(case, make(case, device))
+    if compiled:
+        group_step(device)
     torch.cuda.synchronize()
     print(_DONE, len(cases), flush=True)
 

@@ -159,7 +159,7 @@ def _staged_weight(t: Tensors, layer: Layer) -> Tensor:
     from hut_kernels.triton import backend
 
     spec = Spec(*FORMS[layer.transform])
-    plan = backend._plan(t.x, t.x, t.weight, t.hut_A, t.hut_B, spec)
+    plan = backend.plan_of(t.x, t.x, t.weight, t.hut_A, t.hut_B, spec)
     return backend._stage(plan, t.weight, t.hut_A, t.hut_B, None, spec, t.weight.dtype)
 
 

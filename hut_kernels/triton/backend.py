@@ -34,7 +34,7 @@ def forward(
 ) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
     x2d = as_rows(x)
-    plan = _plan(x2d, x2d, weight, hut_A, hut_B, spec)
+    plan = plan_of(x2d, x2d, weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
     if plan.forward == FUSED:
@@ -77,7 +77,7 @@ def grad_input(
 ) -> Tensor:
     """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
     grad2d = as_rows(grad)
-    plan = _plan(grad2d, grad2d, weight, hut_A, hut_B, spec)
+    plan = plan_of(grad2d, grad2d, weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.grad_input(grad, weight, hut_A, hut_B, gamma, spec)
     if plan.grad_input == FUSED:
@@ -104,7 +104,7 @@ def weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
-    plan = _plan(weight[:1], weight[:1], weight, hut_A, hut_B, spec)
+    plan = plan_of(weight[:1], weight[:1], weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.weight(weight, hut_A, hut_B, gamma, spec, dtype)
     tiles = _row("weight", plan, torch.float32, weight, spec)
@@ -123,7 +123,7 @@ def grad_factors(
 ) -> FactorGrads:
     """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
     grad2d, x2d = as_rows(grad), as_rows(x)
-    plan = _plan(x2d, grad2d, weight, hut_A, hut_B, spec)
+    plan = plan_of(x2d, grad2d, weight, hut_A, hut_B, spec)
     if plan.backend == "torch":
         return torch_backend.grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
     arguments = grad2d, x2d, weight, hut_A, hut_B, gamma, spec, needs
@@ -176,7 +176,7 @@ def _spans(rows: int, tiles: Row, plan: Plan, weight: Tensor) -> tuple[int, int]
     )
 
 
-def _plan(
+def plan_of(
     x: Tensor, moving: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, spec: Spec
 ) -> Plan:
     """The plan of a call; `moving` is the other activation (x itself where there is one)."""

@@ -7,10 +7,12 @@
 #include <ucontext.h>
 
 #include <cstdlib>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <string>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "tile.h"
@@ -61,6 +63,7 @@ class Fibers {
           for (int i = 0; i < kWarp; ++i) {
             current_ = warp + (descending() ? kWarp - 1 - i : i);
             swapcontext(&scheduler_, &contexts_[current_]);
+            if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
           }
           for (int i = 1; i < kWarp; ++i) meet(warp, warp + i);
         } while (in_warp_[warp]);
@@ -81,7 +84,11 @@ class Fibers {
 
   static void start(unsigned high, unsigned low, int thread) {
     auto* self = reinterpret_cast<Fibers*>(static_cast<uintptr_t>(high) << 32 | low);
-    (*self->body_)(thread);
+    try {
+      (*self->body_)(thread);
+    } catch (...) {  // it cannot leave a fiber's stack
+      self->failure_ = std::current_exception();
+    }
     self->finished_[thread] = true;
     self->in_warp_[thread] = false;
   }
@@ -97,6 +104,7 @@ class Fibers {
   std::vector<std::unique_ptr<char[]>> stacks_;
   std::vector<int> barriers_;
   std::vector<bool> finished_, in_warp_;
+  std::exception_ptr failure_;
   int current_ = 0;
 };
 

@@ -54,11 +54,12 @@ def case_on_device(*args, **kwargs):
     return make_normal(*args, device="cuda", **kwargs)
 
 
-def test_triton_is_available_and_auto_takes_it():
+def test_triton_is_available_and_auto_takes_it_or_the_extension():
     assert backends()["triton"]["available"], backends()["triton"]["reason"]
     case = case_on_device(16, 256, 256, 8)
     factors = case.weight, case.hut_A, case.hut_B
-    assert torch.equal(hut_linear(case.x, *factors), hut_linear(case.x, *factors, backend="triton"))
+    winner = "cuda" if backends()["cuda"]["available"] else "triton"  # it gets layers so small
+    assert torch.equal(hut_linear(case.x, *factors), hut_linear(case.x, *factors, backend=winner))
 
 
 @every_form
