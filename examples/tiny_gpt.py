@@ -1,4 +1,4 @@
-"""What the launch examples share: a small GPT with HUT layers, its data, and how to save it.
+"""What the launch examples share: a small GPT with HUT layers, and its data.
 
 The model is random where yours is pretrained, and the text is counting: 7 10 13 16 19 ...
 """
@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from hut_kernels import inject, save_adapter
+from hut_kernels import inject
 
 TOKENS, WIDTH, HEAD, LENGTH = 32, 64, 16, 16
 
@@ -104,13 +103,3 @@ def report(step: int, loss: Tensor) -> None:
     dist.all_reduce(loss)
     if dist.get_rank() == 0:
         print(f"step {step:3}  loss {loss.item() / dist.get_world_size():.4f}", flush=True)
-
-
-def save(model: nn.Module, file: str) -> None:
-    """Gathers the factors of a sharded or replicated model into one adapter file; on all ranks."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    factors = get_model_state_dict(model, options=whole)
-    if dist.get_rank() == 0:
-        plain = make_model()
-        plain.load_state_dict(factors, strict=False)
-        save_adapter(plain, file)

@@ -40,8 +40,7 @@ def main() -> None:
         optimizer.zero_grad()
         mean = accelerator.reduce(loss.detach(), "mean")
         accelerator.print(f"step {step:3}  loss {mean.item():.4f}")
-    if accelerator.is_main_process:
-        save_adapter(accelerator.unwrap_model(model), args.output)
+    save_adapter(model, args.output)  # on every rank
     accelerator.end_training()
 
 

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.tiny_gpt import loss_of, make_batch, make_model, report, save, start
+from examples.tiny_gpt import loss_of, make_batch, make_model, report, start
+from hut_kernels import save_adapter
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         report(step, loss)
-    save(model, args.output)
+    save_adapter(model, args.output)  # on every rank
     dist.destroy_process_group()
 
 

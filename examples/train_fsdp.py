@@ -17,7 +17,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from examples.tiny_gpt import loss_of, make_batch, make_model, report, save, start
+from examples.tiny_gpt import loss_of, make_batch, make_model, report, start
+from hut_kernels import save_adapter
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         report(step, loss)
-    save(model, args.output)
+    save_adapter(model, args.output)  # on every rank
     dist.destroy_process_group()
 
 

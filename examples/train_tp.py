@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from examples.tiny_gpt import loss_of, make_batch, make_model, report, save, start
+from examples.tiny_gpt import loss_of, make_batch, make_model, report, start
+from hut_kernels import save_adapter
 from hut_kernels.distributed import HUTColwiseParallel, HUTRowwiseParallel
 
 PLAN = {
@@ -56,7 +57,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         report(step, loss)
-    save(model, args.output)
+    save_adapter(model, args.output)  # on every rank
     dist.destroy_process_group()
 
 

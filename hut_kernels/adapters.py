@@ -37,6 +37,15 @@ _OPTIONS = (
 _MAY_DIFFER = ("dropout", "precision")
 _FACTOR_DTYPES = dict(zip(FLOAT_NAMES, FLOATS, strict=True))
 
+# What torch.compile and checkpoint_wrapper put into the names of what they wrap; replicas put in
+# "module", which a model may well have for a name of its own.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+_REPLICAS = (
+    nn.parallel.DistributedDataParallel,
+    nn.DataParallel,
+    torch.optim.swa_utils.AveragedModel,
+)
+
 # A module's hooks outlive its replacement: the dictionaries move on, so handles stay valid.
 HOOKS = (
     "_forward_hooks",
@@ -329,15 +338,26 @@ def _has_hut(module: nn.Module) -> bool:
 
 
 def _hut_layers(model: nn.Module) -> dict[str, HUTLinear]:
-    """The HUT layers by name, each once; names as they were before any torch.compile."""
+    """The HUT layers by name, each once; names as they were before anything was wrapped."""
     layers = {
-        name.replace("_orig_mod.", "").removesuffix("_orig_mod"): module
-        for name, module in model.named_modules()
+        ".".join(part for part in name.split(".") if part not in _WRAPPED): module
+        for name, module in _unwrapped(model).named_modules()
         if isinstance(module, HUTLinear)
     }
     if not layers:
         raise ValueError("the model has no HUT layer: call inject first")
     return layers
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in torch.compile's and replication's wrappers, which stand in any order."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, _REPLICAS):
+            model = model.get_submodule("module")
+        else:
+            return model
 
 
 def _join(name: str, key: str) -> str:
@@ -365,6 +385,8 @@ def _read(
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated, or not a safetensors file: {error}") from error
+    except RuntimeError as error:  # torch's, which maps the whole file
+        raise ValueError(f"{file} cannot be mapped into memory: {error}") from error
     return layers, tensors, metadata
 
 
@@ -394,6 +416,7 @@ def _well_formed(options: dict[str, Any]) -> bool:
     r, alpha = options["r"], options["alpha"]
     return (
         set(options) == set(_OPTIONS)
+        and not any(type(options[name]) is bool for name in ("alpha", "offset", "dropout"))
         and type(r) is int
         and r >= 1
         and (alpha is None or 0 < alpha < math.inf)

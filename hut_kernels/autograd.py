@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
 from .definition import Spec, as_rows, wide
@@ -15,7 +15,7 @@ from .definition import Spec, as_rows, wide
 
 class _Function(torch.autograd.Function):
     @classmethod
-    def apply(cls, *args: Any) -> Tensor:
+    def apply(cls, *args: Any) -> Any:
         """Applies the function to all of forward's arguments, by position.
 
         Outside functorch's transforms, which alone need it, torch's own `apply` is passed over: it
@@ -25,11 +25,41 @@ class _Function(torch.autograd.Function):
             return super().apply(*args)
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
+    vmap = staticmethod(ops.refuse_vmap)
+
+
+class _Once(_Function):
+    """Calls a backward that is not differentiable itself, and refuses to be differentiated.
+
+    torch's `once_differentiable` ties its refusal to the results alone, not to what they depend on:
+    a second derivative that is asked for by its inputs, or by torch.func, is zero there.
+    """
+
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
+    def forward(gradients: Callable[..., tuple], ctx: Any, *tensors: Tensor | None) -> tuple:
+        return gradients(ctx, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            "vmap over the fused hut_linear is not supported: stack the batch into x's leading "
-            "dimensions, or use fused=False"
+            "the fused hut_linear is once differentiable (once_differentiable): second derivatives "
+            "need fused=False"
+        )
+
+
+def _check_seen() -> None:
+    """Refuses a forward that a transform of torch.func reaches; it ends at the function's `apply`.
+
+    Within such a transform torch.compile looks at forward alone: the gradient would be zero.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.compile does not see the fused hut_linear's gradients within a transform of "
+            "torch.func: use fused=False, or do not compile the transform"
         )
 
 
@@ -52,6 +82,7 @@ class HUTLinearFunction(_Function):
         spec: Spec,
         backend: str,
     ) -> Tensor:
+        _check_seen()
         return ops.forward(x, weight, hut_A, hut_B, bias, gamma, beta, *spec, backend)
 
     @staticmethod
@@ -64,13 +95,23 @@ class HUTLinearFunction(_Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Gradients are differentiable only under create_graph; elsewhere the guard is spared.
-        return _guarded_gradients(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
+        # Only under create_graph does anything depend on gradients; elsewhere the guard is spared.
+        if torch.is_grad_enabled():
+            return _Once.apply(_gradients, ctx, grad, *ctx.saved_tensors)
+        return _gradients(ctx, grad, *ctx.saved_tensors)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """The gradients that are asked for, one for each argument of forward."""
-    x, weight, hut_A, hut_B, bias, gamma = ctx.saved_tensors
     need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
     d_x = d_A = d_B = d_gamma = None
     if need_x or need_A or need_B or need_gamma:
@@ -111,9 +152,6 @@ def _vector_gradients(
     return d_bias, d_gamma, d_beta
 
 
-_guarded_gradients = once_differentiable(_gradients)
-
-
 class HUTGroupFunction(_Function):
     """What `HUTLinearFunction` is, of several layers that read x: their outputs side by side.
 
@@ -124,6 +162,7 @@ class HUTGroupFunction(_Function):
     def forward(
         x: Tensor, transform: str, offset: float, scalings: tuple[float, ...], *tensors: Tensor
     ) -> Tensor:
+        _check_seen()
         columns = [list(tensors[first::6]) for first in range(6)]
         return ops.group_forward(x, *columns, transform, offset, scalings)
 
@@ -138,31 +177,38 @@ class HUTGroupFunction(_Function):
         ctx.beta_dtypes = [None if layer[5] is None else layer[5].dtype for layer in layers]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
-        weights, hut_A, hut_B, bias, gamma = (kept[first::5] for first in range(5))
-        need_x, needs = ctx.needs_input_grad[0], _layers(ctx.needs_input_grad[4:])
-        _, need_A, need_B, _, need_gamma, _ = zip(*needs, strict=True)
-        grads = iter(())
-        if need_x or any(need_A) or any(need_B) or any(need_gamma):
-            grads = iter(ops.group_backward(
-                grad, x, weights, hut_A, hut_B, gamma, *ctx.form,
-                need_x, need_A, need_B, need_gamma,
-            ))  # fmt: skip
-        results: list[Tensor | None] = [next(grads) if need_x else None, None, None, None]
-        start = 0
-        for j, weight in enumerate(weights):
-            _, need_A, need_B, need_bias, need_gamma, need_beta = needs[j]
-            d_A = next(grads) if need_A else None
-            d_B = next(grads) if need_B else None
-            d_gamma = next(grads) if need_gamma else None
-            part = grad.narrow(-1, start, len(weight))
-            wants = need_bias, need_gamma, need_beta
-            vectors = _vector_gradients(part, d_gamma, bias[j], gamma[j], ctx.beta_dtypes[j], wants)
-            results += [None, d_A, d_B, *vectors]
-            start += len(weight)
-        return tuple(results)
+        if torch.is_grad_enabled():
+            return _Once.apply(_group_gradients, ctx, grad, *ctx.saved_tensors)
+        return _group_gradients(ctx, grad, *ctx.saved_tensors)
+
+
+def _group_gradients(
+    ctx: Any, grad: Tensor, x: Tensor | None, *kept: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are asked for, one for each argument of forward."""
+    weights, hut_A, hut_B, bias, gamma = (kept[first::5] for first in range(5))
+    need_x, needs = ctx.needs_input_grad[0], _layers(ctx.needs_input_grad[4:])
+    _, need_A, need_B, _, need_gamma, _ = zip(*needs, strict=True)
+    grads = iter(())
+    if need_x or any(need_A) or any(need_B) or any(need_gamma):
+        grads = iter(ops.group_backward(
+            grad, x, weights, hut_A, hut_B, gamma, *ctx.form,
+            need_x, need_A, need_B, need_gamma,
+        ))  # fmt: skip
+    results: list[Tensor | None] = [next(grads) if need_x else None, None, None, None]
+    start = 0
+    for j, weight in enumerate(weights):
+        _, need_A, need_B, need_bias, need_gamma, need_beta = needs[j]
+        d_A = next(grads) if need_A else None
+        d_B = next(grads) if need_B else None
+        d_gamma = next(grads) if need_gamma else None
+        part = grad.narrow(-1, start, len(weight))
+        wants = need_bias, need_gamma, need_beta
+        vectors = _vector_gradients(part, d_gamma, bias[j], gamma[j], ctx.beta_dtypes[j], wants)
+        results += [None, d_A, d_B, *vectors]
+        start += len(weight)
+    return tuple(results)
 
 
 def _layers(tensors: tuple) -> list[tuple]:

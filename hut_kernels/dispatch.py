@@ -74,11 +74,16 @@ def choose(name: str, tensors: Sequence[Tensor]) -> str:
         return name
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if _any_float64(tensors):
+        raise TypeError(f'backend="{name}" has no float64; use backend="torch" or float32')
     missing = _extension_unusable(device) if name == "cuda" else _triton_unusable(device)
     if missing:
         raise HUTBackendError(f'backend="{name}" cannot run here: {missing}')
-    if _any_float64(tensors):
-        raise TypeError(f'backend="{name}" has no float64; use backend="torch" or float32')
+    if interpreting() and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        raise HUTBackendError(
+            "Triton's interpreter computes wrongly in bfloat16: use float32 or float16 under "
+            "TRITON_INTERPRET=1"
+        )
     return name
 
 

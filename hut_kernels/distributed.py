@@ -8,8 +8,9 @@ a parameter's dimensions mean, which is what the two styles here do:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -53,6 +54,9 @@ class _ParallelHUTLinear(HUTLinear):
         output = DTensor.from_local(y, self.mesh, (self.local_output,), run_check=False)
         output = output.redistribute(placements=(self.style.output_layouts,))
         return output.to_local() if self.style.use_local_output else output
+
+    def _forward_dropout(self, x: Tensor) -> Tensor:
+        _refuse_dropout(type(self.style).__name__, self.dropout)
 
     def _local_matrix(self) -> Tensor:
         weight = _local(self.weight)
@@ -104,7 +108,13 @@ class _RowwiseHUTLinear(_ParallelHUTLinear):
 
     def _once(self, vector: nn.Parameter | None) -> Tensor | None:
         """The vector on the first rank, zeros elsewhere: all ranks join in its gradient's sum."""
-        return None if vector is None else _summed(vector) * (self.mesh.get_local_rank() == 0)
+        if vector is None:
+            return None
+        whole = _summed(vector)
+        if self.mesh.get_local_rank() == 0:
+            return whole
+        # Filled and not multiplied by 0, for what is infinite would become NaN.
+        return whole.masked_fill(torch.ones_like(whole, dtype=torch.bool), 0.0)
 
 
 class _HUTParallelStyle(ParallelStyle):
@@ -209,9 +219,7 @@ def _check_shardable(style: str, layer: HUTLinear, mesh: DeviceMesh, side: str) 
             f'{style} needs a mesh of one dimension, such as mesh["tp"]; got {mesh.ndim} dimensions'
         )
     if layer.dropout:
-        raise ValueError(
-            f"{style}: dropout={layer.dropout} would need one mask over all ranks; set it to 0"
-        )
+        _refuse_dropout(style, layer.dropout)
     features, size = getattr(layer, side), mesh.size()
     if features % size:
         raise ValueError(
@@ -222,6 +230,10 @@ def _check_shardable(style: str, layer: HUTLinear, mesh: DeviceMesh, side: str) 
             f"{style}: two_sided needs r <= {side} / ranks, a group for each feature of a shard at "
             f"most; got r={layer.r} with {features} / {size} = {features // size}"
         )
+
+
+def _refuse_dropout(style: str, dropout: float) -> NoReturn:
+    raise ValueError(f"{style}: dropout={dropout} would need one mask over all ranks; set it to 0")
 
 
 def shard_groups(factor: Tensor, dim: int, rank: int, size: int) -> Tensor:

@@ -69,7 +69,9 @@ def hut_linear(
         HUTBackendError: The backend cannot run here, the weight is quantised or on the meta device,
             or a tensor is sharded (a DTensor).
     """
-    spec = Spec(transform, _number("offset", offset), _number("scaling", scaling), precision)
+    spec = Spec(
+        transform, check_number("offset", offset), check_number("scaling", scaling), precision
+    )
     _check_options(spec)
     check_tensors(x, weight, hut_A, hut_B, bias, gamma, beta, transform)
     check_frozen(weight)
@@ -113,7 +115,7 @@ def hut_weight(
     Raises:
         ValueError, TypeError, HUTBackendError: As `hut_linear`.
     """
-    spec = Spec(transform, _number("offset", offset), _number("scaling", scaling))
+    spec = Spec(transform, check_number("offset", offset), check_number("scaling", scaling))
     _check_options(spec)
     names = ("weight", *_NAMES[1:])
     check_tensors(weight, weight, hut_A, hut_B, None, gamma, None, transform, names)
@@ -163,8 +165,15 @@ def check_weight(weight: Tensor) -> None:
         raise HUTBackendError(f"weight is quantised ({kind.__name__}); dequantise it first")
 
 
-def _number(name: str, value: object) -> float:
-    """A tensor is refused too: it would get no gradient, and on a GPU cost a synchronisation."""
+def check_number(name: str, value: object) -> float:
+    """A real number as a float.
+
+    A tensor is refused too: it would get no gradient, and on a GPU cost a synchronisation.
+
+    Raises:
+        TypeError: No real number.
+        ValueError: Beyond float32, unless infinite.
+    """
     if type(value) is float and -_LARGEST <= value <= _LARGEST:
         return value
     if not isinstance(value, numbers.Real):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from . import definition
 from .autograd import FrozenProduct
 from .errors import HUTBackendError, check_choice
-from .functional import hut_linear, hut_weight
+from .functional import check_number, hut_linear, hut_weight
 
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
 """The paper's layer, `HUTLinear(..., **PAPER)`: one multiplication per side, scale and shift."""
@@ -61,7 +63,8 @@ class HUTLinear(nn.Module):
     Raises:
         ValueError: an unknown `transform` or `precision`, `r` out of range, `alpha` where it has no
             part, an `offset` without an identity at init, or `dropout` outside [0, 1).
-        TypeError: a type other than float16, bfloat16, float32 or float64.
+        TypeError: an `r` that is no integer, an `alpha`, `offset` or `dropout` that is no real
+            number, or a type other than float16, bfloat16, float32 or float64.
     """
 
     weight: nn.Parameter
@@ -90,6 +93,9 @@ class HUTLinear(nn.Module):
         factor_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        r = _integer("r", r)
+        alpha = None if alpha is None else _real("alpha", alpha)
+        offset, dropout = float(_real("offset", offset)), float(_real("dropout", dropout))
         check_form(transform, offset, alpha)
         check_rank(r, transform, in_features, out_features)
         check_run_options(precision, dropout)
@@ -100,7 +106,7 @@ class HUTLinear(nn.Module):
         residual = transform == "low_rank" and offset == 1
         self.alpha = r if alpha is None and residual else alpha
         self.transform = transform
-        self.offset = float(offset)
+        self.offset = offset
         self.dropout = dropout
         self.precision = precision
         self.fused = fused
@@ -333,6 +339,21 @@ def is_conv1d(module: nn.Module) -> bool:
         and weight.ndim == 2
         and weight.shape[1] == getattr(module, "nf", None)
     )
+
+
+def _integer(name: str, value: Any) -> int:
+    """NumPy's integers too, as Python's own: an adapter file can hold no others (TypeError)."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    return operator.index(value)
+
+
+def _real(name: str, value: Any) -> int | float:
+    """NumPy's numbers and fractions too, as Python's own; an integer stays one (TypeError)."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number; got bool")
+    number = check_number(name, value)
+    return int(value) if isinstance(value, numbers.Integral) else number
 
 
 def check_form(transform: str, offset: float, alpha: float | None) -> None:

@@ -41,6 +41,15 @@ def _backend(name: str) -> ModuleType:
     return torch_backend
 
 
+def refuse_vmap(*args: Any) -> Any:
+    """The rule, of every operator and function, for a dimension that vmap adds (RuntimeError)."""
+    raise RuntimeError(
+        "vmap over the fused hut_linear is not supported, nor over its backward (jacrev, "
+        "vectorize=True, is_grads_batched=True): stack the batch into x's leading dimensions, or "
+        "use fused=False"
+    )
+
+
 def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable], Any]:
     """Defines `hut::name` and registers the decorated function as its implementation everywhere."""
 
@@ -62,6 +71,8 @@ def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Cal
             _library.impl(name, without_autocast, f"Autocast{device}")
         # Autograd has no part in these operators; falling through keeps the call cheap.
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        for batched in ("FuncTorchBatched", "Batched"):
+            _library.impl(name, refuse_vmap, batched)
         torch.library.register_fake(f"hut::{name}", fake, lib=_library)
         return operator
 
@@ -94,7 +105,9 @@ def forward(
 ) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, contiguous, in x's type."""
     spec = Spec(transform, offset, scaling, precision)
-    return _backend(backend).forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
+    y = _backend(backend).forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
+    # What folds leading dimensions returns a view, on which autograd refuses in-place operations.
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
 
 def _fake_backward(

@@ -416,7 +416,7 @@ def split(tiles: int, steps: int, sms: int) -> int:
 
 
 def find_device(name: str) -> Device:
-    """A known device by (part of) its name, or `"cpu"`.
+    """A known device by (part of) its name or what its driver calls it, or `"cpu"`.
 
     Raises:
         ValueError: No such device; the message lists the known ones.
@@ -425,7 +425,8 @@ def find_device(name: str) -> Device:
     if wanted == "cpu":
         return CPU
     for device in DEVICES if wanted else ():
-        if wanted in device.name.lower().replace(" ", "") or wanted == device.arch:
+        known_name = device.name.lower().replace(" ", "")
+        if wanted in known_name or known_name in wanted or wanted == device.arch:
             return device
     known = ", ".join(device.name for device in DEVICES)
     raise ValueError(f"unknown device {name!r}; known: cpu, {known}")

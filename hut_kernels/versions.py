@@ -16,6 +16,14 @@ def release(version: str) -> tuple[int, ...]:
     return (*numbers, 0, 0, 0)[:3]
 
 
+def _precedes(version: str, fixed: str) -> bool:
+    """Whether a version may lack what came with a release; so may what led up to that release."""
+    unfinished = re.search(r"\d(a|b|rc)\d|\.dev|\+git", version)
+    return release(version) < release(fixed) or (
+        unfinished is not None and release(version) == release(fixed)
+    )
+
+
 @dataclass(frozen=True)
 class Miscompile:
     """A pattern of the kernels that some versions of Triton compile wrongly.
@@ -48,7 +56,7 @@ MISCOMPILES = (
     Miscompile(
         since="3.6.0",
         fixed="3.8.0",
-        archs=("sm_100", "sm_101", "sm_103"),
+        archs=("sm_100", "sm_101", "sm_103", "sm_110"),  # sm_110: CUDA 13's name of sm_101
         kernels=("forward", "grad_input", "grad_factors"),
         reports="triton-lang/triton#9871, #10590; pytorch/pytorch#181248",
         why="products in a pipelined loop race with the reads and writes of their operands",
@@ -63,11 +71,12 @@ def miscompiled(triton: str | None, arch: str) -> tuple[Miscompile, ...]:
     """What a version of Triton, if one is installed, compiles wrongly on an architecture."""
     if triton is None:
         return ()
-    found = release(triton)
     return tuple(
         known
         for known in MISCOMPILES
-        if arch in known.archs and release(known.since) <= found < release(known.fixed)
+        if arch in known.archs
+        and release(known.since) <= release(triton)
+        and _precedes(triton, known.fixed)
     )
 
 

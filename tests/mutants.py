@@ -45,6 +45,10 @@ FUNCTIONAL = "hut_kernels/functional.py"
 ADAPTERS = "hut_kernels/adapters.py"
 FLOPS = "hut_kernels/flops.py"
 DISTRIBUTED = "hut_kernels/distributed.py"
+NN = "hut_kernels/nn.py"
+VERSIONS = "hut_kernels/versions.py"
+DISPATCH = "hut_kernels/dispatch.py"
+PEFT = "hut_kernels/integrations/peft"
 PLANNER = "hut_kernels/planner.py"
 GROUP = "hut_kernels/group.py"
 TRITON = "hut_kernels/triton"
@@ -175,9 +179,39 @@ MUTANTS = (
     Mutant(
         "differentiable twice, silently wrong",
         AUTOGRAD,
-        "_guarded_gradients = once_differentiable(_gradients)\n",
-        "_guarded_gradients = torch.no_grad()(_gradients)\n",
-        ("tests/test_autograd.py", "once_differentiable"),
+        "torch.is_grad_enabled():\n            return _Once.apply(_gradients, ",
+        "False:\n            return _Once.apply(_gradients, ",
+        ("tests/test_autograd.py", "once_differentiable or no_route"),
+    ),
+    Mutant(
+        "differentiable twice, but not by every tensor",
+        AUTOGRAD,
+        "_Once.apply(_gradients, ctx, grad, *ctx.saved_tensors)\n",
+        "torch.autograd.function.once_differentiable(_gradients)(\n"
+        "                ctx, grad, *ctx.saved_tensors\n"
+        "            )\n",
+        ("tests/test_autograd.py", "no_route"),
+    ),
+    Mutant(
+        "gradients that torch.compile passes over, of zero",
+        AUTOGRAD,
+        "    if torch._C._are_functorch_transforms_active():\n        raise",
+        "    if False:\n        raise",
+        ("tests/reliability/test_compile.py", "silently_zero"),
+    ),
+    Mutant(
+        "vmap over the backward, not refused",
+        OPS,
+        "            _library.impl(name, refuse_vmap, batched)\n",
+        "            pass\n",
+        ("tests/test_autograd.py", "vmap"),
+    ),
+    Mutant(
+        "a workspace that threads share",
+        TORCH,
+        "_shared = threading.local()\n",
+        "_shared = type(threading)('shared')\n",
+        ("tests/test_autograd.py", "threads"),
     ),
     Mutant(
         "autocast let into the operators",
@@ -203,8 +237,8 @@ MUTANTS = (
     Mutant(
         "partials beyond their bound",
         PLANNER,
-        "    while partial_bytes() > weight_bytes // 4 or ",
         "    while partial_bytes() > weight_bytes or ",
+        "    while partial_bytes() > 4 * weight_bytes or ",
         ("tests/test_planner.py", "spans"),
     ),
     Mutant(
@@ -428,8 +462,8 @@ MUTANTS = (
     Mutant(
         "tensor parallel: bias and beta on every rank",
         DISTRIBUTED,
-        " * (self.mesh.get_local_rank() == 0)\n",
-        "\n",
+        "        if self.mesh.get_local_rank() == 0:\n",
+        "        if True:\n",
         ("tests/distributed/test_tensor_parallel.py", "output_and_gradients"),
     ),
     Mutant(
@@ -517,18 +551,117 @@ MUTANTS = (
         ("tests/test_cuda.py", "a_group_against"),
     ),
     Mutant(
+        "csrc: every layer of a group with the first one's scaling",
+        f"{CSRC}/ops.cpp",
+        "constant, scalings[j]);",
+        "constant, scalings[0]);",
+        ("tests/test_cuda.py", "a_group_against"),
+    ),
+    Mutant(
+        "csrc: sixteen bytes at a time from any address",
+        f"{CSRC}/ops.cpp",
+        "column_stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&",
+        "column_stride == 1 &&",
+        ("tests/test_cuda.py", "strides_and"),
+    ),
+    Mutant(
         "a group's vectors from the first layer's outputs",
         AUTOGRAD,
-        "            start += len(weight)\n",
+        "        start += len(weight)\n",
         "",
         ("tests/test_cuda.py", "a_group_against"),
     ),
     Mutant(
         "a group that passes hooks by",
         GROUP,
-        "        and not any(getattr(layer, name, None) for name in HOOKS)\n",
+        "        and not any(vars(layer).get(name) for name in HOOKS)\n",
         "",
         ("tests/test_cuda.py", "not_alike"),
+    ),
+    Mutant(
+        "tensor parallel: infinity times 0",
+        DISTRIBUTED,
+        "whole.masked_fill(torch.ones_like(whole, dtype=torch.bool), 0.0)",
+        "whole * 0",
+        ("tests/distributed/test_tensor_parallel.py", "infinite"),
+    ),
+    Mutant(
+        "adapter: a replica's prefix kept",
+        ADAPTERS,
+        "        elif isinstance(model, _REPLICAS):\n",
+        "        elif False:\n",
+        ("tests/test_adapters.py", "wrapped_and_plain"),
+    ),
+    Mutant(
+        "layer: alpha not divided by the rank",
+        NN,
+        "else self.alpha / self.r\n",
+        "else self.alpha\n",
+        ("tests/test_nn.py", "alpha_over_r"),
+    ),
+    Mutant(
+        "layer: dropout on the whole product",
+        NN,
+        "        return y + (rest if self.gamma is None else (self.gamma * rest).to(y.dtype))\n",
+        "        return y\n",
+        ("tests/test_nn.py", "dropout_falls"),
+    ),
+    Mutant(
+        "layer: a Conv1D merged in the other layout",
+        NN,
+        "        return merged.t().contiguous() if self.fan_in_fan_out else merged\n",
+        "        return merged\n",
+        ("tests/test_nn.py", "conv1d"),
+    ),
+    Mutant(
+        "layer: gamma forgotten in the merged bias",
+        NN,
+        "definition.merged_bias(self.bias, self.gamma, self.beta, ",
+        "definition.merged_bias(self.bias, None, self.beta, ",
+        ("tests/test_nn.py", "merged_layer"),
+    ),
+    Mutant(
+        "dispatch: float64 looked for in x alone",
+        DISPATCH,
+        "    if _any_float64(tensors):\n        raise",
+        "    if _any_float64(tensors[:1]):\n        raise",
+        ("tests/test_dispatch.py", "float64_is"),
+    ),
+    Mutant(
+        "versions: what led up to a fix is trusted",
+        VERSIONS,
+        "        unfinished is not None and ",
+        "        False and ",
+        ("tests/test_versions.py", "its_versions"),
+    ),
+    Mutant(
+        "PEFT: scaling forgotten in the product",
+        f"{PEFT}/layer.py",
+        "            scaling=self.scaling[name],\n            gamma=_entry(self.hut_gamma, name),\n"
+        "            beta",
+        "            gamma=_entry(self.hut_gamma, name),\n            beta",
+        ("tests/integrations/test_peft_tuner.py", "test_output"),
+    ),
+    Mutant(
+        "PEFT: dropout on the whole product",
+        f"{PEFT}/layer.py",
+        "        return y + (rest if gamma is None else (gamma * rest).to(y.dtype))\n",
+        "        return y\n",
+        ("tests/integrations/test_peft_tuner.py", "dropout_acts"),
+    ),
+    Mutant(
+        "PEFT: several adapters merged with the base counted twice",
+        f"{PEFT}/layer.py",
+        "(part if origin is None else part - origin)\n",
+        "part\n",
+        ("tests/integrations/test_peft_tuner.py", "merge"),
+    ),
+    Mutant(
+        "PEFT: the layer of index 0 for no index",
+        f"{PEFT}/config.py",
+        "if self.layers_pattern and self.layers_to_transform is None:\n",
+        "if self.layers_pattern and not self.layers_to_transform:\n",
+        ("tests/integrations/test_peft_tuner.py", "layers_to_transform"),
     ),
 )
 

@@ -4,7 +4,9 @@ import copy
 import json
 import os
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -439,6 +441,60 @@ def test_compiled_and_plain_models_share_files(model, tmp_path):
     compiled = torch.compile(model)
     assert list(adapter_state_dict(compiled)) == list(wanted)
     load_adapter(compiled, tmp_path / "file")
+
+
+class Averaged(torch.optim.swa_utils.AveragedModel):
+    pass
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "a subclass": Averaged,
+    "compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "of a compiled model": lambda model: nn.DataParallel(torch.compile(model)),
+    "twice": lambda model: Averaged(nn.DataParallel(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapped_and_plain_models_share_files(model, wrap, tmp_path):
+    inject(model, ["q_proj"], r=2)
+    plain = copy.deepcopy(trained(model))
+    wrapped = wrap(model)
+    assert list(adapter_state_dict(wrapped)) == list(adapter_state_dict(plain))
+    save_adapter(wrapped, tmp_path / "file")
+    load_adapter(plain, tmp_path / "file")
+    load_adapter(wrapped, tmp_path / "file")
+
+
+def test_checkpointed_layers_keep_their_names(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    inject(model, ["q_proj"], r=2)
+    wanted = list(adapter_state_dict(model))
+    model.layers[0] = checkpoint_wrapper(model.layers[0])
+    assert list(adapter_state_dict(model)) == wanted
+
+
+def test_names_that_are_only_like_a_wrappers_are_kept():
+    named = {"module": nn.Linear(4, 4), "my_orig_mod": nn.Sequential(nn.Linear(4, 4))}
+    model = nn.ModuleDict(named)
+    inject(model, ["module", "0"], r=2)
+    expected = ["module.hut_A", "module.hut_B", "my_orig_mod.0.hut_A", "my_orig_mod.0.hut_B"]
+    assert list(adapter_state_dict(model)) == expected
+    assert list(adapter_state_dict(nn.DataParallel(model))) == expected
+
+
+def test_options_of_other_types_are_saved_and_loaded(tmp_path):
+    """NumPy's numbers and fractions: what a sweep or a parsed configuration has at hand."""
+    given = {"alpha": np.float32(0.5), "dropout": np.float64(0.25), "offset": np.int64(1)}
+    layer = HUTLinear(8, 6, r=np.int64(2), **given)
+    assert (layer.r, layer.alpha, layer.dropout, layer.offset) == (2, 0.5, 0.25, 1.0)
+    save_adapter(layer, tmp_path / "file")
+    load_adapter(HUTLinear(8, 6, **adapter_options(tmp_path / "file")), tmp_path / "file")
+    assert HUTLinear(8, 6, alpha=Fraction(1, 2)).alpha == 0.5
+    assert type(HUTLinear(8, 6, alpha=np.int32(4)).alpha) is int
 
 
 def test_layers_of_different_options_save_and_load_but_have_no_common_options(model, tmp_path):

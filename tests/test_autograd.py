@@ -1,12 +1,14 @@
 """HUTLinearFunction: exact gradients, what it saves, what it computes, and what it refuses."""
 
+import concurrent.futures
 import threading
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hut_kernels import HUTLinearFunction, hut_linear, torch_backend
+from hut_kernels import HUTLinearFunction, hut_linear, hut_weight, ops, torch_backend
+from hut_kernels.autograd import HUTGroupFunction
 
 from .references import TRAINABLE, Recorder, check, error, limit, make, make_normal, run
 
@@ -264,6 +266,94 @@ def test_a_second_backward_names_once_differentiable(form, name):
         grad.sum().backward()
 
 
+def by_backward(loss, A):
+    A.requires_grad_()
+    loss(A).backward(create_graph=True)
+    A.grad.square().sum().backward()
+
+
+def by_gradient_penalty(loss, A):
+    A.requires_grad_()
+    (grad,) = torch.autograd.grad(loss(A), A, create_graph=True)
+    torch.autograd.grad(grad.square().sum(), A)
+
+
+def by_maml(loss, A):
+    """Through an inner step, which reaches A also by a way that has every derivative."""
+    A.requires_grad_()
+    (grad,) = torch.autograd.grad(loss(A), A, create_graph=True)
+    torch.autograd.grad(loss(A - 0.01 * grad), A)
+
+
+def by_func_maml(loss, A):
+    torch.func.grad(lambda A: loss(A - 0.01 * torch.func.grad(loss)(A)))(A)
+
+
+def by_func_grad(loss, A):
+    torch.func.grad(lambda A: torch.func.grad(loss)(A).square().sum())(A)
+
+
+def by_autograd_over_func(loss, A):
+    torch.autograd.grad(torch.func.grad(loss)(A.requires_grad_()).square().sum(), A)
+
+
+def by_vjp(loss, A):
+    one = torch.ones(())
+    _, pull = torch.func.vjp(lambda A: torch.func.vjp(loss, A)[1](one)[0], A)
+    pull(torch.ones_like(A))
+
+
+def by_hessian(loss, A):
+    torch.autograd.functional.hessian(loss, A)
+
+
+def by_vhp(loss, A):
+    torch.autograd.functional.vhp(loss, A, torch.ones_like(A))
+
+
+ROUTES = [
+    by_backward,
+    by_gradient_penalty,
+    by_maml,
+    by_func_maml,
+    by_func_grad,
+    by_autograd_over_func,
+    by_vjp,
+    by_hessian,
+    by_vhp,
+]
+
+
+@every_form
+@pytest.mark.parametrize("name", ["x", "hut_A", "gamma"])
+@pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
+def test_no_route_to_a_second_derivative_is_silently_wrong(form, name, route):
+    case = make(3, 8, 6, 2, vectors=ALL, **form)
+
+    def loss(value, fused=True):
+        return linear(case.replace(**{name: value}), fused=fused).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"once_differentiable.* fused=False"):
+        route(loss, getattr(case, name).clone())
+    route(lambda value: loss(value, fused=False), getattr(case, name).clone())
+
+
+def test_nor_is_a_groups_second_derivative(monkeypatch):
+    def group_backward(grad, x, weights, hut_A, hut_B, *rest):
+        return [
+            torch.ones_like(factor) for pair in zip(hut_A, hut_B, strict=True) for factor in pair
+        ]
+
+    monkeypatch.setattr(ops, "group_forward", lambda x, *rest: x.new_ones(3, 12))
+    monkeypatch.setattr(ops, "group_backward", group_backward)
+    case = leaves(make(3, 8, 6, 2), ["hut_A", "hut_B"])
+    one = case.weight, case.hut_A, case.hut_B, None, None, None
+    y = HUTGroupFunction.apply(case.x, "low_rank", 1.0, (1.0, 1.0), *one, *one)
+    (grad,) = torch.autograd.grad(y.sum(), case.hut_A, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable.* fused=False"):
+        torch.autograd.grad((case.hut_A - grad).sum(), case.hut_A)
+
+
 def test_eager_is_differentiable_twice():
     case = leaves(make(3, 8, 6, 2))
     (grad,) = torch.autograd.grad(
@@ -325,6 +415,50 @@ def test_vmap_is_refused_with_a_sentence():
         torch.vmap(lambda x: linear(case.replace(x=x)))(case.x)
     y = torch.vmap(lambda x: linear(case.replace(x=x), fused=False))(case.x)
     assert error(y, case.expected()["y"]) < limit(torch.float32, 9)
+
+
+BATCHED = {
+    "is_grads_batched": lambda call, A, grad: torch.autograd.grad(
+        call(A), A, torch.stack([grad, grad]), is_grads_batched=True
+    ),
+    "vectorize": lambda call, A, grad: torch.autograd.functional.jacobian(call, A, vectorize=True),
+    "jacrev": lambda call, A, grad: torch.func.jacrev(call)(A),
+}
+
+
+@pytest.mark.parametrize("derive", BATCHED.values(), ids=BATCHED)
+def test_vmap_over_the_backward_is_refused_with_a_sentence(derive):
+    case = leaves(make(4, 9, 7, 2), ["hut_A"])
+
+    def derivative(fused):
+        return derive(lambda A: linear(case.replace(hut_A=A), fused=fused), case.hut_A, case.grad)
+
+    with pytest.raises(RuntimeError, match=r"vmap over the fused hut_linear .* fused=False"):
+        derivative(fused=True)
+    derivative(fused=False)
+
+
+def test_hut_weight_under_vmap_is_refused_with_a_sentence():
+    case = make(4, 9, 7, 2)
+    several = torch.stack([case.hut_A, case.hut_A])
+    with pytest.raises(RuntimeError, match=r"vmap over the fused hut_linear .* fused=False"):
+        torch.vmap(lambda A: hut_weight(case.weight, A, case.hut_B))(several)
+
+
+# Threads
+
+
+def test_gradients_taken_on_several_threads_are_equal_to_the_bit():
+    """Of layers of different forms, whose workspaces would otherwise be one another's."""
+    cases = [leaves(make(16, 512, 512, 4, **form)) for form in FORMS.values()]
+
+    def gradients(case):
+        return torch.autograd.grad(linear(case), [case.x, case.hut_A, case.hut_B], case.grad)
+
+    expected = [gradients(case) for case in cases]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for index, found in enumerate(pool.map(gradients, cases * 40)):
+            assert all(map(torch.equal, found, expected[index % len(cases)]))
 
 
 def test_the_function_itself_is_public():

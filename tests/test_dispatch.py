@@ -266,3 +266,27 @@ def test_explain_of_this_machine_knows_of_its_extension(triton, extension, backe
     if backend == "cuda" and triton is None:
         large = explain(**{**call, "N": 410, "in_features": 4096, "out_features": 4096})
         assert (large.backend, large.compiled) == ("triton", ("forward", "grad_input"))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_float64_is_named_before_what_is_missing(backend):
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match="has no float64"):
+        dispatch.choose(backend, (x,))
+
+
+def test_the_interpreter_takes_no_bfloat16(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
+    tensors = [torch.zeros(2, 4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert dispatch.choose("triton", tensors[:1]) == "triton"
+    with pytest.raises(HUTBackendError, match="interpreter computes wrongly in bfloat16"):
+        dispatch.choose("triton", tensors)
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [("NVIDIA H100 80GB HBM3", "NVIDIA H100"), ("NVIDIA A100-SXM4-80GB", "NVIDIA A100")],
+)
+def test_a_device_is_known_by_its_drivers_name(given, known):
+    assert planner.find_device(given).name == known

@@ -120,6 +120,20 @@ def test_the_output_is_a_tensor_of_its_own():
         assert y.data_ptr() not in {case.x.data_ptr(), case.weight.data_ptr()}
 
 
+@pytest.mark.parametrize("precision", ["merged", "split"])
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 0, 6)], ids=str)
+@both_ways
+def test_the_output_may_be_changed_in_place(shape, precision, fused):
+    case = make(1, 6, 5, 2)
+    factors = [factor.clone().requires_grad_() for factor in (case.hut_A, case.hut_B)]
+    x, bias = torch.randn(shape, dtype=case.x.dtype), torch.ones(5, dtype=case.x.dtype)
+    y = hut_linear(x, case.weight, *factors, bias, precision=precision, fused=fused)
+    assert not (fused and y._is_view())
+    wanted = y.detach().clone().relu()
+    assert torch.equal(y.relu_(), wanted)
+    y.sum().backward()
+
+
 # The update on its own
 
 

@@ -475,6 +475,27 @@ def test_options_that_make_no_layer_are_refused(make, options, message):
         make(8, 6, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 2.5}, "r must be an integer; got 2.5"),
+        ({"r": "8"}, "r must be an integer; got '8'"),
+        ({"r": True}, "r must be an integer; got True"),
+        ({"r": None}, "r must be an integer; got None"),
+        ({"alpha": "1"}, "alpha must be a real number; got str"),
+        ({"alpha": True}, "alpha must be a real number; got bool"),
+        ({"alpha": torch.tensor(2.0)}, "alpha must be a real number; got Tensor"),
+        ({"offset": None}, "offset must be a real number; got NoneType"),
+        ({"dropout": torch.tensor(0.5)}, "dropout must be a real number; got Tensor"),
+        ({"dropout": False}, "dropout must be a real number; got bool"),
+    ],
+    ids=str,
+)
+def test_options_of_a_wrong_type_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        HUTLinear(8, 6, **options)
+
+
 @pytest.mark.parametrize("name", ["dtype", "factor_dtype"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
 def test_types_that_make_no_layer_are_refused(name, dtype):

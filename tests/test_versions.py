@@ -96,11 +96,23 @@ def test_a_pytorch_that_is_new_enough_is_not(version):
         ("3.10.0", "sm_80", False),
         ("3.6.0", "sm_90", False),
         (None, "sm_80", False),
+        ("3.7.0rc1", "sm_80", True),
+        ("3.7.0.dev20260801", "sm_80", True),
+        ("3.7.0a1", "sm_80", True),
+        ("3.7.0+git0a1b2c3d", "sm_80", True),
+        ("3.7.0.post1", "sm_80", False),
+        ("3.7.0+cu130", "sm_80", False),
+        ("3.7.1rc1", "sm_80", False),
     ],
 )
 def test_an_entry_is_about_its_versions_and_architectures(plant, triton, arch, found):
     entry = plant("forward")
     assert miscompiled(triton, arch) == ((entry,) if found else ())
+
+
+def test_both_names_of_an_architecture_are_listed():
+    """CUDA 13 calls sm_110 what was sm_101."""
+    assert all(("sm_101" in e.archs) == ("sm_110" in e.archs) for e in versions.MISCOMPILES)
 
 
 @pytest.mark.parametrize("entry", versions.MISCOMPILES, ids=lambda entry: entry.reports)
@@ -131,10 +143,9 @@ def test_a_denied_kernel_can_be_forced_to_see_whether_it_is_still_wrong():
 
 def test_the_extension_takes_over_what_triton_would_stage():
     device = dataclasses.replace(A100, miscompiles=(planted("forward"),))
-    size = 1 << 12  # too large a layer to be bound by launching
-    assert not planner.extension_wins("forward", 16, size, size, A100)
-    assert planner.extension_wins("forward", 16, size, size, device)
-    assert not planner.extension_wins("grad_input", 16, size, size, device)
+    large = dataclasses.replace(problem(), K=1 << 12, O=1 << 12)  # not bound by launching
+    assert planner.plan(large, A100, "planned").compiled == ()
+    assert planner.plan(large, device, "planned").compiled == ("forward",)
 
 
 def test_explain_tells_of_the_triton_that_is_installed(plant):

@@ -148,7 +148,7 @@ def family(arch: str) -> str:
     """The architecture whose rows serve `arch`: its own, its generation's, or the smallest's."""
     if arch in ("sm_80", "sm_90", "sm_100"):
         return arch
-    return "sm_100" if arch in ("sm_101", "sm_103") else "sm_89"
+    return "sm_100" if arch in ("sm_101", "sm_103", "sm_110") else "sm_89"
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from hut_kernels import adapter_state_dict, load_adapter, save_adapter
 from tests.distributed.training import (
     BATCH,
     FORMS,
@@ -33,6 +34,21 @@ def trains_as_one_process(form, recomputed):
 @pytest.mark.parametrize("form", FORMS)
 def test_ddp_trains_as_one_process(ranks, form, recomputed):
     ranks.run(trains_as_one_process, form, recomputed)
+
+
+def saves_as_the_model_within(file):
+    plain = make_model(**FORMS["paper"])
+    model = DistributedDataParallel(copy.deepcopy(plain))
+    train(model, own_part())
+    save_adapter(model, file)
+    load_adapter(plain, file)
+    for name, factor in adapter_state_dict(plain).items():
+        assert torch.equal(factor, model.module.get_parameter(name)), name
+    load_adapter(model, file)
+
+
+def test_ddp_saves_as_the_model_within(ranks, tmp_path):
+    ranks.run(saves_as_the_model_within, str(tmp_path / "file"))
 
 
 def trains_in_mixed_types():

@@ -277,6 +277,37 @@ def test_styles_refuse_what_they_cannot_shard(ranks):
     ranks.run(refuses_what_it_cannot_shard)
 
 
+def dropout_set_later_is_refused():
+    for style in STYLES.values():
+        layer = parallelize_module(HUTLinear(8, 8), mesh(), style())
+        layer.dropout = 0.1
+        x = torch.zeros(2, layer.hut_A.to_local().shape[1])
+        with pytest.raises(ValueError, match=r"dropout=0\.1 .*one mask over all ranks"):
+            layer(x)
+        layer.eval()(x)
+
+
+def test_dropout_that_is_set_later_is_refused(ranks):
+    ranks.run(dropout_set_later_is_refused)
+
+
+def infinities_stay_infinite():
+    layer = make_layer(scale_shift=True)
+    with torch.no_grad():
+        layer.bias[0], layer.beta[1] = math.inf, -math.inf
+    x = torch.randn(4, 24).double()
+    expected = layer(x)
+    parallelize_module(layer, mesh(), HUTRowwiseParallel(input_layouts=Replicate()))
+    y = layer(x)
+    torch.testing.assert_close(y, expected)
+    y[:, 2:].sum().backward()
+    assert torch.equal(full(layer.beta.grad)[2:], torch.full((18,), 4.0).double())
+
+
+def test_infinite_bias_and_beta_stay_infinite_in_a_rowwise_layer(ranks):
+    ranks.run(infinities_stay_infinite)
+
+
 def torchs_styles_are_refused():
     for style in (ColwiseParallel(), RowwiseParallel()):
         refuses(HUTLinear(8, 8), style, NotImplementedError, "only support nn.Linear")

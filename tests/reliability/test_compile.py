@@ -213,6 +213,23 @@ def test_nothing_is_computed_twice_in_the_backward_graph():
     assert "hut.forward.default" not in names(nodes["backward"])
 
 
+def test_a_transform_of_torch_func_is_refused_and_not_silently_zero():
+    """Within one Dynamo inlines forward, and would differentiate an operator without gradient."""
+    case = make(5, WIDTH, 12, 3)
+
+    def gradient(A, fused):
+        def loss(A):
+            return hut_linear(case.x, case.weight, A, case.hut_B, fused=fused).sum()
+
+        return torch.func.grad(loss)(A)
+
+    with pytest.raises(RuntimeError, match=r"torch\.compile does not see .* use fused=False"):
+        compiled(gradient)(case.hut_A, fused=True)
+    torch.testing.assert_close(
+        compiled(gradient)(case.hut_A, fused=False), gradient(case.hut_A, fused=True)
+    )
+
+
 # Scalars
 
 

@@ -251,6 +251,9 @@ LIES = {
     "no rank": lambda layers, _: [o.pop("r") for o in layers.values()],
     "alpha not a number": lambda layers, _: [o.update(alpha="NaN") for o in layers.values()],
     "alpha below 0": lambda layers, _: [o.update(alpha=-1) for o in layers.values()],
+    "alpha that is true": lambda layers, _: [o.update(alpha=True) for o in layers.values()],
+    "an offset that is true": lambda layers, _: [o.update(offset=True) for o in layers.values()],
+    "a dropout that is false": lambda layers, _: [o.update(dropout=False) for o in layers.values()],
     "an unknown transform": lambda layers, _: [o.update(transform="x") for o in layers.values()],
     "a dropout of 1": lambda layers, _: [o.update(dropout=1) for o in layers.values()],
     "gamma that is not there": lambda layers, _: [
@@ -305,6 +308,23 @@ def test_paths_that_lead_to_no_file_are_refused(model, file, tmp_path):
     for path in (tmp_path, "", ".", tmp_path / "absent", file / "below", loop, "a\0b", "x" * 5000,
                  None, 3, b"bytes", [], model):  # fmt: skip
         refused(model, path)
+
+
+def test_a_file_beyond_all_memory_is_refused(model, tmp_path):
+    """8 TiB of holes, well formed; where a system maps even that, for what it holds."""
+    size = 8 << 40
+    header = {
+        "__metadata__": {"format": "hut_kernels", "format_version": "1", "layers": "{}"},
+        "hole": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
+    }
+    text = json.dumps(header).encode()
+    file = tmp_path / "file"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    try:
+        os.truncate(file, 8 + len(text) + size)
+    except OSError:
+        pytest.skip("no file of 8 TiB can be made here")
+    refused(model, file)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
