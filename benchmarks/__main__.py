@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
-        print(f"error: {error}: pip install 'hut_kernels[bench]'", file=sys.stderr)
+        print(f"error: {error}; in the repository: pip install '.[bench]'", file=sys.stderr)
     return 1
 
 

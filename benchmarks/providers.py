@@ -67,7 +67,7 @@ class Provider:
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot run here, in words; None where it can."""
         if isinstance(self.adapt, _PEFT) and importlib.util.find_spec("peft") is None:
-            return "peft is not installed (pip install 'hut_kernels[bench]')"
+            return "peft is not installed (in the repository: pip install '.[bench]')"
         if self.adapters == "compute" and dtype == torch.float32:
             return "adapters are in the compute type as it is, float32"
         if self.run == GRAPH and device.type != "cuda":

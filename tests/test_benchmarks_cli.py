@@ -102,7 +102,7 @@ class TestSuites:
     def test_a_missing_package_is_named_with_the_command_that_brings_it(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "transformers", None)
         assert cli.main(["model", "--quick", *FEW]) == 1
-        assert "pip install 'hut_kernels[bench]'" in capsys.readouterr().err
+        assert "pip install '.[bench]'" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "complaint"),
