@@ -90,9 +90,8 @@ gpu: $(call ready,test) ## check and measure the kernels on this machine's GPU, 
 peft-suite: $(call ready,test) ## PEFT's own test-suite, from PyPI, with HUTConfig in its lists
 	$(PY) -m tests.peft_suite --jobs $(JOBS) $(ARGS)
 
-docs: $(call ready,docs) ## the API reference as HTML, in build/docs
-	$(PY) -m pdoc --docformat google --output-directory build/docs \
-	    hut_kernels hut_kernels.distributed hut_kernels.integrations.peft
+docs: $(call ready,docs) ## the documentation as one site with search, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
