@@ -59,7 +59,7 @@ lint: $(call ready,dev) ## ruff: rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-types: $(call ready,dev) ## mypy on the package
+types: $(call ready,dev) ## mypy on the package and the tools
 	$(PY) -m mypy
 
 mutants: $(call ready,test) ## plant known defects, and see the suite fail on each
@@ -78,7 +78,7 @@ bench-cpu: $(call ready,bench) ## times of the CPU fallback as ratios to its pla
 	$(PY) -m benchmarks.cpu_ratios $(ARGS)
 
 gate: $(call ready,test) ## compile every kernel for every architecture, and check the machine code
-	$(PY) -m hut_kernels.triton.gate $(ARGS)
+	$(PY) -m tools.gate $(ARGS)
 
 ext: $(call ready,dev) ## compile the CUDA extension in place (nvcc, no GPU; TORCH_CUDA_ARCH_LIST)
 	HUT_KERNELS_CUDA=1 $(PY) setup.py -q build_ext --inplace --build-temp build/ext

@@ -10,9 +10,9 @@ pytest.importorskip("triton", reason="triton is not installed: there is no compi
 if interpreting():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from hut_kernels.triton import gate
 from hut_kernels.triton.launch import Row
 from hut_kernels.triton.tables import ARCHITECTURES, row
+from tools import gate
 
 
 def config(arch: str, kernel: str, tiles: Row, dtype: str = "bf16", N: int = 4096) -> gate.Config:

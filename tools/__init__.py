@@ -1,0 +1,1 @@
+"""Tools of the developers: none is part of the package."""

@@ -174,8 +174,8 @@ def test_kernels_read_matrices_whose_elements_lie_beyond_2_to_the_31():
 def test_every_stride_is_widened_before_it_multiplies(kernel, variant):
     """Read from the compiler's own representation of a real launch: nothing is left in 32 bits."""
     pytest.importorskip("triton", reason="triton is not installed: nothing to compile with")
-    from hut_kernels.triton import gate
     from hut_kernels.triton.launch import Row
+    from tools import gate
 
     tiles = Row(BN=16, BO=16, BK=16, warps=4, stages=1)
     config = gate.Config("sm_80", kernel, "bf16", 16, 64, tiles, variant)

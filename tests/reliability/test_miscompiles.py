@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed: there is no compi
 if interpreting():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from hut_kernels.triton import gate
+from tools import gate
 
 _PRODUCT = re.compile(r"HGMMA\S*\s+R\d+,\s*R(\d+)")
 _WRITE = re.compile(r"^(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s+R(\d+)")

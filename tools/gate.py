@@ -1,6 +1,6 @@
 """The gate: every row of the launch tables compiled for its architecture, its machine code checked.
 
-`python -m hut_kernels.triton.gate [--arch ARCH ...] [--kernel NAME ...] [--json F] [--dump DIR]`
+`python -m tools.gate [--arch ARCH ...] [--kernel NAME ...] [--json F] [--dump DIR]`
 
 No GPU is needed: Triton compiles for any architecture, given a driver that says which. The gate
 calls the launchers themselves with CPU tensors and stops each launch after compilation, so what it
@@ -29,12 +29,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .. import planner
-from ..definition import Needs, Spec
-from ..dispatch import interpreting
-from . import forward, grad_factors, grad_input, grad_reduce, weight
-from .launch import Row, padded_rank
-from .tables import ARCHITECTURES, row
+from hut_kernels import planner
+from hut_kernels.definition import Needs, Spec
+from hut_kernels.dispatch import interpreting
+from hut_kernels.triton import forward, grad_factors, grad_input, grad_reduce, weight
+from hut_kernels.triton.launch import Row, padded_rank
+from hut_kernels.triton.tables import ARCHITECTURES, row
 
 KERNELS = {
     "forward": forward.hut_forward_kernel,
@@ -429,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m hut_kernels.triton.gate")
+    parser = argparse.ArgumentParser(prog="python -m tools.gate")
     add = parser.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     add("--arch", choices=ARCHITECTURES, help="architectures (all)", **several)
