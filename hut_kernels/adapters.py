@@ -8,7 +8,8 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .definition import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
 from .errors import HUTBackendError
-from .nn import HUTLinear, fill, is_conv1d
+from .nn import HUTLinear, check_data, fill, is_conv1d
 
 _FORMAT = "hut_kernels"
 _FORMAT_VERSION = "1"
@@ -92,7 +93,9 @@ def inject(
     layers: dict[nn.Module, HUTLinear] = {}
     for name, linear in targets:
         if linear not in layers:
-            layers[linear] = _adapt(name, linear, r, options)
+            _check_not_compiled(name)
+            with _named(name):
+                layers[linear] = HUTLinear.from_linear(linear, r, **options)
     _freeze(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced = [name for name, module in modules.items() if module in layers]
@@ -116,9 +119,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ValueError: the model has no HUT layer.
+        HUTBackendError: a factor is on the meta device (offloaded), or is not stored as itself
+            (pruned, parametrized).
     """
     factors = {}
     for name, layer in _hut_layers(model).items():
+        with _named(name):
+            check_data(layer, *(key for key, _ in layer.named_factors()))
         # By state_dict, for its hooks: after a forward FSDP2 may hold a cast copy of the whole.
         state = layer.state_dict()
         factors.update({_join(name, key): state[key] for key, _ in layer.named_factors()})
@@ -134,6 +141,7 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no HUT layer.
+        HUTBackendError: as for `adapter_state_dict`.
     """
     from safetensors.torch import save
 
@@ -207,19 +215,38 @@ def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
 def merge(model: nn.Module) -> nn.Module:
     """Replace every HUT layer of `model` by a plain layer that computes the same, in place.
 
-    A merged layer is frozen and no longer tied to the layer whose weight it shared.
+    A merged layer is frozen and no longer tied to the layer whose weight it shared; the
+    configuration of a transformers model whose output embeddings these were is told so.
+
+    Args:
+        model: the model to change.
 
     Returns:
         `model`, or the plain layer where `model` is itself a HUT layer.
+
+    Raises:
+        HUTBackendError: the data of a layer is sharded, offloaded or on the meta device, or made by
+            a hook from other parameters (pruning). The model is unchanged.
+        TypeError: a layer has a `forward` of its own, such as accelerate's. The model is unchanged.
+        ValueError: a layer was compiled by itself. The model is unchanged.
     """
     if isinstance(model, HUTLinear):
         return _merged(model)
+    modules = list(model.named_modules(remove_duplicate=False))
+    layers = [(name, module) for name, module in modules if isinstance(module, HUTLinear)]
+    for name, layer in layers:
+        _check_not_compiled(name)
+        with _named(name):
+            layer.check_plain()
+    embedding = _tied_embedding(model)
     plain: dict[nn.Module, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, HUTLinear):
-            if module not in plain:
-                plain[module] = _merged(module)
-            model.set_submodule(name, plain[module])
+    for name, layer in layers:
+        if layer not in plain:
+            plain[layer] = _merged(layer)
+            if embedding is not None and layer.weight is embedding:
+                config: Any = model.config
+                config.tie_word_embeddings = False
+        model.set_submodule(name, plain[layer])
     return model
 
 
@@ -227,6 +254,28 @@ def _merged(layer: HUTLinear) -> nn.Module:
     linear = layer.to_linear()
     _move_hooks(layer, linear)
     return linear
+
+
+def _tied_embedding(model: nn.Module) -> Tensor | None:
+    """The weight of a transformers model that its configuration ties to the output embeddings."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    embeddings: Any = getattr(model, "get_input_embeddings", None)
+    return getattr(embeddings(), "weight", None) if tied and embeddings else None
+
+
+def _check_not_compiled(name: str) -> None:
+    """A layer wrapped by torch.compile on its own: the wrapper would go on running the old one."""
+    if name.rpartition(".")[2] == "_orig_mod":
+        raise ValueError(f"{name} was compiled by itself: inject and merge before torch.compile")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put a layer's name before what is raised about it."""
+    try:
+        yield
+    except (TypeError, ValueError, HUTBackendError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _find_targets(
@@ -304,13 +353,6 @@ def _no_match(
         f"no nn.Linear or Conv1D matches target_modules={target_modules!r} (a list of names or of "
         f"their ends, or one regular expression for the whole name); candidates: {candidates}"
     )
-
-
-def _adapt(name: str, linear: nn.Module, r: int, options: dict[str, Any]) -> HUTLinear:
-    try:
-        return HUTLinear.from_linear(linear, r, **options)
-    except (TypeError, ValueError, HUTBackendError) as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def _freeze(model: nn.Module) -> None:
@@ -491,8 +533,6 @@ def _whole(factor: Tensor) -> Tensor:
 
 
 def _check_fits(name: str, saved: Tensor, present: Tensor) -> None:
-    if present.is_meta:
-        raise HUTBackendError(f"{name} is on the meta device: materialise the model first")
     if saved.shape != present.shape or saved.dtype != present.dtype:
         raise ValueError(
             f"{name} has shape {tuple(present.shape)} and {present.dtype}, but in the file "

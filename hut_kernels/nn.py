@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from . import definition
 from .autograd import FrozenProduct
@@ -18,6 +19,8 @@ from .functional import check_number, hut_linear, hut_weight
 
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
 """The paper's layer, `HUTLinear(..., **PAPER)`: one multiplication per side, scale and shift."""
+
+_FACTORS = ("hut_A", "hut_B", "gamma", "beta")
 
 LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """A layer's weight `[out, in]`, hut_A, hut_B, bias, gamma and beta."""
@@ -181,8 +184,7 @@ class HUTLinear(nn.Module):
 
     def named_factors(self) -> list[tuple[str, nn.Parameter]]:
         """What the layer trains: `hut_A`, `hut_B` and, with `scale_shift`, `gamma` and `beta`."""
-        names = ("hut_A", "hut_B", "gamma", "beta")
-        return [(name, p) for name in names if (p := getattr(self, name)) is not None]
+        return [(name, p) for name in _FACTORS if (p := getattr(self, name)) is not None]
 
     @torch.no_grad()
     def reset_factors(self) -> None:
@@ -269,7 +271,13 @@ class HUTLinear(nn.Module):
         return parameters[name] if name in parameters else getattr(self, name)
 
     def merged_weight(self) -> Tensor:
-        """`gamma[:, None] * W0 * T`, detached, in `weight`'s own layout and type."""
+        """Compute `gamma[:, None] * W0 * T`, detached, in `weight`'s own layout and type.
+
+        Raises:
+            HUTBackendError: a parameter is sharded, on the meta device (offloaded), or made by a
+                hook from another one (pruning, the older `weight_norm`).
+        """
+        self._check_data()
         merged = hut_weight(
             self._matrix(),
             self.hut_A,
@@ -283,7 +291,15 @@ class HUTLinear(nn.Module):
 
     @torch.no_grad()
     def merged_bias(self) -> Tensor | None:
-        """`gamma * bias + beta`, `[out_features]`, in weight's type; None without bias and beta."""
+        """Compute `gamma * bias + beta`, `[out_features]`, in weight's type.
+
+        Returns:
+            None without bias and beta.
+
+        Raises:
+            HUTBackendError: as for `merged_weight`.
+        """
+        self._check_data()
         bias = definition.merged_bias(self.bias, self.gamma, self.beta, self.weight.dtype)
         return None if bias is None else bias.clone()
 
@@ -294,18 +310,36 @@ class HUTLinear(nn.Module):
 
         Returns:
             An `nn.Linear`, or a Conv1D where the layer came from one.
+
+        Raises:
+            HUTBackendError: as for `merged_weight`.
+            TypeError: the layer has a `forward` of its own, put on it or in a subclass.
         """
+        self.check_plain()
+        merged = {"weight": self.merged_weight(), "bias": self.merged_bias()}
         # On meta, so that no values are drawn for parameters that are replaced at once.
         with torch.device("meta"):
             if self._conv1d_class is not None:
                 linear: nn.Module = self._conv1d_class(self.out_features, self.in_features)
             else:
                 linear = nn.Linear(self.in_features, self.out_features)
-        merged = {"weight": self.merged_weight(), "bias": self.merged_bias()}
         for name, value in merged.items():
             parameter = None if value is None else nn.Parameter(value, requires_grad=False)
             linear.register_parameter(name, parameter)
         return linear.train(self.training)
+
+    def check_plain(self) -> None:
+        """Refuse a layer that no plain layer can stand for; raises what `to_linear` does."""
+        self._check_data()
+        sharded = any(hasattr(p, "_local_tensor") for p in self.parameters())  # told so elsewhere
+        if not sharded and (type(self).forward is not HUTLinear.forward or is_replaced(self)):
+            raise TypeError(
+                f"{type(self).__name__} {_own_forward(self)}, which a plain layer lacks"
+            )
+
+    def _check_data(self) -> None:
+        names = ("weight", "bias", *_FACTORS)
+        check_data(self, *(name for name in names if not parametrize.is_parametrized(self, name)))
 
     def extra_repr(self) -> str:
         """Every option, for `repr`."""
@@ -390,6 +424,27 @@ def check_run_options(precision: str, dropout: float) -> None:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
 
+def check_data(module: nn.Module, *names: str) -> None:
+    """Refuse to read a parameter whose data is elsewhere, or that a hook makes (HUTBackendError)."""
+    for name in names:
+        tensor = getattr(module, name, None)
+        if tensor is None:
+            continue
+        kind = type(module).__name__
+        if name not in module._parameters:
+            raise HUTBackendError(
+                f"{name} of {kind} is not a parameter but made anew from another one (by pruning, "
+                f"weight_norm, a parametrization or FSDP1): make it permanent first, such as by "
+                f"torch.nn.utils.prune.remove(module, {name!r})"
+            )
+        if tensor.is_meta:
+            raise HUTBackendError(
+                f"{name} of {kind} is on the meta device, its data elsewhere or not loaded: where "
+                f"accelerate offloads it, accelerate.hooks.remove_hook_from_module(model, "
+                f"recurse=True) brings it back"
+            )
+
+
 def _check_types(**dtypes: torch.dtype) -> None:
     for name, dtype in dtypes.items():
         if dtype not in definition.FLOATS:
@@ -413,6 +468,24 @@ def check_linear(linear: nn.Module) -> None:
             f"nn.Parameter of float16, bfloat16, float32 or float64: dequantise or unshard it, or "
             f"remove its parametrisation, first"
         )
-    own_forward = not conv1d and type(linear).forward is not nn.Linear.forward
-    if own_forward or "forward" in vars(linear):
-        raise TypeError(f"{kind} has a forward of its own, which a HUTLinear would not run")
+    bias = getattr(linear, "bias", None)
+    if bias is not None and type(bias) is not nn.Parameter:
+        raise HUTBackendError(
+            f"the bias of {kind} is a {type(bias).__name__}, but HUT needs an nn.Parameter: make "
+            f"what a hook or a parametrization computes permanent first"
+        )
+    if (not conv1d and type(linear).forward is not nn.Linear.forward) or is_replaced(linear):
+        raise TypeError(f"{kind} {_own_forward(linear)}, which a HUTLinear would not run")
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a `forward` that is not its class's was put on `module`; accelerate puts it back."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__self__", None) is module
+    return forward is not None and not (own and forward.__func__ is type(module).forward)
+
+
+def _own_forward(module: nn.Module) -> str:
+    if "_hf_hook" in vars(module):
+        return "has a forward wrapped by accelerate (remove_hook_from_module takes it off)"
+    return "has a forward of its own"

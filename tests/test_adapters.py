@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from hut_kernels.adapters import (
     adapter_options,
@@ -738,6 +739,103 @@ def test_merging_a_plain_model_changes_nothing(model):
     before = snapshot(model)
     assert merge(model) is model
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "hut_A", "hut_B"])
+def test_a_pruned_layer_is_neither_merged_nor_saved_with_stale_values(model, name, tmp_path):
+    inject(model, TARGETS, r=2)
+    prune.l1_unstructured(trained(model).layers[1].q_proj, name, 0.5)
+    before = snapshot(model)
+    with pytest.raises(HUTBackendError, match=rf"layers\.1\.q_proj: {name} .* not a parameter"):
+        merge(model)
+    with pytest.raises(HUTBackendError, match=f"{name} .* not a parameter"):
+        model.layers[1].q_proj.to_linear()
+    assert_unchanged(model, before)
+    if name.startswith("hut"):
+        with pytest.raises(HUTBackendError, match=rf"layers\.1\.q_proj: {name} .*prune"):
+            save_adapter(model, tmp_path / "file")
+    else:
+        save_adapter(model, tmp_path / "file")
+    prune.remove(model.layers[1].q_proj, name)
+    adapted = model(TOKENS)
+    torch.testing.assert_close(merge(model)(TOKENS), adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["weight", "hut_B"])
+def test_a_parametrized_layer_merges_to_what_it_computes(model, name, tmp_path):
+    inject(model, TARGETS, r=2)
+    layer = trained(model).layers[1].q_proj
+    parametrize.register_parametrization(layer, name, nn.Tanh())
+    adapted = model(TOKENS)
+    if name == "hut_B":
+        with pytest.raises(HUTBackendError, match=rf"layers\.1\.q_proj: {name} .*parametrization"):
+            save_adapter(model, tmp_path / "file")
+    torch.testing.assert_close(merge(model)(TOKENS), adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_offloaded_layers_are_refused_where_their_data_is_needed(model, offload, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    inject(model, TARGETS, r=2)
+    adapted, cpu = trained(model)(TOKENS), torch.device("cpu")
+    if offload == "cpu":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    else:
+        accelerate.disk_offload(model, tmp_path / "offload", execution_device=cpu)
+    assert torch.equal(model(TOKENS), adapted)
+    layer = model.layers[0].q_proj
+    uses = (
+        lambda: merge(model),
+        lambda: save_adapter(model, tmp_path / "file"),
+        lambda: adapter_state_dict(model),
+        layer.to_linear,
+        layer.merged_weight,
+        layer.merged_bias,
+    )
+    for use in uses:
+        with pytest.raises(HUTBackendError, match="remove_hook_from_module"):
+            use()
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(merge(model)(TOKENS), adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_whose_forward_was_replaced_is_not_merged(model):
+    inject(model, TARGETS, r=2)
+    layer = model.layers[1].q_proj
+    layer.forward = lambda x: x
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"layers\.1\.q_proj: HUTLinear has a forward of its own"):
+        merge(model)
+    assert_unchanged(model, before)
+
+
+def test_a_layer_compiled_by_itself_is_neither_replaced_nor_merged(model):
+    model.layers[0].q_proj = torch.compile(model.layers[0].q_proj, backend="eager")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"q_proj\._orig_mod was compiled by itself"):
+        inject(model, r".*q_proj.*")
+    assert_unchanged(model, before)
+    inject(model, TARGETS, r=2)
+    model.layers[1].q_proj = torch.compile(model.layers[1].q_proj, backend="eager")
+    with pytest.raises(ValueError, match=r"q_proj\._orig_mod was compiled by itself"):
+        merge(model)
+
+
+def test_a_tied_model_of_transformers_is_saved_merged(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    inject(model, ["lm_head", "q_proj"], r=2)
+    logits = trained(model)(TOKENS).logits
+    merge(model).tie_weights()
+    torch.testing.assert_close(model(TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert model.config.tie_word_embeddings is False
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_gpt2_of_transformers_round_trip(tmp_path):

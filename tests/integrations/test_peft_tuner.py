@@ -22,9 +22,11 @@ from peft import (
     inject_adapter_in_model,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from transformers import Trainer, TrainingArguments
+from torch.nn.utils import parametrize, prune
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hut_kernels import autograd
+from hut_kernels.errors import HUTBackendError
 from hut_kernels.integrations.peft import HUTConfig, HUTLayer, HUTModel
 from hut_kernels.integrations.peft.layer import Form, Linear
 from hut_kernels.integrations.peft.registration import peft_type, register
@@ -473,17 +475,111 @@ def test_an_adapter_for_each_row_is_refused():
         model.generate(torch.tensor([[1], [1]]), adapter_names=["default", "__base__"])
 
 
-def test_layers_that_share_a_weight_are_not_merged():
-    net = Net()
-    net.twin = nn.Linear(24, 40)
-    net.twin.weight = net.first.weight
-    W0 = net.first.weight.detach().clone()
-    model = get_peft_model(net, config(target_modules=["first", "twin"])).eval()
+class Tied(nn.Module):
+    """An embedding and a head of one weight, and a twin of the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(8, 4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.twin = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.twin.weight = self.emb.weight
+
+    def forward(self, tokens):
+        x = self.emb(tokens)
+        return self.head(x) - 2 * self.twin(x)
+
+
+TOKENS = torch.tensor([[1, 5, 7], [0, 2, 3]])
+
+
+@pytest.mark.parametrize("targets", [["head"], ["head", "twin"]])
+def test_merging_unties_a_shared_weight_and_unmerging_ties_it_again(targets):
+    net = Tied()
+    W0 = net.emb.weight
+    values = W0.detach().clone()
+    model = get_peft_model(net, config(r=2, target_modules=targets)).eval()
+    y = model(TOKENS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_adapter()
+    torch.testing.assert_close(model(TOKENS), y, rtol=1e-5, atol=1e-5)
+    assert torch.equal(W0, values)
+    model.unmerge_adapter()
+    assert torch.equal(model(TOKENS), y)
+    assert net.head.base_layer.weight is W0 and net.twin.weight is W0
+    plain = model.merge_and_unload()
+    assert plain.emb.weight is W0 and plain.head.weight is not W0
+    torch.testing.assert_close(plain(TOKENS), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=str
+)
+def test_a_copy_of_a_merged_model_ties_its_own_weights(through):
+    model = get_peft_model(Tied(), config(r=2, target_modules=["head"])).eval()
+    y = model(TOKENS)
+    model.merge_adapter()
+    model.base_model._forward_hooks.clear()
+    twin = through(model.base_model.model)
+    for module in twin.modules():
+        if isinstance(module, HUTLayer):
+            module.unmerge()
+    assert twin.head.base_layer.weight is twin.emb.weight
+    assert twin.emb.weight is not model.base_model.model.emb.weight
+    assert torch.equal(twin(TOKENS), y)
+
+
+def test_a_tied_model_of_transformers_is_saved_merged(tmp_path):
+    model = get_peft_model(
+        llama(tie_word_embeddings=True), config(target_modules=["lm_head", "q_proj"])
+    ).eval()
+    tokens = torch.randint(3, 64, (2, 5))
+    logits = model(tokens).logits
+    model.merge_and_unload().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(tokens).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def pruned(base):
+    prune.l1_unstructured(base, "weight", 0.5)
+
+
+def parametrized(base):
+    parametrize.register_parametrization(base, "weight", nn.Tanh())
+
+
+@pytest.mark.parametrize("own", [pruned, parametrized, nn.utils.spectral_norm])
+def test_a_weight_that_is_made_from_others_is_not_merged(own):
+    model, x = hut_model(), torch.randn(5, 24)
+    own(model.base_model.model.first.base_layer)
+    y = model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"model\.first and model\.twin share one weight"):
+        with pytest.raises(HUTBackendError, match="weight of .*Linear is not a parameter"):
             merge()
-    assert torch.equal(net.first.base_layer.weight, W0)
-    model.unload()
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_an_offloaded_model_is_refused_and_merges_by_pefts_own_onloading(offload, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, x = hut_model(), torch.randn(5, 24)
+    y, cpu = model(x), torch.device("cpu")
+    if offload == "cpu":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device=cpu)
+    with pytest.raises(HUTBackendError, match="offload"):
+        model(x)
+    for use in (layers(model)[0].merge, lambda: layers(model)[0].get_delta_weight("default")):
+        with pytest.raises(HUTBackendError, match="offload"):
+            use()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    with pytest.raises(HUTBackendError, match="offload"):
+        model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-5, atol=1e-5)
 
 
 def test_disable_and_set_adapter():

