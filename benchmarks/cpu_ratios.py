@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from hut_kernels import PAPER, HUTLinear
 
 from . import records
-from .layer import Shape
 from .measure import (
     Case,
     Quantiles,
@@ -33,7 +32,8 @@ from .measure import (
 )
 from .progress import Progress
 from .providers import PROVIDERS, HiRALinear, prove
-from .report import table, thread_sentences
+from .report.text import table, thread_sentences
+from .shapes import Shape
 
 CPU = torch.device("cpu")
 SHAPES = (Shape(2048, 1024, 1024), Shape(512, 1024, 4096))

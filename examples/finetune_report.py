@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.plots import COLOURS, STYLE
-from benchmarks.report import (
+from benchmarks.report.plots import COLOURS, STYLE
+from benchmarks.report.text import (
     load_sentences,
     mebibytes,
     milliseconds,

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from .references import poisoned
+
 # Triton decides on import whether it interprets, so its tests want the variable from the start:
 # TRITON_INTERPRET=1 pytest tests/triton (make test-kernels).
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton"]
@@ -46,29 +48,8 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def _poisoned(make):
-    def empty(*args, **kwargs):
-        tensor = make(*args, **kwargs)
-        if tensor.is_floating_point() and not tensor.is_meta:
-            with torch.no_grad():
-                tensor.fill_(float("nan"))
-        return tensor
-
-    return empty
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _unwritten_memory_is_nan():
     """An output that nobody wrote cannot pass for a right one."""
-    with torch.device("meta"):  # torch lists its constructors once, and must list its own
-        torch.empty(0)
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (
-            (torch, "empty"),
-            (torch, "empty_like"),
-            (torch, "empty_strided"),
-            (torch.Tensor, "new_empty"),
-            (torch.Tensor, "new_empty_strided"),
-        ):
-            patch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    with poisoned():
         yield

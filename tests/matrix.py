@@ -98,7 +98,7 @@ def run_suite(cell: Cell, environment: dict[str, str], suite: dict[str, list[str
     begun = time.monotonic()
     results = []
     for interpret, files in suite.items():
-        command = [sys.executable, "-m", "pytest", *files, "-q", "-n", "2", "--benchmark-disable"]
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-n", "2"]
         command += ["-p", "no:cacheprovider", "--tb=line"]
         done = run(command, environment | {"TRITON_INTERPRET": interpret})
         results.append((done.returncode, last_line(done.stdout) or last_line(done.stderr)))

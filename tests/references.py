@@ -1,21 +1,24 @@
 """Limits, inputs and float64 references that the tests share.
 
+`Case` holds a layer's inputs, its options and, by `expected()`, what they must give; `make` draws
+one, `run` puts it through `hut_linear`, `check` compares the results at the limits of
+docs/definition.md. Nothing here needs more than NumPy and PyTorch; strategies.py has Hypothesis's.
+
 The reference is written from the formulas of docs/definition.md in NumPy, with the groups by
 integer arithmetic; it shares no code with the package.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -408,69 +411,6 @@ def check(case: Case, results: dict[str, Tensor], longest: int | None = None) ->
         assert found <= allowed, f"{name}: error {found:.3e} is above {allowed:.1e}"
 
 
-# Hypothesis
-
-
-def examples(count: int) -> Any:
-    """`count` examples of a property, times HUT_EXAMPLES."""
-    return settings(max_examples=count * int(os.environ.get("HUT_EXAMPLES", "1")))
-
-
-SIZES = st.one_of(st.sampled_from([0, 1, 2, 16, 17]), st.integers(0, 40))
-VECTORS = st.lists(st.sampled_from(["bias", "gamma", "beta"]), unique=True).map(" ".join)
-
-
-@st.composite
-def forms(draw: Any, K: int, O: int, max_rank: int = 12) -> dict[str, Any]:
-    """A transform with the options and ranks that it allows."""
-    if min(K, O) > 0 and draw(st.booleans()):
-        return {"transform": "two_sided", "r": draw(st.integers(1, min(K, O, max_rank)))}
-    return {
-        "offset": draw(st.sampled_from([0.0, 1.0])),
-        "scaling": draw(st.sampled_from([1.0, 0.75, 2.0])),
-        "r": draw(st.integers(1, max_rank)),
-    }
-
-
-@st.composite
-def cases(
-    draw: Any,
-    dtypes: tuple[torch.dtype, ...],
-    sizes: Any = SIZES,
-    leading: bool = True,
-    max_rank: int = 12,
-) -> Case:
-    """Any layer at all: shapes with 0 and 1, types, options, strides, expanded gradients."""
-    dtype = draw(st.sampled_from(dtypes))
-    N, K, O = (draw(sizes) for _ in range(3))
-    if dtype == torch.bfloat16:
-        # The limits are for norms: all roundings of a single element may be at their worst at once.
-        K, O = (3 if size == 1 else size for size in (K, O))
-    shape: Any = (N,)
-    if leading:
-        shape = draw(st.sampled_from([(N,), (), (N, 2), (3, 1, N)]))
-    form = draw(forms(K, O, max_rank))
-    precision = draw(st.sampled_from(["merged", "merged", "split"]))
-    if precision == "split" and form.get("offset") == 0:
-        form["scaling"] = 2.0  # below 1 the two products of split would cancel
-    narrow = tuple(d for d in dtypes if d != torch.float64)
-    case = make(
-        shape,
-        K,
-        O,
-        form.pop("r"),
-        dtype=dtype,
-        weight_dtype=draw(st.sampled_from((dtype, *narrow))),
-        factor_dtype=draw(st.sampled_from((torch.float32, dtype, *narrow))),
-        vectors=draw(VECTORS),
-        precision=precision,
-        seed=draw(st.integers(0, 2**20)),
-        **form,
-    )
-    grad = draw(st.sampled_from([None, None, "expanded"])) if case.grad.dim() > 1 else None
-    return laid_out(case, draw(st.sampled_from(LAYOUTS)), grad)
-
-
 GRADIENTS = ("x", "hut_A", "hut_B", "WG")
 
 
@@ -508,3 +448,33 @@ class Recorder(TorchDispatchMode):
 
     def names(self, prefix: str = "") -> list[str]:
         return [name for name, _ in self.calls if name.startswith(prefix)]
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills memory with NaN as it is handed out, so that an output that nobody wrote shows."""
+    with torch.device("meta"):  # torch lists its constructors once, and must list its own
+        torch.empty(0)
+
+    def poisoning(allocate: Any) -> Any:
+        def empty(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            if tensor.is_floating_point() and not tensor.is_meta:
+                with torch.no_grad():
+                    tensor.fill_(math.nan)
+            return tensor
+
+        return empty
+
+    places = (
+        *((torch, name) for name in ("empty", "empty_like", "empty_strided")),
+        *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
+    )
+    kept = [(owner, name, getattr(owner, name)) for owner, name in places]
+    for owner, name, allocate in kept:
+        setattr(owner, name, poisoning(allocate))
+    try:
+        yield
+    finally:
+        for owner, name, allocate in kept:
+            setattr(owner, name, allocate)

@@ -22,10 +22,8 @@ from .references import (
     LAYOUTS,
     TRAINABLE,
     cancelling,
-    cases,
     check,
     error,
-    examples,
     gain,
     group_of,
     laid_out,
@@ -38,6 +36,7 @@ from .references import (
     update_limit,
     update_of,
 )
+from .strategies import cases, examples
 
 pytestmark = pytest.mark.timeout(900)  # the first test compiles: 10 s of one core
 _MISSING = csrc.missing()
@@ -507,9 +506,9 @@ def test_the_public_functions_reach_it(emulation, monkeypatch):
 
 
 def test_the_gpu_commands_cases_are_the_extensions():
-    from benchmarks.gpu import extension
+    from .gpu import lists
 
-    found = extension.cases(quick=False)
+    found = lists.extension_cases(quick=False)
     assert len(found) > 50
     assert {case.backend for case in found} == {"cuda"}
     assert len({str(case) for case in found}) == len(found)
@@ -526,7 +525,7 @@ def test_the_gpu_commands_cases_are_the_extensions():
     ids=str,
 )
 def test_the_gpu_commands_check_passes_and_fails(emulation, change, monkeypatch):
-    from benchmarks.gpu import cases as gpu_cases
+    from .gpu import cases as gpu_cases
 
     case = gpu_cases.Case(
         17, 72, 80, 4, "float32", strategies=gpu_cases.STAGED, backend="cuda",
@@ -535,14 +534,6 @@ def test_the_gpu_commands_check_passes_and_fails(emulation, change, monkeypatch)
     assert gpu_cases.check(case, torch.device("cpu"))["status"] == "passed"
     monkeypatch.setattr(emulation, "_multiplier", lambda spec: (False, 0.9, 1.0))
     assert gpu_cases.check(case, torch.device("cpu"))["status"] == "failed"
-
-
-@compiled
-def test_the_sanitized_group_is_one(calls):
-    from benchmarks.gpu import sanitizer
-
-    sanitizer.group_step(torch.device("cpu"))
-    assert calls == ["group_forward", "group_backward"]
 
 
 def test_verdicts_on_host_times():

@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 from hut_kernels import definition
 from hut_kernels.definition import Needs, Spec
 
-from .references import (
-    TRAINABLE,
-    cases,
-    check,
-    error,
-    examples,
-    groups,
-    limit,
-    make,
-    make_normal,
-    run,
-)
+from .references import TRAINABLE, check, error, groups, limit, make, make_normal, run
+from .strategies import cases, examples
 
 FORMS = {
     "residual": {"scaling": 0.75},

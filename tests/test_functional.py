@@ -13,10 +13,8 @@ from .references import (
     LAYOUTS,
     Recorder,
     cancelling,
-    cases,
     check,
     error,
-    examples,
     gain,
     laid_out,
     limit,
@@ -26,6 +24,7 @@ from .references import (
     update_limit,
     update_of,
 )
+from .strategies import cases, examples
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NARROW = DTYPES[1:]

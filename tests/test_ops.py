@@ -8,7 +8,8 @@ from hypothesis import given
 
 from hut_kernels import ops
 
-from .references import GRADIENTS, LAYOUTS, cases, check, error, examples, laid_out, make, operators
+from .references import GRADIENTS, LAYOUTS, check, error, laid_out, make, operators
+from .strategies import cases, examples
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("forward", "backward", "weight")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hut_kernels import planner
 from hut_kernels.planner import CHUNKED, DEVICES, FUSED, PARTS, STAGED, UNKNOWN, Device, Problem
 
-from .references import examples
+from .strategies import examples
 
 SIZES = st.one_of(st.integers(0, 5), st.integers(0, 1 << 17))
 PROBLEMS = st.builds(

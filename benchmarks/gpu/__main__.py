@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from hut_kernels import backends, dispatch, planner
+from tests.gpu import lists, workers
+from tests.gpu.cases import PARTS, Case
+from tests.gpu.sanitizer import Sanitizers
 
 from .. import records
-from ..report import table
-from . import extension, findings, lists, suites, workers
-from .cases import PARTS, Case
-from .sanitizer import Sanitizers
+from ..report.text import table
+from . import extension, findings, suites
 from .suites import Bench, Layer
 from .timing import GraphTimer, HostTimer
 
@@ -287,7 +288,7 @@ def check_device(run: Run, device: torch.device, options: argparse.Namespace) ->
     cases = lists.device_cases(quick)
     run.record["extension"] = extension.missing() or "available"
     if extension.missing() is None:
-        cases = extension.cases(quick) + cases
+        cases = lists.extension_cases(quick) + cases
     results = _checks(run, "correctness", cases, jobs)
     # What found no room beside the others goes with what needs most of the device.
     crowded = [case for case, result in results if result["status"] == "skipped"]

@@ -1,13 +1,12 @@
-"""The compiled extension (docs/extension.md) on the GPU: its correctness cases, its host time.
+"""Host time of the compiled extension (docs/extension.md) on the GPU.
 
-Both are left out, with a sentence in the record, where the extension is not built.
+It is left out, with a sentence in the record, where the extension is not built.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,33 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hut_kernels import HUTLinear, backends, hut_linear_group
+from hut_kernels import backends
 
-from ..report import table
-from . import lists
-from .cases import STAGED, Case
-from .suites import Bench, Layer, Tensors, _eager_steps, tensors
+from ..report.text import table
+from .suites import Bench, Layer, _eager_steps, tensors
 from .timing import Call
 
 Row = dict[str, Any]
 LAYER, TOKENS = Layer(1024, 1024), 512
-PROVIDERS = ("cuda", "triton", "peft_lora", "cuda, three apart", "cuda, three together")
+PROVIDERS = ("cuda", "triton", "peft_lora")
 
 
 def missing() -> str | None:
     """Why the extension does not run here."""
     state = backends()["cuda"]
     return None if state["available"] else str(state["reason"])
-
-
-def cases(quick: bool) -> list[Case]:
-    """Every shape, layout, type and transform of the staged cases, by the extension."""
-    chosen = itertools.chain(lists._odd(), lists._plans(), [] if quick else lists._real())
-    found = [dataclasses.replace(case, backend="cuda") for case in chosen]
-    found = [case for case in found if case.strategies == STAGED]
-    updates = [case for case in lists._updates() if case.strategies == STAGED]
-    found += [dataclasses.replace(case, backend="cuda") for case in updates]
-    return lists._seeded(found)
 
 
 def launching(bench: Bench, providers: Sequence[str] = PROVIDERS) -> Iterator[Row]:
@@ -54,9 +41,7 @@ def launching(bench: Bench, providers: Sequence[str] = PROVIDERS) -> Iterator[Ro
             "N": TOKENS,
             "provider": provider,
         }
-        if provider.startswith("cuda, three"):
-            calls = [_three_steps(sets[0], together=provider.endswith("together"))]
-        elif provider != "peft_lora":
+        if provider != "peft_lora":
             calls = _eager_steps(sets, LAYER, dataclasses.replace(bench, backend=provider))
         elif importlib.util.find_spec("peft") is None:
             yield {**row, "error": "peft is not installed"}
@@ -88,24 +73,6 @@ def _wait(device: torch.device) -> Callable[[], object]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def _three_steps(given: Tensors, together: bool) -> Call:
-    """The same for three layers that read the same x, such as query, key and value.
-
-    The planner gives layers of this size to the extension.
-    """
-    linear = nn.Linear(LAYER.K, LAYER.O, bias=False, device="meta")
-    linear.weight = nn.Parameter(given.weight, requires_grad=False)
-    layers = [HUTLinear.from_linear(linear, LAYER.r) for _ in range(3)]
-    trained = [factor for layer in layers for _, factor in layer.named_factors()]
-
-    def step() -> object:
-        x = given.x.detach().requires_grad_()
-        outputs = hut_linear_group(x, layers) if together else [layer(x) for layer in layers]
-        return torch.autograd.grad(outputs, (x, *trained), [given.grad] * 3)
-
-    return step
-
-
 def _peft_step(weight: Tensor, x: Tensor, grad: Tensor) -> Call:
     """The same for PEFT's LoRA layer."""
     import peft
@@ -123,7 +90,7 @@ def _peft_step(weight: Tensor, x: Tensor, grad: Tensor) -> Call:
     return step
 
 
-# What issue 6 asks of the extension's host time: at most so much of another provider's.
+# The extension's host time: at most so much of another provider's.
 TARGETS = (("peft_lora", "PEFT LoRA's", 1.0), ("triton", "the Triton path's", 0.5))
 
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hut_kernels import planner
+from tests.gpu.cases import PARTS
 
-from ..report import table
-from .cases import PARTS
+from ..report.text import table
 from .extension import launching_text
 
 Row = dict[str, Any]

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hut_kernels import hut_linear, ops, planner
 from hut_kernels.definition import Spec
+from tests.gpu.cases import FUSED, PARTS, STAGED, Case, rows_of
+from tests.gpu.lists import candidate
 
-from .cases import FUSED, PARTS, STAGED, Case, rows_of
-from .lists import candidate
 from .timing import Call, Timer, random, sets_for
 
 Row = dict[str, Any]

@@ -16,10 +16,8 @@ from ..references import (
     LAYOUTS,
     Recorder,
     cancelling,
-    cases,
     check,
     error,
-    examples,
     gain,
     laid_out,
     make,
@@ -29,6 +27,7 @@ from ..references import (
     update_limit,
     update_of,
 )
+from ..strategies import cases, examples
 from .launches import DTYPES, every_dtype, every_form
 
 STRATEGIES = [

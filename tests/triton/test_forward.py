@@ -11,16 +11,15 @@ from hut_kernels.triton import launch
 from ..references import (
     LAYOUTS,
     cancelling,
-    cases,
     check,
     error,
-    examples,
     laid_out,
     make,
     make_normal,
     update_limit,
     update_of,
 )
+from ..strategies import cases, examples
 from .launches import (
     DTYPES,
     ROW,

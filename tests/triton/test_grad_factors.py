@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hut_kernels.triton import grad_factors as grad_factors_module
 from hut_kernels.triton import launch
 
-from ..references import LAYOUTS, cases, check, examples, laid_out, make, make_normal
+from ..references import LAYOUTS, check, laid_out, make, make_normal
+from ..strategies import cases, examples
 from .launches import (
     DTYPES,
     ROW,

@@ -11,15 +11,14 @@ from hut_kernels.triton import launch
 from ..references import (
     LAYOUTS,
     cancelling,
-    cases,
     check,
     error,
-    examples,
     laid_out,
     make,
     make_normal,
     update_limit,
 )
+from ..strategies import cases, examples
 from .launches import (
     DTYPES,
     ROW,

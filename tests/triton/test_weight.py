@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from hut_kernels.triton import launch
 
-from ..references import LAYOUTS, cases, error, examples, laid_out, make, make_normal, update_limit
+from ..references import LAYOUTS, error, laid_out, make, make_normal, update_limit
+from ..strategies import cases, examples
 from .launches import (
     DTYPES,
     FORMS,

@@ -4,8 +4,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .measure import FEWEST
-from .providers import PROVIDERS
+from ..measure import FEWEST
+from ..providers import PROVIDERS
 from .tables import NONE, Table, at, grouped, measured, where_of
 
 Row = dict[str, Any]

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import cost, layer, memory, model, overhead, shapes
+from benchmarks import shapes
 from benchmarks.methods import LoRALinear
 from benchmarks.providers import PROVIDERS, _own, prove
 from benchmarks.shapes import MODELS, Shape
+from benchmarks.suites import cost, layer, memory, model, overhead
 from hut_kernels import explain
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .shapes import MODELS, Model, Shape
+from ..shapes import MODELS, Model, Shape
 
 FEW_AND_ALL = ("few", "all")
 RANKS = (16, 4, 8, 32, 64, 128)  # the first is the one of the tables that show one

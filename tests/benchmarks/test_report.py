@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import compare, documents, records, tables, targets
+from benchmarks import records
+from benchmarks.report import compare, documents, tables, targets
 from benchmarks.shapes import parsed
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """The demo: what a HUT layer costs on this machine, and what it learns, beside LoRA and HiRA.
 
-`python -m benchmarks.demo` first times one layer, then pre-trains a byte-level GPT on Python's own
+`python -m examples.demo` first times one layer, then pre-trains a byte-level GPT on Python's own
 sources, freezes it and adapts it to English. It downloads nothing. It writes `demo.json` (all
 figures, and what they were measured on), `losses.png`, `layers.png` and HUT's adapter files.
 """
@@ -15,13 +15,18 @@ from typing import Any
 
 import torch
 
-from . import adaptation, corpora, layer, plots, records, report, tables
+from benchmarks import records
+from benchmarks.measure import Quantiles, memory_method, settle_threads
+from benchmarks.progress import Progress
+from benchmarks.providers import PROVIDERS, prove
+from benchmarks.report import tables
+from benchmarks.report.text import load_sentences, thread_sentences
+from benchmarks.shapes import Shape
+from benchmarks.suites import layer
+from examples.gpt import ByteGPT, GPTConfig
+
+from . import adaptation, corpora, plots, report
 from .adaptation import Batches, Course
-from .byte_gpt import ByteGPT, GPTConfig
-from .measure import Quantiles, memory_method, settle_threads
-from .progress import Progress
-from .providers import PROVIDERS, prove
-from .shapes import Shape
 
 Row = dict[str, Any]
 HELD_OUT_SOURCE = 65536  # bytes of the held-out sources that are read, a fraction of them
@@ -99,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plots.layers(options.out / "layers.png", layer_rows)
     plots.losses(options.out / "losses.png", pretraining, rows)
     sentences = [
-        *report.load_sentences(environment["load_average"], environment["cpu_count"]),
-        *report.thread_sentences(*threads),
+        *load_sentences(environment["load_average"], environment["cpu_count"]),
+        *thread_sentences(*threads),
         *report.cut_sentences("pre-training", pretraining["steps"], size.pretrain_steps),
         *report.cut_sentences("adaptation", rows[0]["steps"], size.steps),
         *(line for some in layer_rows for line in report.layer_sentences(some)),
@@ -132,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, with `size` as a `Size`, `device` and `dtype` as PyTorch's."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo", description=__doc__.split("\n\n")[0]
+        prog="python -m examples.demo", description=__doc__.split("\n\n")[0]
     )
     add = parser.add_argument
     add("--size", choices=SIZES, help="how much to do (small; medium on a GPU)")

@@ -14,8 +14,9 @@ import torch
 
 pytest.importorskip("tqdm")
 
-from benchmarks import adaptation, corpora, cpu_ratios, measure, records, report
-from benchmarks.byte_gpt import ByteGPT, GPTConfig
+
+from benchmarks import cpu_ratios, measure, records
+from benchmarks.report import text
 from benchmarks.shapes import Shape
 
 CPU = torch.device("cpu")
@@ -170,112 +171,10 @@ class TestMeasure:
         assert 0.9 * size < int(done.stdout) < 1.5 * size
 
 
-class TestTexts:
-    def test_they_are_the_same_every_time_and_not_empty(self):
-        assert corpora.english().digest == corpora.english().digest
-        sources = corpora.python_sources(limit=500_000)
-        assert sources.digest == corpora.python_sources(limit=500_000).digest
-        assert min(sources.sizes.values()) > 4096
-        assert min(corpora.english().sizes.values()) > 30_000
-
-    def test_no_paragraph_of_the_held_out_english_is_in_the_rest(self):
-        text = corpora.english()
-        train, held_out = (
-            {
-                " ".join(p.split())
-                for p in bytes(part.tolist()).decode(errors="replace").split("\n\n")
-            }
-            for part in (text.train, text.held_out)
-        )
-        # A paragraph cut in two where runs meet can leave a short end that stands elsewhere too.
-        assert not {p for p in train & held_out if len(p) > 40}
-
-
-class TestTraining:
-    CONFIG = GPTConfig(width=16, depth=2, heads=2, context=8)
-
-    def test_the_model_does_not_look_ahead(self):
-        model, tokens = ByteGPT(self.CONFIG), torch.randint(256, (1, 8))
-        changed = tokens.clone()
-        changed[0, -1] = (tokens[0, -1] + 1) % 256
-        torch.testing.assert_close(model(tokens)[:, :-1], model(changed)[:, :-1])
-
-    @pytest.mark.parametrize("r", [2, 4, 8])
-    def test_all_methods_train_as_many_parameters(self, r):
-        runs = adaptation.start_runs(ByteGPT(self.CONFIG), r, rate_scale=1, seed=0)
-        counts = {sum(p.numel() for p in some[0].parameters) for some in runs.values()}
-        assert len(runs) == 3
-        assert len(counts) == 1
-
-    def test_an_adapted_model_begins_as_the_frozen_one(self):
-        base, tokens = ByteGPT(self.CONFIG), torch.randint(256, (2, 8))
-        for some in adaptation.start_runs(base, 4, rate_scale=1, seed=0).values():
-            torch.testing.assert_close(some[0].model(tokens), base(tokens))
-
-    def test_a_course_goes_by_its_steps_where_there_is_time(self):
-        course = adaptation.Course(steps=4, seconds=1000)
-        shares = []
-        while course.share() < 1:
-            shares.append(course.share())
-            course.done += 1
-        assert shares == [0, 0.25, 0.5, 0.75]
-
-    def test_a_course_ends_with_its_time(self):
-        course = adaptation.Course(steps=10**9, seconds=0.02)
-        time.sleep(0.03)
-        assert course.share() == 1
-        assert course.factor(1.0) <= 0.02
-
-
-class TestReport:
+class TestText:
     def test_columns_line_up(self):
-        lines = report.table("title", ["", "x"], [["a", "1"], ["bcd", "1000"]]).splitlines()
+        lines = text.table("title", ["", "x"], [["a", "1"], ["bcd", "1000"]]).splitlines()
         assert lines[3:] == ["a       1", "bcd  1000"]
-
-    @pytest.mark.parametrize(
-        ("p20", "median", "p80", "said"),
-        [
-            (1.2, 1.3, 1.4, "slower than LoRA (1.30x its time)"),
-            (0.7, 0.8, 0.9, "faster than LoRA (0.80x its time)"),
-            (0.9, 1.1, 1.2, "level with LoRA within the spread (0.90–1.20x its time)"),
-        ],
-    )
-    def test_a_layer_wins_and_loses_by_its_numbers(self, p20, median, p80, said):
-        row = {"versus": {"lora": {"step": {"p20": p20, "median": median, "p80": p80}}}}
-        assert report._versus(row, {"provider": "lora", "label": "LoRA"}) == said
-
-    @pytest.mark.parametrize(
-        ("mean", "said"),
-        [
-            (-0.1, "is lower than LoRA's"),
-            (0.1, "is higher than LoRA's"),
-            (0.01, "is not told apart from LoRA's"),
-        ],
-    )
-    def test_a_loss_wins_and_loses_by_its_numbers(self, mean, said):
-        rows = [
-            {
-                "method": method,
-                "label": method,
-                "trainable": 10,
-                "rate": 0.1,
-                "on_edge": False,
-                "held_out": 1.0,
-                "held_out_minus_baseline": {"mean": mean, "standard_error": 0.01},
-                "merged_difference": 1e-7,
-                "step_ratio": {"p20": 1.0, "median": 1.1, "p80": 1.2, "samples": 9},
-                "peak_bytes": 100,
-            }
-            for method in ("hut_low_rank", "lora")
-        ]
-        assert said in "\n".join(report.adaptation_sentences(rows, 2.0))
-
-    def test_a_merged_model_that_differs_is_named(self):
-        row = {"method": "lora", "label": "LoRA", "trainable": 1, "held_out": 1.0, "on_edge": True}
-        row |= {"merged_difference": 0.5, "rate": 0.1}
-        text = "\n".join(report.adaptation_sentences([row], 2.0))
-        assert "DIFFERS" in text
-        assert "edge of its sweep" in text
 
 
 class TestRecords:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import cost, report
-from .layer import PASSES
-from .records import machine
+from ..records import machine
+from ..suites import cost
+from ..suites.layer import PASSES
+from . import text as texts
 
 Row = dict[str, Any]
 NONE = "–"
@@ -23,7 +24,7 @@ class Table:
     notes: Sequence[str] = field(default_factory=list)
 
     def text(self) -> str:
-        return "\n".join([report.table(self.title, self.header, self.rows), *self.notes])
+        return "\n".join([texts.table(self.title, self.header, self.rows), *self.notes])
 
     def markdown(self) -> str:
         aligned = ["---", *("---:" for _ in self.header[1:])]

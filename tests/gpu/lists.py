@@ -48,6 +48,13 @@ def large_cases(quick: bool) -> list[Case]:
     return _seeded(cases)
 
 
+def extension_cases(quick: bool) -> list[Case]:
+    """Every shape, layout, type and transform of the staged cases, by the compiled extension."""
+    chosen = itertools.chain(_odd(), _plans(), [] if quick else _real(), _updates())
+    staged = (case for case in chosen if case.strategies == STAGED)
+    return _seeded(dataclasses.replace(case, backend="cuda") for case in staged)
+
+
 def tiny_cases(quick: bool) -> list[Case]:
     """For Triton's interpreter: float16 and float32 (its bfloat16 is not the device's)."""
     cases = []

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from hut_kernels.nn import is_conv1d
 
+from ..measure import Case, Quantiles, interleaved, peak_bytes, ratios, survived
+from ..methods import sharing_copy
+from ..providers import PROVIDERS
+from ..shapes import MODELS
 from . import cost
 from .layer import labels
-from .measure import Case, Quantiles, interleaved, peak_bytes, ratios, survived
-from .methods import sharing_copy
-from .providers import PROVIDERS
-from .shapes import MODELS
 
 Row = dict[str, Any]
 

@@ -1,34 +1,12 @@
-"""Tables, and plain sentences about what their numbers say: written from the numbers alone."""
+"""The demo's tables, and plain sentences about what its numbers say: written from them only."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.report.text import mebibytes, milliseconds, ratio, table
+
 Row = dict[str, Any]
 MERGED_LIMIT = 1e-4  # nats per byte: fp32 rounding is hundreds of times smaller
-
-
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A text table, its first column flush left and the others flush right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        return "  ".join([first.strip().ljust(widths[0]), *rest]).rstrip()
-
-    rule = "-" * len(line(["-" * width for width in widths]))
-    return "\n".join([title, line(header), rule, *map(line, rows)])
-
-
-def milliseconds(q: dict[str, float]) -> str:
-    return f"{1e3 * q['median']:.2f} ({1e3 * q['p20']:.2f}–{1e3 * q['p80']:.2f})"
-
-
-def ratio(q: dict[str, float]) -> str:
-    return f"{q['median']:.2f} ({q['p20']:.2f}–{q['p80']:.2f})"
-
-
-def mebibytes(size: int) -> str:
-    return f"{size / 2**20:.2f}"
 
 
 def adaptation_table(rows: Sequence[Row]) -> str:
@@ -161,23 +139,6 @@ def _edge_sentence(row: Row) -> str:
         f"The best rate of {row['label']}, {row['rate']:g}, is at the edge of its sweep: "
         "a better one may lie beyond (--rate-scale moves the sweeps)."
     )
-
-
-def load_sentences(load: float | None, cpus: int) -> list[str]:
-    """A warning where other work was running at the start."""
-    if load is None or load < 0.3 * cpus:
-        return []
-    return [
-        f"The machine was busy (load average {load:.1f} on {cpus} CPUs): times count only on an "
-        "idle machine."
-    ]
-
-
-def thread_sentences(before: int, now: int) -> list[str]:
-    """A word where threads were given up."""
-    if now == before:
-        return []
-    return [f"It ran with {now} thread: the {before} that there are were no faster together."]
 
 
 def cut_sentences(what: str, done: int, planned: int) -> list[str]:

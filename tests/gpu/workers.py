@@ -3,7 +3,7 @@
 A worker reads one case per line (JSON) and answers one result per line. One that dies or hangs
 costs its case alone: another takes its place.
 
-    python -m benchmarks.gpu.workers cuda < cases
+    python -m tests.gpu.workers cuda < cases
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Worker:
         self.close()
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.gpu.workers", self.device],
+            [sys.executable, "-m", "tests.gpu.workers", self.device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -15,8 +15,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import cost, cpu_ratios, records, tables
-from .shapes import MODELS, parsed
+from .. import cpu_ratios, records
+from ..shapes import MODELS, parsed
+from ..suites import cost
+from . import tables
 
 RESULTS = records.ROOT / "benchmarks" / "results"
 FOLDER = records.ROOT / "docs" / "pictures"

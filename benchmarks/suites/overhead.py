@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ..measure import host_time
+from ..shapes import Shape
 from . import layer
-from .measure import host_time
-from .shapes import Shape
 
 TINY = Shape(16, 16, 16)
 Row = dict[str, Any]

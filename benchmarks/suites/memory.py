@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..measure import forward_case, kept_bytes, peak_bytes, step_case, survived
+from ..methods import sharing_copy
+from ..providers import PROVIDERS
+from ..shapes import Shape
 from . import cost
 from .layer import labels
-from .measure import forward_case, kept_bytes, peak_bytes, step_case, survived
-from .methods import sharing_copy
-from .providers import PROVIDERS
-from .shapes import Shape
 
 Row = dict[str, Any]
 

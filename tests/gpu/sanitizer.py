@@ -1,6 +1,6 @@
 """Small shapes of every kernel under compute-sanitizer, where it is installed.
 
-python -m benchmarks.gpu.sanitizer          the program that it watches
+python -m tests.gpu.sanitizer          the program that it watches
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from hut_kernels import HUTLinear, hut_linear_group
+from hut_kernels import backends
 
-from . import extension
 from .cases import FUSED, STAGED, Case, forced, make, run
 from .workers import ROOT
 
@@ -61,24 +60,13 @@ def small_cases(compiled: bool) -> list[Case]:
     return cases
 
 
-def group_step(device: torch.device) -> None:
-    """A step of layers that read one x, of several sizes, and more of them than a launch takes."""
-    sizes = (112, 3), (83, 16), (64, 5), (8, 1), (40, 33)
-    layers = [HUTLinear(144, out_features, r, device=device) for out_features, r in sizes]
-    x = torch.randn(40, 144, device=device, requires_grad=True)
-    sum(y.sum() for y in hut_linear_group(x, layers)).backward()
-
-
 def main() -> None:
     """Runs the small cases; compares nothing, for that is done elsewhere."""
     device = torch.device("cuda", 0)
-    compiled = extension.missing() is None
-    cases = small_cases(compiled)
+    cases = small_cases(compiled=backends()["cuda"]["available"])
     for case in cases:
         with forced(case):
             run(case, make(case, device))
-    if compiled:
-        group_step(device)
     torch.cuda.synchronize()
     print(_DONE, len(cases), flush=True)
 
@@ -130,7 +118,7 @@ class Sanitizers:
     def _once(self, tool: str, options: list[str]) -> dict[str, str]:
         # Without torch's own cache every tensor is an allocation whose end the tool knows.
         env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        program = [sys.executable, "-m", "benchmarks.gpu.sanitizer"]
+        program = [sys.executable, "-m", "tests.gpu.sanitizer"]
         command = [str(self.command), "--tool", tool, *options, *program]
         try:
             process = subprocess.Popen(

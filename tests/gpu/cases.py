@@ -20,6 +20,8 @@ from torch import Tensor
 
 from hut_kernels import hut_linear, ops, planner
 
+from ..references import poisoned
+
 PARTS = ("forward", "grad_input", "grad_factors")
 FUSED = ("fused", "fused", "fused")
 STAGED = ("staged", "staged", "chunked")
@@ -422,37 +424,6 @@ def rows_of(
         yield found
     finally:
         backend.row = original
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory handed out within is NaN until it is written, so that what nobody wrote shows."""
-    places = [
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-        (torch.Tensor, "new_empty_strided"),
-    ]
-    kept = [(owner, name, getattr(owner, name)) for owner, name in places]
-
-    def poisoning(allocate: Any) -> Any:
-        def empty(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            if tensor.is_floating_point() and not tensor.is_meta:
-                with torch.no_grad():
-                    tensor.fill_(math.nan)
-            return tensor
-
-        return empty
-
-    for owner, name, allocate in kept:
-        setattr(owner, name, poisoning(allocate))
-    try:
-        yield
-    finally:
-        for owner, name, allocate in kept:
-            setattr(owner, name, allocate)
 
 
 def check(case: Case, device: torch.device) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure import Case, Quantiles, peak_bytes, ratios, wall_time
+from benchmarks.methods import LoRALinear
+from examples.gpt import TARGETS, ByteGPT, windows
 from hut_kernels import PAPER, adapter_options, inject, load_adapter, merge, save_adapter
 
-from .byte_gpt import TARGETS, ByteGPT, windows
 from .corpora import Split
-from .measure import Case, Quantiles, peak_bytes, ratios, wall_time
-from .methods import LoRALinear
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 POINTS = 40  # of the curve of pre-training

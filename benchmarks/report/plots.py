@@ -1,4 +1,4 @@
-"""Pictures: of records (time over N, share of the floor, memory, training), and of the demo."""
+"""Pictures of records: time over tokens, share of the floor, memory, training."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from ..providers import PROVIDERS
 from . import compare, tables
-from .providers import PROVIDERS
 
 Row = dict[str, Any]
 # A method has a colour; how it is run shows in the line.
@@ -152,7 +152,7 @@ def memory_over_depth(rows: Sequence[Row]) -> Figure:
 def _kept_bars(axes: Axes, rows: Sequence[Row]) -> None:
     """What is kept after a forward, and where theory puts it."""
     sizes = [row["bytes"]["saved"] / 2**20 for row in rows]
-    _bars(axes, rows, [{"p20": s, "median": s, "p80": s} for s in sizes], "{:.1f}")
+    bars(axes, rows, [{"p20": s, "median": s, "p80": s} for s in sizes], "{:.1f}")
     theory = [row["bytes"]["saved_by_theory"] for row in rows]
     known = [(s / 2**20, len(rows) - i) for i, s in enumerate(theory) if s is not None]
     axes.plot(*zip(*known, strict=True), "k|", ms=14, mew=2, label="by theory")
@@ -170,10 +170,10 @@ def training(rows: Sequence[Row]) -> Figure:
         len(settings), 2, figsize=(11, 2.8 * len(settings)), squeeze=False, layout="constrained"
     )
     for (speed, memory), (where, some) in zip(grid, settings, strict=True):
-        _bars(speed, some, [row["tokens_per_second"] for row in some], "{:,.0f}")
+        bars(speed, some, [row["tokens_per_second"] for row in some], "{:,.0f}")
         speed.set_title(textwrap.fill(f"{tables.setting_of(some[0])}{where}", 60))
         speed.set_xlabel("tokens a second (median, p20–p80)")
-        _memory_bars(memory, some)
+        memory_bars(memory, some)
     return figure
 
 
@@ -250,90 +250,14 @@ def _legend(figure: Figure) -> None:
     figure.legend(labels.values(), labels.keys(), loc="outside right center")
 
 
-def losses(file: Path, pretraining: Row, rows: Sequence[Row]) -> None:
-    """Pre-training, adaptation at each method's best rate, and the sweep over the rates."""
-    with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(
-            1, 3, figsize=(13, 4), width_ratios=(1, 1.3, 1.1), layout="constrained"
-        )
-        _pretraining(left, pretraining)
-        _curves(middle, rows)
-        _sweep(right, rows)
-        figure.savefig(file, dpi=150)
-        plt.close(figure)
-
-
-def _pretraining(axes: Axes, pretraining: Row) -> None:
-    grey, held_out = "#444444", pretraining["held_out"]
-    steps, values = zip(*pretraining["curve"], strict=True)
-    axes.plot(steps, values, color=grey, linewidth=1.5, label="training")
-    axes.axhline(held_out, color=grey, linestyle=":", label=f"held out, at the end: {held_out:.3f}")
-    axes.set(title="Pre-training on Python sources", xlabel="step", ylabel="nats per byte")
-    axes.legend()
-
-
-def _curves(axes: Axes, rows: Sequence[Row]) -> None:
-    """The best rate's curve of each method strong, the other rates' pale."""
-    start = rows[0]["sweep"][0]["curve"][0][1]
-    for row in rows:
-        colour = COLOURS[row["method"]]
-        for one in row["sweep"]:
-            best = one["rate"] == row["rate"]
-            steps, values = zip(*one["curve"], strict=True)
-            label = f"{row['label']}, r {row['r']}, rate {one['rate']:g}" if best else None
-            style = {"linewidth": 2, "marker": "o", "markersize": 3} if best else {"alpha": 0.3}
-            axes.plot(steps, values, color=colour, label=label, **style)
-    low = min(value for row in rows for one in row["sweep"] for _, value in one["curve"])
-    margin = 0.05 * (start - low)
-    axes.set_ylim(low - margin, start + 3 * margin)  # what diverges leaves through the top
-    axes.set(title="Adapting the frozen model to English", xlabel="step")
-    axes.set_ylabel("validation, nats per byte (pale: the other rates)")
-    axes.legend()
-
-
-def _sweep(axes: Axes, rows: Sequence[Row]) -> None:
-    """Final validation loss over the learning rate; the chosen one's held-out loss as a star."""
-    for row in rows:
-        colour = COLOURS[row["method"]]
-        rates = [one["rate"] for one in row["sweep"]]
-        values = [one["validation"] for one in row["sweep"]]
-        axes.plot(rates, values, "o-", color=colour)
-        axes.plot(row["rate"], row["held_out"], "*", color=colour, markersize=12)
-    axes.plot([], [], "o", color="#444444", label="validation")
-    axes.plot([], [], "*", color="#444444", markersize=10, label="held out, at the best rate")
-    axes.set_xscale("log")
-    axes.margins(y=0.25)
-    axes.set(title="Where each learning rate ends", xlabel="learning rate")
-    axes.set_ylabel("nats per byte (colours as on the left)")
-    axes.legend(loc="upper center", ncols=2)
-
-
-def layers(file: Path, shapes: Sequence[Sequence[Row]]) -> None:
-    """Step time and peak memory of each provider, one row of panels per shape."""
-    with plt.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        figure, grid = plt.subplots(
-            len(shapes), 2, figsize=(11, 2.6 * len(shapes)), squeeze=False, layout="constrained"
-        )
-        for (times, memory), rows in zip(grid, shapes, strict=True):
-            case = rows[0]["case"]
-            shape = f"{case['tokens']} tokens, {case['in_features']} → {case['out_features']}"
-            _bars(times, rows, [row["versus"]["frozen"]["step"] for row in rows], "{:.2f}x")
-            times.axvline(1, color="#444444", linestyle=":", linewidth=1)
-            times.set(title=f"{shape}, r {case['r']}, {rows[0]['types']['compute']}")
-            times.set_xlabel("step time against the frozen layer's (median, p20–p80)")
-            _memory_bars(memory, rows)
-        figure.savefig(file, dpi=150)
-        plt.close(figure)
-
-
-def _memory_bars(axes: Axes, rows: Sequence[Row]) -> None:
+def memory_bars(axes: Axes, rows: Sequence[Row]) -> None:
     sizes = [row["bytes"]["peak"] / 2**20 for row in rows]
-    _bars(axes, rows, [{"p20": s, "median": s, "p80": s} for s in sizes], "{:.1f}")
+    bars(axes, rows, [{"p20": s, "median": s, "p80": s} for s in sizes], "{:.1f}")
     axes.set_xlabel("peak MiB of a step, above what is resident")
     axes.set_yticklabels([])
 
 
-def _bars(axes: Axes, rows: Sequence[Row], values: Sequence[Row], form: str) -> None:
+def bars(axes: Axes, rows: Sequence[Row], values: Sequence[Row], form: str) -> None:
     """One bar per provider from above, its spread as a whisker, its median in figures beside it."""
     medians = [q["median"] for q in values]
     spread = [[q["median"] - q["p20"] for q in values], [q["p80"] - q["median"] for q in values]]

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .measure import FEWEST
-from .records import differences, machine
+from ..measure import FEWEST
+from ..records import differences, machine
 from .tables import NONE, Table, at, measured, where_of
 
 Row = dict[str, Any]

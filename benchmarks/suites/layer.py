@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..measure import Case, Quantiles, interleaved, peak_bytes, ratios, survived
+from ..providers import COMPILED, GRAPH, PROVIDERS, Provider, passes, prove_step
+from ..shapes import Shape
 from . import cost
-from .measure import Case, Quantiles, interleaved, peak_bytes, ratios, survived
-from .providers import COMPILED, GRAPH, PROVIDERS, Provider, passes, prove_step
-from .shapes import Shape
 
 Row = dict[str, Any]
 PASSES = ("forward", "backward", "step")

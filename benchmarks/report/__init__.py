@@ -1,0 +1,1 @@
+"""Reports on records: tables, sentences, pictures, comparisons, verdicts, documents."""

@@ -1,0 +1,1 @@
+"""The demo: benchmarks a layer, then trains a small GPT with HUT and with LoRA."""
