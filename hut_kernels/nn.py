@@ -425,7 +425,7 @@ def check_run_options(precision: str, dropout: float) -> None:
 
 
 def check_data(module: nn.Module, *names: str) -> None:
-    """Refuse to read a parameter whose data is elsewhere, or that a hook makes (HUTBackendError)."""
+    """Refuse a parameter whose data is elsewhere, or that a hook makes (HUTBackendError)."""
     for name in names:
         tensor = getattr(module, name, None)
         if tensor is None:

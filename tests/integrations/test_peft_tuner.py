@@ -507,9 +507,11 @@ def test_merging_unties_a_shared_weight_and_unmerging_ties_it_again(targets):
     assert torch.equal(W0, values)
     model.unmerge_adapter()
     assert torch.equal(model(TOKENS), y)
-    assert net.head.base_layer.weight is W0 and net.twin.weight is W0
+    assert net.head.base_layer.weight is W0
+    assert net.twin.weight is W0
     plain = model.merge_and_unload()
-    assert plain.emb.weight is W0 and plain.head.weight is not W0
+    assert plain.emb.weight is W0
+    assert plain.head.weight is not W0
     torch.testing.assert_close(plain(TOKENS), y, rtol=1e-5, atol=1e-5)
 
 
@@ -555,7 +557,7 @@ def test_a_weight_that_is_made_from_others_is_not_merged(own):
     own(model.base_model.model.first.base_layer)
     y = model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(HUTBackendError, match="weight of .*Linear is not a parameter"):
+        with pytest.raises(HUTBackendError, match=r"weight of .*Linear is not a parameter"):
             merge()
         assert torch.equal(model(x), y)
 

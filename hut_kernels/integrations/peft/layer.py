@@ -53,6 +53,13 @@ class _Unmerged(NamedTuple):
     value: Tensor
     original: _Original
 
+    def parameter(self, like: Tensor) -> nn.Parameter:
+        """The parameter itself if it still is where `like` is, or a new one of its values."""
+        original = self.original.get()
+        if original is None or (original.device, original.dtype) != (like.device, like.dtype):
+            return nn.Parameter(self.value.to(like), requires_grad=False)
+        return original
+
 
 class HUTLayer(BaseTunerLayer):
     """What a layer with HUT adapters holds, by adapter name.

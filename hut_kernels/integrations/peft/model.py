@@ -84,7 +84,7 @@ class HUTModel(BaseTuner):
         yield
 
     def _check_merge_allowed(self) -> None:
-        """Allow merging tied weights, of which PEFT warns: a merged layer gets a weight of its own."""
+        """Allow tied weights, of which PEFT warns: a merged layer gets a weight of its own."""
 
 
 def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
