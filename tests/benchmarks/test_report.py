@@ -353,8 +353,8 @@ class TestDocuments:
         text = file.read_text()
         assert documents.renewed(text) == text, "stale: run `python -m benchmarks tables`"
 
-    def test_the_readme_has_one(self):
-        assert "README.md" in [file.name for file in documents.files()]
+    def test_a_document_has_one(self):
+        assert documents.files()
 
     def test_every_record_is_valid(self):
         files = sorted(documents.RESULTS.glob("*.jsonl"))
