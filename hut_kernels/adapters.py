@@ -8,14 +8,22 @@ import math
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .bypassed import (
+    is_untrained,
+    reason_not_called,
+    switch_off_fused_inference,
+    untrained_message,
+)
 from .definition import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
 from .errors import HUTBackendError
 from .nn import HUTLinear, check_data, fill, is_conv1d
@@ -75,7 +83,8 @@ def inject(
     Args:
         model: the model to change.
         target_modules: names, or dot-separated ends of names, of the layers to replace; or one
-            string, a regular expression that must match the whole name.
+            string, a regular expression that must match the whole name, or `"all-linear"`, every
+            linear layer but the output layer of a transformers model.
         r: as for `HUTLinear`.
         **options: as for `HUTLinear.from_linear`.
 
@@ -83,9 +92,10 @@ def inject(
         The names of the replaced modules.
 
     Raises:
-        ValueError: no `nn.Linear` or Conv1D matches, a listed name is of another kind of module,
-            the output projection of an `nn.MultiheadAttention` matches, or an option is wrong. The
-            model is unchanged, as after every error.
+        ValueError: a listed name matches no `nn.Linear` or Conv1D, or is of another kind of module;
+            a layer matches whose weight is read without calling it (the output projection of
+            `nn.MultiheadAttention`, projections of Mamba) or that was compiled by itself; or an
+            option is wrong. The model is unchanged, as after every error.
         TypeError: a linear layer whose class has a `forward` of its own.
         HUTBackendError: a quantised, sharded or computed weight.
     """
@@ -107,7 +117,7 @@ def inject(
         _move_hooks(linear, layer)
     for name in replaced:
         model.set_submodule(name, layers[modules[name]])
-    _switch_off_fused_inference(model)
+    switch_off_fused_inference(model, HUTLinear)
     return replaced
 
 
@@ -139,6 +149,8 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     that the file says. The factors of a sharded model are gathered, so that all its ranks must
     call. Each of them writes the file, and each the same.
 
+    A warning names the layers that training left as they were made while it changed others.
+
     Raises:
         ValueError: the model has no HUT layer.
         HUTBackendError: as for `adapter_state_dict`.
@@ -148,6 +160,7 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     factors = {name: _whole(factor) for name, factor in adapter_state_dict(model).items()}
     # A copy each, since safetensors refuses tensors that share storage.
     tensors = {name: f.to("cpu", copy=True).contiguous() for name, f in factors.items()}
+    _warn_of_untrained(model, tensors)
     layers = json.dumps({name: _options(layer) for name, layer in _hut_layers(model).items()})
     metadata = {
         "format": _FORMAT,
@@ -162,6 +175,18 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _warn_of_untrained(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
+    layers = {n: layer for n, layer in _hut_layers(model).items() if layer.hut_B.requires_grad}
+    untrained = [
+        name
+        for name, layer in layers.items()
+        if is_untrained(factors[_join(name, "hut_B")], layer.transform, layer.offset)
+    ]
+    message = untrained_message(untrained, len(layers))
+    if message:
+        warnings.warn(message, stacklevel=3)
 
 
 def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
@@ -282,25 +307,38 @@ def _find_targets(
     model: nn.Module, target_modules: str | Collection[str]
 ) -> list[tuple[str, nn.Module]]:
     """The modules to replace, by name: those that match and are of a kind that can be adapted."""
-    matches = _matcher(target_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
-    matched = [(name, module) for name, module in modules.items() if name and matches(name)]
+    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+        heads = _heads(model)
+        matched = [
+            (name, module)
+            for name, module in modules.items()
+            if name and module not in heads and _is_linear_like(module)
+        ]
+    else:
+        matches = _matcher(target_modules)
+        matched = [(name, module) for name, module in modules.items() if name and matches(name)]
     if not isinstance(target_modules, str):
         _check_listed(matched)
     targets = [(name, module) for name, module in matched if _is_linear_like(module)]
     if not targets:
         raise ValueError(_no_match(modules, matched, target_modules))
-    bypassed = [
-        name
-        for name, _ in targets
-        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
-    ]
-    if bypassed:
-        raise ValueError(
-            f"{bypassed[0]} cannot be a HUT layer: nn.MultiheadAttention reads its weight without "
-            f"calling it, so an adapter would have no effect"
-        )
+    if not isinstance(target_modules, str):
+        _check_all_match(modules, matched, target_modules)
+    for name, _ in targets:
+        reason = reason_not_called(name, modules[name.rpartition(".")[0]])
+        if reason:
+            raise ValueError(f"{name} cannot be a HUT layer: {reason}")
     return targets
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """The output layers that PEFT's "all-linear" leaves out, of a transformers model."""
+    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+    if output_embeddings is None:
+        return []
+    heads = (output_embeddings(), *(getattr(model, name, None) for name in ("score", "classifier")))
+    return [head for head in heads if head is not None]
 
 
 def _matcher(target_modules: str | Collection[str]) -> Callable[[str], object]:
@@ -333,10 +371,35 @@ def _is_quantised(module: nn.Module) -> bool:
 def _check_listed(matched: Iterable[tuple[str, nn.Module]]) -> None:
     """A name that the user listed must not be passed over in silence; a mere container may."""
     for name, module in matched:
-        known = _is_linear_like(module) or isinstance(module, HUTLinear)
-        if not known and list(module.parameters(recurse=False)):
+        if not _is_adaptable(module) and list(module.parameters(recurse=False)):
             kind = type(module).__name__
             raise ValueError(f"{name} is a {kind}; HUT adapts nn.Linear and Conv1D only")
+
+
+def _check_all_match(
+    modules: dict[str, nn.Module],
+    matched: list[tuple[str, nn.Module]],
+    target_modules: Collection[str],
+) -> None:
+    """A listed name that no linear layer has must not be passed over, though others match."""
+    found = [f".{name}" for name, module in matched if _is_adaptable(module)]
+    missing = sorted(t for t in target_modules if not any(n.endswith(f".{t}") for n in found))
+    if missing:
+        raise ValueError(
+            f"no nn.Linear or Conv1D matches {missing} of target_modules"
+            f"{near_matches(missing, (n for n, m in modules.items() if _is_adaptable(m)))}"
+        )
+
+
+def near_matches(missing: Iterable[str], names: Iterable[str]) -> str:
+    """A half-sentence of the names, or ends of names, that `missing` may have been meant for."""
+    ends = {end for name in names for end in (name, name.rpartition(".")[2])}
+    near = {close for name in missing for close in get_close_matches(name, ends)}
+    return f"; near matches: {', '.join(sorted(near))}" if near else ""
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return _is_linear_like(module) or isinstance(module, HUTLinear)
 
 
 def _no_match(
@@ -365,18 +428,6 @@ def _freeze(model: nn.Module) -> None:
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     for name in HOOKS:
         vars(new)[name] = vars(old)[name]
-
-
-def _switch_off_fused_inference(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _has_hut(module):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and _has_hut(module):
-            module.use_nested_tensor = False
-
-
-def _has_hut(module: nn.Module) -> bool:
-    return any(isinstance(child, HUTLinear) for child in module.modules())
 
 
 def _hut_layers(model: nn.Module) -> dict[str, HUTLinear]:

@@ -82,6 +82,13 @@ NAMES = [f"layers.{i}.{name}" for i in range(2) for name in TARGETS]
 TOKENS = torch.tensor([[1, 5, 7], [0, 2, 11]])
 
 
+V_PROJ = ["layers.0.v_proj", "layers.1.v_proj"]
+
+
+def order(name):
+    return name.split(".")[1], ["q_proj", "v_proj", "c_fc", "0"].index(name.split(".")[-1])
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -130,7 +137,7 @@ def hut_names(model):
     ("target_modules", "expected"),
     [
         (["q_proj"], ["layers.0.q_proj", "layers.1.q_proj"]),
-        (("q_proj", "absent"), ["layers.0.q_proj", "layers.1.q_proj"]),
+        ("all-linear", [*sorted([*NAMES, *V_PROJ], key=order), "lm_head"]),
         ({"layers.1.q_proj"}, ["layers.1.q_proj"]),
         (["mlp.0"], ["layers.0.mlp.0", "layers.1.mlp.0"]),
         (["0"], ["layers.0.mlp.0", "layers.1.mlp.0"]),  # also the container layers.0
@@ -153,6 +160,37 @@ def test_no_match_lists_the_candidates(model, target_modules):
     with pytest.raises(ValueError, match=r"candidates: layers\.0\.q_proj.*lm_head"):
         inject(model, target_modules)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "message"),
+    [
+        (["q_proj", "typo"], r"matches \['typo'\] of target_modules"),
+        (["q_proj", "v_prj"], "near matches: .*v_proj"),
+        (["q_proj", "layers.2.q_proj"], "near matches: layers"),
+        (["q_proj", "layers"], r"matches \['layers'\]"),  # containers only
+    ],
+)
+def test_a_listed_name_that_matches_no_layer_is_refused(model, target_modules, message):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        inject(model, target_modules)
+    assert_unchanged(model, before)
+
+
+def test_a_listed_name_may_match_hut_layers_alone(model):
+    inject(model, ["q_proj"])
+    assert inject(model, ["q_proj", "lm_head"]) == ["lm_head"]
+
+
+def test_all_linear_leaves_out_the_output_layer_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    config = transformers.LlamaConfig(intermediate_size=24, **sizes)
+    for kind in ("LlamaForCausalLM", "LlamaForSequenceClassification"):
+        adapted = inject(getattr(transformers, kind)(config), "all-linear")
+        assert len(adapted) == 7
+        assert not {"lm_head", "score"} & {*adapted}
 
 
 def test_a_pattern_passes_over_other_kinds_of_modules(model):
@@ -343,6 +381,78 @@ def test_a_pattern_that_is_none_is_refused(model):
 def test_a_bare_linear_cannot_be_replaced_in_place():
     with pytest.raises(ValueError, match="candidates: none"):
         inject(nn.Linear(4, 4), ".*")
+
+
+class MambaMixer(nn.Module):
+    """What Mamba's mixer looks like to a program that puts layers into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_proj = nn.Linear(8, 8)
+        self.dt_proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.in_proj(x) @ self.dt_proj.weight
+
+
+@pytest.mark.parametrize("targets", [["dt_proj"], "all-linear", r".*proj"])
+def test_a_layer_whose_weight_is_read_without_a_call_is_refused(targets):
+    model = nn.Sequential(MambaMixer())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"0\.dt_proj .*MambaMixer reads its weight without"):
+        inject(model, targets)
+    assert_unchanged(model, before)
+    assert inject(model, ["in_proj"]) == ["0.in_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("Mamba", "dt_proj"),
+        ("Mamba", "out_proj"),
+        ("Mamba2", "out_proj"),
+        ("FalconMamba", "dt_proj"),
+        ("FalconH1", "out_proj"),
+        ("NemotronH", "out_proj"),
+    ],
+)
+def test_mamba_of_transformers_is_refused(name, layer):
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        config = getattr(transformers, f"{name}Config")(num_hidden_layers=1)
+        model = getattr(transformers, f"{name}Model")(config)
+    with pytest.raises(ValueError, match=rf"{layer} .* reads its weight without calling it"):
+        inject(model, [layer])
+
+
+class Unknown(nn.Module):
+    """A module of nobody's list that reads a weight without calling its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = nn.Linear(8, 8)
+        self.read = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.called(x) @ self.read.weight
+
+
+@every_option
+def test_saving_names_the_layers_that_training_passed_over(options, tmp_path, recwarn):
+    model = nn.Sequential(Unknown())
+    inject(model, ["called", "read"], **options)
+    save_adapter(model, tmp_path / "fresh")
+    assert not recwarn.list
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"1 of 2 HUT layers .*: 0\.read\. They received no"):
+        save_adapter(model, tmp_path / "file")
+    for parameter in model[0].read.parameters():
+        parameter.requires_grad_(False)
+    recwarn.clear()
+    save_adapter(model, tmp_path / "file")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("padded", [True, False])

@@ -23,7 +23,13 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch.nn.utils import parametrize, prune
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hut_kernels import autograd
 from hut_kernels.errors import HUTBackendError
@@ -417,6 +423,74 @@ def test_refused_layers_are_named():
     lora = get_peft_model(Net(), LoraConfig(target_modules=["first"])).base_model.model
     with pytest.raises(ValueError, match="first is not supported: it carries"):
         inject_adapter_in_model(config(target_modules=["first"]), lora, adapter_name="hut")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["first", "lsat"]}, r"target_modules: .*\['lsat'\]; near .*last"),
+        ({"exclude_modules": ["first", "typo"]}, r"exclude_modules: nothing matches \['typo'\]"),
+        ({"modules_to_save": ["conv", "haed"]}, r"modules_to_save: nothing matches \['haed'\]"),
+        ({"rank_pattern": {"typo": 3}}, r"rank_pattern .*\['typo'\]"),
+        ({"alpha_pattern": {"typo": 3}}, r"alpha_pattern .*\['typo'\]"),
+    ],
+)  # fmt: skip
+def test_what_a_config_names_in_vain_is_warned_of(options, message):
+    with pytest.warns(Warning, match=message):
+        hut_model(**options)
+
+
+def test_what_a_config_names_is_not_warned_of(recwarn):
+    hut_model(exclude_modules=["first"], modules_to_save=["conv"])
+    get_peft_model(bert(), HUTConfig(r=2, task_type="SEQ_CLS", layers_to_transform=[0, 1]))
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+    with pytest.warns(UserWarning, match=r"no adapted layer has index \[9\]"):
+        get_peft_model(llama(), HUTConfig(r=2, layers_to_transform=[0, 9]))
+
+
+@pytest.mark.parametrize("targets", [["dt_proj"], ["out_proj"], "all-linear"])
+def test_layers_that_mamba_reads_without_a_call_are_refused(targets):
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32)
+    with pytest.raises(ValueError, match="MambaMixer reads its weight without calling it"):
+        get_peft_model(MambaForCausalLM(config), HUTConfig(r=2, target_modules=targets))
+
+
+def test_the_encoders_fused_inference_does_not_bypass_an_adapter():
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2
+    )
+    model = get_peft_model(encoder, config(target_modules=["linear1", "linear2"]))
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        trained = model(x)
+        torch.testing.assert_close(model.eval()(x), trained)
+        with model.disable_adapter():
+            assert (model(x) - trained).abs().max() > 1e-3
+
+
+class Reads(nn.Module):
+    """A module of nobody's list that reads a weight without calling its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = nn.Linear(8, 8)
+        self.read = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.called(x) @ self.read.weight
+
+
+@pytest.mark.parametrize("form", [FORMS["residual"], FORMS["direct"], FORMS["paper"]])
+def test_saving_names_the_layers_that_training_passed_over(form, tmp_path, recwarn):
+    options = {"target_modules": ["called", "read"], "init_weights": True, **form}
+    model = get_peft_model(Reads(), config(**options))
+    model.save_pretrained(tmp_path)
+    assert not [w for w in recwarn if "HUT" in str(w.message)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"1 of 2 HUT layers .*: base_model\.model\.read\. They"):
+        model.save_pretrained(tmp_path)
 
 
 def test_fan_in_fan_out_is_the_layers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +10,29 @@ from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import (
+    SEQ_CLS_HEAD_NAMES,
+)
+from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS,
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ...adapters import near_matches
+from ...bypassed import (
+    is_untrained,
+    reason_not_called,
+    switch_off_fused_inference,
+    untrained_message,
+)
 from ...errors import HUTBackendError
 from ...nn import is_conv1d
 from .base import check_base
 from .config import HUTConfig
 from .layer import HUTLayer, Linear
+
+# What PEFT itself puts into modules_to_save, whichever of them a model has.
+_HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
 
 
 class HUTModel(BaseTuner):
@@ -34,6 +48,15 @@ class HUTModel(BaseTuner):
     prefix: str = "hut_"
     tuner_layer_cls = HUTLayer
     target_module_mapping: ClassVar[dict[str, Any]] = dict(LORA_TARGETS)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Put an adapter into the model, as PEFT does, and warn of what it was told in vain."""
+        asked = copy.copy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        switch_off_fused_inference(model, HUTLayer)
+        _warn_of_unmatched(asked, model, adapter_name)
 
     def _create_and_replace(
         self,
@@ -69,6 +92,32 @@ class HUTModel(BaseTuner):
         # weight is.
         setattr(parent, child_name, new_module)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: HUTConfig, adapter_name: str, state_dict: Any, **kwargs: Any
+    ) -> Any:
+        """The adapter's tensors, as PEFT saves them; a warning names layers that did not train."""
+        factors = {
+            name: state_dict[f"{name}.hut_B.{adapter_name}"]
+            for name, module in model.named_modules()
+            if isinstance(module, HUTLayer)
+            and adapter_name in module.hut_B
+            and module.hut_B[adapter_name].requires_grad
+            and f"{name}.hut_B.{adapter_name}" in state_dict
+        }
+        form = config.transform, config.offset
+        untrained = [name for name, hut_B in factors.items() if is_untrained(hut_B, *form)]
+        message = untrained_message(untrained, len(factors))
+        if message:
+            warnings.warn(message, stacklevel=2)
+        return super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            **kwargs,
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Where LoRA takes an adapter for each row of a batch; here they are refused, not ignored.
@@ -97,12 +146,9 @@ def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
             f"Target module {name} is not supported: it carries an adapter of another method "
             f"({type(target).__module__}.{kind}); merge or unload that first"
         )
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"Target module {name} is not supported: nn.MultiheadAttention reads its weight "
-            f"without calling it, so an adapter would have no effect; "
-            f"exclude_modules=[{name.rpartition('.')[2]!r}] leaves it out"
-        )
+    reason = reason_not_called(name, parent)
+    if reason:
+        raise ValueError(f"Target module {name} is not supported: {reason} (by exclude_modules)")
     try:
         check_base(target)
     except (TypeError, HUTBackendError) as error:
@@ -111,6 +157,32 @@ def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
             f"following modules are supported: `torch.nn.Linear`, "
             f"`transformers.pytorch_utils.Conv1D`."
         ) from error
+
+
+def _warn_of_unmatched(config: HUTConfig, model: nn.Module, adapter_name: str) -> None:
+    """Warn of listed names and indices of a configuration that nothing in the model has."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, HUTLayer)}
+    adapted = [name for name, layer in layers.items() if adapter_name in layer.hut_A]
+    inside = tuple(f"{name}." for name in layers)
+    present = [name for name, _ in model.named_modules() if not name.startswith(inside)]
+    for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        listed = getattr(config, option)
+        if listed is None or isinstance(listed, str):
+            continue
+        missing = sorted(
+            target
+            for target in set(listed) - _HEADS
+            if not any(f".{name}".endswith(f".{target}") for name in present)
+        )
+        if missing:
+            warnings.warn(
+                f"{option}: nothing matches {missing}{near_matches(missing, present)}", stacklevel=3
+            )
+    indices = config.layers_to_transform
+    indices = [indices] if isinstance(indices, int) else indices or []
+    unused = [index for index in indices if not any(f".{index}." in f".{n}." for n in adapted)]
+    if unused:
+        warnings.warn(f"layers_to_transform: no adapted layer has index {unused}", stacklevel=3)
 
 
 def _check_layout(config: HUTConfig, name: str, target: nn.Module) -> None:
