@@ -17,7 +17,6 @@ from .autograd import HUTLinearFunction
 from .dispatch import backends, explain
 from .errors import HUTBackendError
 from .functional import hut_linear, hut_weight
-from .group import hut_linear_group
 from .nn import PAPER, HUTLinear
 
 flops.register()
@@ -34,7 +33,6 @@ __all__ = [
     "backends",
     "explain",
     "hut_linear",
-    "hut_linear_group",
     "hut_weight",
     "inject",
     "load_adapter",

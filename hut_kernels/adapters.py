@@ -24,8 +24,8 @@ from .bypassed import (
     switch_off_fused_inference,
     untrained_message,
 )
-from .definition import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
 from .errors import HUTBackendError
+from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
 from .nn import HUTLinear, check_data, fill, is_conv1d
 
 _FORMAT = "hut_kernels"

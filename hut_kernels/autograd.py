@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .definition import Spec, as_rows, wide
+from .layer import Spec, acc_dtype, as_rows
 
 
 class _Function(torch.autograd.Function):
@@ -140,7 +140,7 @@ def _vector_gradients(
     need_bias, need_gamma, need_beta = wants
     d_bias = d_beta = None
     if need_bias or need_beta or (need_gamma and bias is not None):
-        sums = as_rows(grad).sum(0, dtype=wide(grad.dtype))
+        sums = as_rows(grad).sum(0, dtype=acc_dtype(grad.dtype))
         if d_gamma is not None and bias is not None:
             d_gamma = d_gamma + bias * sums
         if need_beta:
@@ -152,71 +152,7 @@ def _vector_gradients(
     return d_bias, d_gamma, d_beta
 
 
-class HUTGroupFunction(_Function):
-    """What `HUTLinearFunction` is, of several layers that read x: their outputs side by side.
-
-    `tensors` are weight, hut_A, hut_B, bias, gamma and beta of one layer after the other.
-    """
-
-    @staticmethod
-    def forward(
-        x: Tensor, transform: str, offset: float, scalings: tuple[float, ...], *tensors: Tensor
-    ) -> Tensor:
-        _check_seen()
-        columns = [list(tensors[first::6]) for first in range(6)]
-        return ops.group_forward(x, *columns, transform, offset, scalings)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, *ctx.form = inputs[:4]
-        layers = _layers(inputs[4:])
-        needs = _layers(ctx.needs_input_grad[4:])
-        uses_G = any(need[1] or need[2] or need[4] for need in needs)
-        kept = (tensor for layer in layers for tensor in layer[:5])
-        ctx.save_for_backward(x if uses_G else None, *kept)
-        ctx.beta_dtypes = [None if layer[5] is None else layer[5].dtype for layer in layers]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _Once.apply(_group_gradients, ctx, grad, *ctx.saved_tensors)
-        return _group_gradients(ctx, grad, *ctx.saved_tensors)
-
-
-def _group_gradients(
-    ctx: Any, grad: Tensor, x: Tensor | None, *kept: Any
-) -> tuple[Tensor | None, ...]:
-    """The gradients that are asked for, one for each argument of forward."""
-    weights, hut_A, hut_B, bias, gamma = (kept[first::5] for first in range(5))
-    need_x, needs = ctx.needs_input_grad[0], _layers(ctx.needs_input_grad[4:])
-    _, need_A, need_B, _, need_gamma, _ = zip(*needs, strict=True)
-    grads = iter(())
-    if need_x or any(need_A) or any(need_B) or any(need_gamma):
-        grads = iter(ops.group_backward(
-            grad, x, weights, hut_A, hut_B, gamma, *ctx.form,
-            need_x, need_A, need_B, need_gamma,
-        ))  # fmt: skip
-    results: list[Tensor | None] = [next(grads) if need_x else None, None, None, None]
-    start = 0
-    for j, weight in enumerate(weights):
-        _, need_A, need_B, need_bias, need_gamma, need_beta = needs[j]
-        d_A = next(grads) if need_A else None
-        d_B = next(grads) if need_B else None
-        d_gamma = next(grads) if need_gamma else None
-        part = grad.narrow(-1, start, len(weight))
-        wants = need_bias, need_gamma, need_beta
-        vectors = _vector_gradients(part, d_gamma, bias[j], gamma[j], ctx.beta_dtypes[j], wants)
-        results += [None, d_A, d_B, *vectors]
-        start += len(weight)
-    return tuple(results)
-
-
-def _layers(tensors: tuple) -> list[tuple]:
-    """Six entries for each layer of a group."""
-    return [tensors[first : first + 6] for first in range(0, len(tensors), 6)]
-
-
-class FrozenProduct(torch.autograd.Function):
+class FrozenLinearFunction(torch.autograd.Function):
     """`x weight^T` with the weight cast to x's type in each pass, so that no copy is kept."""
 
     @staticmethod

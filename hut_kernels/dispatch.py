@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .definition import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
 from .errors import HUTBackendError, check_choice
+from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
 from .planner import Plan
 from .versions import FALLBACKS, Miscompile, miscompiled, release
 
@@ -54,9 +54,9 @@ def backends() -> dict[str, dict[str, object]]:
 
 
 def choose(name: str, tensors: Sequence[Tensor]) -> str:
-    """The backend that runs a call, by its name in `ops`: `torch`, `triton`, `cuda` or `planned`.
+    """The backend that runs a call, by its name in `ops`: `torch`, `triton`, `cuda` or `auto`.
 
-    `planned` is what "auto" means where both Triton and the compiled extension run.
+    `auto` is left where both Triton and the compiled extension run.
 
     Args:
         name: One of `BACKENDS`.
@@ -94,7 +94,7 @@ def _auto(device: torch.device) -> str:
     with_triton = _triton_missing() is None and _device_missing(device.index) is None
     with_extension = _extension_unusable(device) is None
     if with_triton and with_extension:
-        return "planned"
+        return "auto"
     return "triton" if with_triton else "cuda" if with_extension else "torch"
 
 

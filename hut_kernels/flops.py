@@ -24,7 +24,7 @@ _COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-def forward(
+def forward_flops(
     x: Shape, weight: Shape, hut_A: Shape, hut_B: Shape, bias: Any, gamma: Any, beta: Any,
     transform: str, offset: float, scaling: float, precision: str, backend: str, **_: Any,
 ) -> int:  # fmt: skip
@@ -32,7 +32,7 @@ def forward(
     return _product(x, weight, precision) + _thin(weight, hut_A, transform)
 
 
-def backward(
+def backward_flops(
     grad: Shape, x: Shape, weight: Shape, hut_A: Shape, hut_B: Shape, gamma: Any,
     transform: str, offset: float, scaling: float, precision: str,
     need_x: bool, need_A: bool, need_B: bool, need_gamma: bool, backend: str, **_: Any,
@@ -45,29 +45,7 @@ def backward(
     return operations
 
 
-def group_forward(
-    x: Shape, weights: Sequence[Shape], hut_A: Sequence[Shape], hut_B: Any, bias: Any, gamma: Any,
-    beta: Any, transform: str, offset: float, scalings: Any, **_: Any,
-) -> int:  # fmt: skip
-    """Operations of `hut::group_forward`."""
-    layers = zip(weights, hut_A, strict=True)
-    return sum(_product(x, weight) + _thin(weight, A, transform) for weight, A in layers)
-
-
-def group_backward(
-    grad: Shape, x: Shape, weights: Sequence[Shape], hut_A: Sequence[Shape], hut_B: Any, gamma: Any,
-    transform: str, offset: float, scalings: Any, need_x: bool,
-    need_A: Sequence[bool], need_B: Sequence[bool], need_gamma: Sequence[bool], **_: Any,
-) -> int:  # fmt: skip
-    """Operations of `hut::group_backward`."""
-    operations = 0
-    for weight, A, *needs in zip(weights, hut_A, need_A, need_B, need_gamma, strict=True):
-        layer = grad, x, weight, A, A, None, transform, offset, 1.0, "merged"
-        operations += backward(*layer, need_x, *needs, "cuda")  # type: ignore[call-arg, arg-type]
-    return operations
-
-
-def weight(
+def weight_flops(
     weight: Shape, hut_A: Shape, hut_B: Shape, gamma: Any,
     transform: str, offset: float, scaling: float, dtype: Any, backend: str, **_: Any,
 ) -> int:  # fmt: skip
@@ -100,8 +78,9 @@ def register() -> None:
 def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    for formula in (forward, backward, group_forward, group_backward, weight):
-        register_flop_formula(getattr(torch.ops.hut, formula.__name__))(formula)
+    register_flop_formula(torch.ops.hut.forward)(forward_flops)
+    register_flop_formula(torch.ops.hut.backward)(backward_flops)
+    register_flop_formula(torch.ops.hut.weight)(weight_flops)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import definition, dispatch, ops
 from .autograd import HUTLinearFunction
-from .definition import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS, Spec
 from .errors import HUTBackendError, check_choice
+from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS, Layer, Spec
 
 _FLOAT_NAMES = ", ".join(FLOAT_NAMES)
 _LARGEST = torch.finfo(torch.float32).max
@@ -82,7 +82,7 @@ def hut_linear(
         chosen = dispatch.choose(backend, (x, weight, hut_A, hut_B))
         return HUTLinearFunction.apply(x, weight, hut_A, hut_B, bias, gamma, beta, spec, chosen)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        return definition.linear(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
+        return definition.linear(x, Layer(weight, hut_A, hut_B, bias, gamma, beta, spec))
 
 
 def hut_weight(

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import definition
-from .autograd import FrozenProduct
+from .autograd import FrozenLinearFunction
 from .errors import HUTBackendError, check_choice
 from .functional import check_number, hut_linear, hut_weight
+from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS, effective_bias
 
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
 """The paper's layer, `HUTLinear(..., **PAPER)`: one multiplication per side, scale and shift."""
@@ -249,7 +249,7 @@ class HUTLinear(nn.Module):
         # every transform.
         d = F.dropout(x, self.dropout)
         y = self._forward(d)
-        rest = FrozenProduct.apply((x - d).to(y.dtype), self._matrix())
+        rest = FrozenLinearFunction.apply((x - d).to(y.dtype), self._matrix())
         return y + (rest if self.gamma is None else (self.gamma * rest).to(y.dtype))
 
     def _matrix(self) -> Tensor:
@@ -300,7 +300,7 @@ class HUTLinear(nn.Module):
             HUTBackendError: as for `merged_weight`.
         """
         self._check_data()
-        bias = definition.merged_bias(self.bias, self.gamma, self.beta, self.weight.dtype)
+        bias = effective_bias(self.bias, self.gamma, self.beta, self.weight.dtype)
         return None if bias is None else bias.clone()
 
     def to_linear(self) -> nn.Module:
@@ -392,7 +392,7 @@ def _real(name: str, value: Any) -> int | float:
 
 def check_form(transform: str, offset: float, alpha: float | None) -> None:
     """Refuse a transform, offset or alpha that do not go together (ValueError)."""
-    check_choice("transform", transform, definition.TRANSFORMS)
+    check_choice("transform", transform, TRANSFORMS)
     if transform == "two_sided" and offset != 1:
         raise ValueError(f"offset has no part in two_sided and must be left at 1, got {offset}")
     if offset not in (0, 1):
@@ -419,7 +419,7 @@ def check_rank(r: int, transform: str, in_features: int, out_features: int) -> N
 
 def check_run_options(precision: str, dropout: float) -> None:
     """Refuse an unknown precision, or dropout outside [0, 1) (ValueError)."""
-    check_choice("precision", precision, definition.PRECISIONS)
+    check_choice("precision", precision, PRECISIONS)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
@@ -447,8 +447,8 @@ def check_data(module: nn.Module, *names: str) -> None:
 
 def _check_types(**dtypes: torch.dtype) -> None:
     for name, dtype in dtypes.items():
-        if dtype not in definition.FLOATS:
-            names = ", ".join(definition.FLOAT_NAMES)
+        if dtype not in FLOATS:
+            names = ", ".join(FLOAT_NAMES)
             raise TypeError(f"{name} must be one of {names}; got {dtype}")
 
 
@@ -461,7 +461,7 @@ def check_linear(linear: nn.Module) -> None:
         if "Linear" in kind and not (isinstance(weight, Tensor) and weight.is_floating_point()):
             raise HUTBackendError(f"{kind} keeps no plain weight (quantised?); dequantise it first")
         raise TypeError(f"expected an nn.Linear or a Conv1D, got {kind}")
-    if type(weight) is not nn.Parameter or weight.dtype not in definition.FLOATS:
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         dtype = getattr(weight, "dtype", None)
         raise HUTBackendError(
             f"the weight of {kind} is a {type(weight).__name__} of {dtype}, but HUT needs an "

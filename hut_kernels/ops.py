@@ -8,37 +8,31 @@ the differentiable door). `backend` names the module that does the work.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import torch_backend
-from .definition import Needs, Spec, wide
+from .layer import Layer, Needs, Spec, acc_dtype
 
 _library = torch.library.Library("hut", "DEF")
 
 _FACTORS = "Tensor weight, Tensor hut_A, Tensor hut_B"
 _SPEC = "str transform, float offset, float scaling"
-_GROUP = "Tensor[] weights, Tensor[] hut_A, Tensor[] hut_B"
-_GROUP_FORM = "str transform, float offset, float[] scalings"
 
 
-def _backend(name: str) -> ModuleType:
-    if name == "triton":
-        from .triton import backend as triton_backend
-
-        return triton_backend
+def _backend(name: str, *tensors: Tensor) -> Any:
+    """The module that does the work; PyTorch's where a tensor is empty: there is none to launch."""
+    if name == "torch" or not all(tensor.numel() for tensor in tensors):
+        return torch_backend
     if name == "cuda":
         from . import cuda
 
         return cuda
-    if name == "planned":
-        from . import planned
+    from . import auto
 
-        return planned
-    return torch_backend
+    return auto.PLANNED[name]
 
 
 def refuse_vmap(*args: Any) -> Any:
@@ -105,7 +99,8 @@ def forward(
 ) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, contiguous, in x's type."""
     spec = Spec(transform, offset, scaling, precision)
-    y = _backend(backend).forward(x, weight, hut_A, hut_B, bias, gamma, beta, spec)
+    layer = Layer(weight, hut_A, hut_B, bias, gamma, beta, spec)
+    y = _backend(backend, x, weight).linear_forward(x, layer)
     # What folds leading dimensions returns a view, on which autograd refuses in-place operations.
     return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
@@ -122,7 +117,7 @@ def _fake_backward(
     if need_B:
         fakes.append(hut_B.new_empty(hut_B.shape))
     if need_gamma:
-        fakes.append(hut_B.new_empty((weight.shape[0],), dtype=wide(grad.dtype)))
+        fakes.append(hut_B.new_empty((weight.shape[0],), dtype=acc_dtype(grad.dtype)))
     return fakes
 
 
@@ -155,88 +150,8 @@ def backward(
     their types, the last is float32 (float64 for float64). `x` is needed for all but `dx`.
     """
     spec, needs = Spec(transform, offset, scaling, precision), Needs(need_A, need_B, need_gamma)
-    module = _backend(backend)
-    return module.backward(grad, x, weight, hut_A, hut_B, gamma, spec, need_x, needs)
-
-
-def _fake_group_forward(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(len(weight) for weight in weights)))
-
-
-@_operator(
-    "group_forward",
-    f"(Tensor x, {_GROUP}, Tensor?[] bias, Tensor?[] gamma, Tensor?[] beta, {_GROUP_FORM}) "
-    "-> Tensor",
-    _fake_group_forward,
-)
-def group_forward(
-    x: Tensor,
-    weights: list[Tensor],
-    hut_A: list[Tensor],
-    hut_B: list[Tensor],
-    bias: list[Tensor | None],
-    gamma: list[Tensor | None],
-    beta: list[Tensor | None],
-    transform: str,
-    offset: float,
-    scalings: list[float],
-) -> Tensor:
-    """The outputs of several layers that read the same x, side by side; the extension's alone."""
-    from . import cuda
-
-    return cuda.group_forward(
-        x, weights, hut_A, hut_B, bias, gamma, beta, transform, offset, scalings
-    )
-
-
-def _fake_group_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    weights: list[Tensor],
-    hut_A: list[Tensor],
-    hut_B: list[Tensor],
-    *rest: Any,
-) -> list[Tensor]:
-    need_x, need_A, need_B, need_gamma = rest[4:8]
-    fakes = [grad.new_empty((*grad.shape[:-1], weights[0].shape[1]))] if need_x else []
-    for j in range(len(weights)):
-        if need_A[j]:
-            fakes.append(hut_A[j].new_empty(hut_A[j].shape))
-        if need_B[j]:
-            fakes.append(hut_B[j].new_empty(hut_B[j].shape))
-        if need_gamma[j]:
-            fakes.append(hut_B[j].new_empty((len(weights[j]),), dtype=wide(grad.dtype)))
-    return fakes
-
-
-@_operator(
-    "group_backward",
-    f"(Tensor grad, Tensor? x, {_GROUP}, Tensor?[] gamma, {_GROUP_FORM}, "
-    "bool need_x, bool[] need_A, bool[] need_B, bool[] need_gamma) -> Tensor[]",
-    _fake_group_backward,
-)
-def group_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    weights: list[Tensor],
-    hut_A: list[Tensor],
-    hut_B: list[Tensor],
-    gamma: list[Tensor | None],
-    transform: str,
-    offset: float,
-    scalings: list[float],
-    need_x: bool,
-    need_A: list[bool],
-    need_B: list[bool],
-    need_gamma: list[bool],
-) -> list[Tensor]:
-    """One dx of all the layers, where asked for; then each layer's gradients as in `backward`."""
-    from . import cuda
-
-    return cuda.group_backward(
-        grad, x, weights, hut_A, hut_B, gamma, transform, offset, scalings,
-        need_x, need_A, need_B, need_gamma,
-    )  # fmt: skip
+    layer = Layer(weight, hut_A, hut_B, None, gamma, None, spec)
+    return _backend(backend, grad, weight).linear_backward(grad, x, layer, need_x, needs)
 
 
 def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:
@@ -261,5 +176,5 @@ def weight(
     backend: str,
 ) -> Tensor:
     """The merged weight `gamma[:, None] * W`, `[out, in]`, rounded once to `dtype`."""
-    spec = Spec(transform, offset, scaling)
-    return _backend(backend).weight(weight, hut_A, hut_B, gamma, spec, dtype)
+    layer = Layer(weight, hut_A, hut_B, None, gamma, None, Spec(transform, offset, scaling))
+    return _backend(backend, weight).merged_weight(layer, dtype)

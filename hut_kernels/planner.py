@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .versions import Miscompile
 
@@ -61,7 +62,6 @@ DEVICES = (
     Device("NVIDIA B200", "sm_100", 148, 227 * _KB, 126 * _MB),
     Device("NVIDIA GeForce RTX 5090", "sm_120", 170, 99 * _KB, 96 * _MB),
 )
-UNKNOWN = Device("unknown GPU", "sm_80", 64, 99 * _KB, 6 * _MB)
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def break_even(device: Device) -> BreakEven:
     return BREAK_EVENS.get(known_name(device), of_architecture)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call: sizes, types, options.
 
     Attributes:
@@ -150,6 +149,10 @@ class Plan:
     chunk: int
     source: str
     compiled: tuple[str, ...] = ()
+
+    def backend_of(self, part: str) -> str:
+        """The backend that runs a part: `"torch"`, `"triton"` or `"cuda"`."""
+        return "cuda" if part in self.compiled else self.backend
 
     @property
     def operations(self) -> dict[str, int]:
@@ -205,12 +208,11 @@ class Plan:
         ]  # fmt: skip
         operations, moved, workspace = self.operations, self.bytes, self.workspace
         for part in PARTS:
-            backend = "cuda" if part in self.compiled else self.backend
             bound = "up to " if part == "grad_factors" and self.backend != "torch" else ""
             space = f"{bound}{workspace[part] / 1e6:.2f}"
             lines.append(
-                f"{part:14}{backend:9}{getattr(self, part):10}{operations[part] / 1e9:10.3f}"
-                f"{moved[part] / 1e6:10.2f}{space:>14}"
+                f"{part:14}{self.backend_of(part):9}{getattr(self, part):10}"
+                f"{operations[part] / 1e9:10.3f}{moved[part] / 1e6:10.2f}{space:>14}"
             )
         return "\n".join(lines)
 
@@ -248,14 +250,16 @@ def plan(problem: Problem, device: Device, backend: str = "triton") -> Plan:
         device: Where.
         backend: As in `dispatch.choose`.
     """
-    made = _plan(problem, device, "triton" if backend == "planned" else backend)
     if _forced:
+        made = _plan(problem, device, "triton" if backend == "auto" else backend)
         return _with_forced(made, tuple(_forced.items()))
-    return _with_extension(made) if backend == "planned" else made
+    return _plan(problem, device, backend)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, device: Device, backend: str) -> Plan:
+    if backend == "auto":
+        return _with_extension(_plan(problem, device, "triton"))
     empty = 0 in (problem.N, problem.K, problem.O)
     if backend == "cuda" and not empty:
         rows = _chunk_rows(problem.K, device)
@@ -314,41 +318,6 @@ def _chunk_rows(columns: int, device: Device) -> int:
     return max(128, rows // 128 * 128)
 
 
-def spans(
-    tiles_o: int, tiles_k: int, O: int, K: int, r: int, weight_bytes: int, sms: int
-) -> tuple[int, int]:
-    """How many programs share O and K in a factor-gradient kernel.
-
-    Each span of O costs a partial of d hut_A, each span of K one of d hut_B. The partials together
-    stay within W0's bytes, which is what a staged W takes (one span each is no partial at all but
-    the result), and no more programs run than keep the device busy. A closer bound would leave
-    most of the device idle: within a quarter of W0's bytes there are 16 programs for 1024 x 1024
-    and r 16, and 4 for r 64.
-
-    Returns:
-        `(spans_o, spans_k)`, none of them empty.
-    """
-    spans_o, spans_k = max(1, tiles_o), max(1, tiles_k)
-
-    def partial_bytes() -> int:
-        return 4 * r * ((spans_o - 1) * K + (spans_k - 1) * O)
-
-    while partial_bytes() > weight_bytes or spans_o * spans_k > 2 * sms:
-        if spans_o == spans_k == 1:
-            break
-        if spans_k == 1 or (spans_o > 1 and spans_o * K >= spans_k * O):
-            spans_o = _fewer(tiles_o, spans_o)
-        else:
-            spans_k = _fewer(tiles_k, spans_k)
-    return spans_o, spans_k
-
-
-def _fewer(tiles: int, spans_now: int) -> int:
-    """The next smaller number of equal spans over `tiles` that leaves no span empty."""
-    length = -(-tiles // (spans_now - 1))
-    return -(-tiles // length)
-
-
 # Weights of a layer up to which a call takes longer to launch than to run, so that the extension's
 # short way to the device decides. An estimate: about 10 us on an H100 at 512 tokens.
 LAUNCH_BOUND = 1 << 21
@@ -368,18 +337,6 @@ def extension_wins(part: str, made: Plan) -> bool:
     """
     bound = launch_bound(made.problem.O, made.problem.K)
     return bound or (not _forced and getattr(made, part) != FUSED)
-
-
-def group_wins(sizes: Sequence[Sequence[int]]) -> bool:
-    """Whether layers that read the same x go to the extension together: all bound by launching.
-
-    Unlike `extension_wins` it does not look at the tokens, so that it is no guard under
-    `torch.compile`.
-
-    Args:
-        sizes: `(out_features, in_features)` of each layer.
-    """
-    return all(launch_bound(O, K) for O, K in sizes)
 
 
 _STRIP = 64  # rows or columns of G whose sums a block of the extension's reduction makes
@@ -403,16 +360,6 @@ def strips(
     affordable = 1 + rows * columns * weight_item // 4 // (4 * r * max(1, rows + columns))
     spans = max(1, min(filling, affordable))
     return chunk, max(1, min(spans, column_strips)), max(1, min(spans, row_strips))
-
-
-def split(tiles: int, steps: int, sms: int) -> int:
-    """How many programs share K for each tile of a fused forward.
-
-    As many as fill the device where the tiles alone do not, but each with 4 of the `steps` over K
-    at least, or its pipeline never runs full.
-    """
-    wanted = -(-sms // max(1, tiles)) if 2 * tiles <= sms else 1
-    return max(1, min(wanted, steps // 4, 16))
 
 
 def find_device(name: str) -> Device:

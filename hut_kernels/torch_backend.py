@@ -14,8 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import definition
-from .definition import FactorGrads, Needs, Spec, cast
+from .definition import group_index
+from .layer import (
+    FactorGrads,
+    Layer,
+    Needs,
+    acc_dtype,
+    as_rows,
+    cast,
+    effective_bias,
+    finish_factor_grads,
+)
 
 # Elements of a row block: large enough for its product to run at full speed, small enough for a
 # 4096 x 4096 layer to need a quarter of a weight beside W.
@@ -27,93 +36,54 @@ _TILE = 1 << 17
 _shared = threading.local()
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    spec: Spec,
-) -> Tensor:
+def linear_forward(x: Tensor, layer: Layer) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
-    shift = definition.merged_bias(bias, gamma, beta, x.dtype)
-    if spec.precision == "split":
-        update = _update(weight, hut_A, hut_B, gamma, spec, x.dtype)
-        return split_forward(x, weight, gamma, update, shift)
-    return F.linear(x, _merged(weight, hut_A, hut_B, gamma, spec, x.dtype), shift)
+    total_bias = effective_bias(layer.bias, layer.gamma, layer.beta, x.dtype)
+    if layer.spec.precision == "split":
+        return split_forward(x, layer, _update(layer, x.dtype), total_bias)
+    return F.linear(x, _merged(layer, x.dtype), total_bias)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
-    need_x: bool,
-    needs: Needs,
+def linear_backward(
+    grad: Tensor, x: Tensor | None, layer: Layer, need_x: bool, needs: Needs
 ) -> list[Tensor]:
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
-    grads = [grad_input(grad, weight, hut_A, hut_B, gamma, spec)] if need_x else []
+    grads = [grad_input(grad, layer)] if need_x else []
     if x is not None and any(needs):
-        factors = grad_factors(grad, x, weight, hut_A, hut_B, gamma, spec, needs)
+        factors = grad_factors(grad, x, layer, needs)
         grads += [gradient for gradient in factors if gradient is not None]
     return grads
 
 
-def grad_input(
-    grad: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, gamma: Tensor | None, spec: Spec
-) -> Tensor:
-    """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
-    if spec.precision == "split":
-        update = _update(weight, hut_A, hut_B, gamma, spec, grad.dtype)
-        return split_grad_input(grad, weight, gamma, update)
-    return grad @ _merged(weight, hut_A, hut_B, gamma, spec, grad.dtype)
-
-
-def split_forward(
-    x: Tensor, weight: Tensor, gamma: Tensor | None, update: Tensor, shift: Tensor | None
-) -> Tensor:
-    """`x (gamma W0)^T + x update^T + shift` with the update `gamma (W0 * (T - 1))`."""
-    return F.linear(x, _scaled_base(weight, gamma, x.dtype), shift).add_(F.linear(x, update))
-
-
-def split_grad_input(grad: Tensor, weight: Tensor, gamma: Tensor | None, update: Tensor) -> Tensor:
-    """`grad (gamma W0) + grad update` with the update `gamma (W0 * (T - 1))`."""
-    return (grad @ _scaled_base(weight, gamma, grad.dtype)).add_(grad @ update)
-
-
-def weight(
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
-    dtype: torch.dtype,
-) -> Tensor:
+def merged_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
     """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
-    return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=0.0, out=None)
+    return _blockwise(layer, dtype)
 
 
-def grad_factors(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
-    needs: Needs,
-) -> FactorGrads:
+def grad_input(grad: Tensor, layer: Layer) -> Tensor:
+    """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
+    if layer.spec.precision == "split":
+        return split_grad_input(grad, layer, _update(layer, grad.dtype))
+    return grad @ _merged(layer, grad.dtype)
+
+
+def split_forward(x: Tensor, layer: Layer, update: Tensor, total_bias: Tensor | None) -> Tensor:
+    """`x (gamma W0)^T + x update^T + total_bias` with the update `gamma (W0 * (T - 1))`."""
+    return F.linear(x, _scaled_base(layer, x.dtype), total_bias).add_(F.linear(x, update))
+
+
+def split_grad_input(grad: Tensor, layer: Layer, update: Tensor) -> Tensor:
+    """`grad (gamma W0) + grad update` with the update `gamma (W0 * (T - 1))`."""
+    return (grad @ _scaled_base(layer, grad.dtype)).add_(grad @ update)
+
+
+def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorGrads:
     """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
-    if x.dim() != 2:
-        x, grad = definition.as_rows(x), definition.as_rows(grad)
+    weight, hut_A, hut_B, _, gamma, _, spec = layer
+    x, grad = as_rows(x), as_rows(grad)
     # bf16 has the range of float32, so G may be rounded to it once; in fp16 G would overflow.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    acc = definition.wide(dtype)
+    acc = acc_dtype(dtype)
     x, grad_t = cast(x, dtype), cast(grad, dtype).t()
     A, B = cast(hut_A, dtype), cast(hut_B, dtype)
     if gamma is not None:
@@ -130,7 +100,7 @@ def grad_factors(
         parts.append((Q, P, row_sums))
         del H0
     Q, P, row_sums = parts[0] if len(parts) == 1 else _join(parts, acc)
-    return definition.finish_factor_grads(Q, P, row_sums, hut_A, hut_B, gamma, spec, needs)
+    return finish_factor_grads(Q, P, row_sums, layer, needs)
 
 
 def _reduce_low_rank(
@@ -151,7 +121,7 @@ def _reduce_two_sided(
     and Q's row is `(gamma B)^T H0`, of which column i keeps entry q(i).
     """
     r, in_features = A.shape
-    q = definition.group_index(in_features, r, A.device)
+    q = group_index(in_features, r, A.device)
     Q = torch.zeros(A.shape, dtype=A.dtype, device=A.device) if needs.A else None
     P = torch.empty(gamma_B.shape, dtype=A.dtype, device=A.device) if needs.P else None
     for k, group in _row_groups(rows, out_features, r):
@@ -175,71 +145,52 @@ def _join(parts: list, dtype: torch.dtype) -> FactorGrads:
     )
 
 
-def _scaled_base(weight: Tensor, gamma: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled_base(layer: Layer, dtype: torch.dtype) -> Tensor:
     """`gamma W0`, the first matrix of `split`: W0 itself where nothing has to change."""
+    weight, gamma = layer.weight, layer.gamma
     if gamma is None:
         return cast(weight, dtype)
-    return (cast(weight, definition.wide(dtype)) * gamma[:, None]).to(dtype)
+    return (cast(weight, acc_dtype(dtype)) * gamma[:, None]).to(dtype)
 
 
-def _merged(
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
-    dtype: torch.dtype,
-) -> Tensor:
+def _merged(layer: Layer, dtype: torch.dtype) -> Tensor:
     """`gamma W` for a product in `dtype`; in the residual form `W0 + W0 * m` in m's own buffer.
 
     The increment m may be formed in bf16 (its error stays relative to itself), but not in fp16,
     where small factors would underflow.
     """
+    weight, hut_A, hut_B, _, gamma, _, spec = layer
     residual = spec.constant == 1.0 and gamma is None
     if not residual or weight.dtype != dtype or dtype == torch.float16:
-        out = _workspace_like(weight, dtype)
-        return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=0.0, out=out)
+        return _blockwise(layer, dtype, _workspace_like(weight, dtype))
     m = torch.mm(cast(hut_B, dtype), cast(hut_A, dtype), out=_workspace_like(weight, dtype))
     return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
 
 
-def _update(
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
-    dtype: torch.dtype,
-) -> Tensor:
+def _update(layer: Layer, dtype: torch.dtype) -> Tensor:
     """`gamma (W0 * (T - 1))` for a product in `dtype`: the second matrix of `split`."""
-    out = _workspace_like(weight, dtype)
-    return _blockwise(weight, hut_A, hut_B, gamma, spec, dtype, minus=1.0, out=out)
+    return _blockwise(layer, dtype, _workspace_like(layer.weight, dtype), subtract_identity=True)
 
 
 def _blockwise(
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
-    dtype: torch.dtype,
-    minus: float,
-    out: Tensor | None,
+    layer: Layer, dtype: torch.dtype, out: Tensor | None = None, subtract_identity: bool = False
 ) -> Tensor:
-    """`gamma (W0 * (T - minus))` formed in float32 or float64, rounded once to `dtype`.
+    """`gamma (W0 * T)`, or `gamma (W0 * (T - 1))`, formed in float32 or float64, rounded once.
 
-    `gamma (T - minus)` exists a tile of rows at a time; gamma and scaling are in B already.
+    `gamma T` exists a tile of rows at a time; gamma and scaling are in B already.
     """
-    acc = dtype if dtype == torch.float64 else definition.common_type(weight, hut_A, hut_B)
+    weight, hut_A, hut_B, _, gamma, _, spec = layer
+    acc = acc_dtype(dtype, weight.dtype, hut_A.dtype, hut_B.dtype)
     out_features, in_features = weight.shape
     A, B = cast(hut_A, acc), cast(hut_B, acc) * spec.scaling
-    constants = torch.full((out_features, 1), spec.constant - minus, dtype=acc, device=A.device)
+    constant = spec.constant - subtract_identity
+    constants = torch.full((out_features, 1), constant, dtype=acc, device=A.device)
     if gamma is not None:
         scale = cast(gamma, acc)[:, None]
         B, constants = B * scale, constants * scale
     out = torch.empty_like(weight, dtype=dtype) if out is None else out
     if spec.transform == "two_sided":
-        q, p = (definition.group_index(size, len(A), A.device) for size in weight.shape[::-1])
+        q, p = (group_index(size, len(A), A.device) for size in weight.shape[::-1])
     step = max(1, _TILE // max(1, in_features))
     buffer = torch.empty((min(step, out_features), in_features), dtype=acc, device=A.device)
     for start in range(0, out_features, step):
@@ -250,16 +201,24 @@ def _blockwise(
         else:
             torch.index_select(B[rows], 1, q, out=T)
             T *= A.index_select(0, p[rows])
-        if spec.constant != minus:
+        if constant != 0.0:
             T += constants[rows]
         torch.mul(weight[rows], T, out=out[rows])
     return out
 
 
+def _group_starts(size: int, r: int) -> list[int]:
+    """The first index of each of the r balanced groups of `size` indices, and `size` at the end.
+
+    Group k holds the indices i with `i * r // size == k`.
+    """
+    return [-(-k * size // r) for k in range(r + 1)]
+
+
 def _row_groups(rows: slice | None, out_features: int, r: int) -> Iterator[tuple[int, slice]]:
     """Each group p that meets a block of rows, with its rows counted from the block's first."""
     first, last = (0, out_features) if rows is None else (rows.start, rows.stop)
-    for k, (start, end) in enumerate(pairwise(definition.group_starts(out_features, r))):
+    for k, (start, end) in enumerate(pairwise(_group_starts(out_features, r))):
         start, end = max(start, first), min(end, last)
         if start < end:
             yield k, slice(start - first, end - first)

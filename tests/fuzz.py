@@ -40,7 +40,7 @@ from hut_kernels import (
     save_adapter,
 )
 from hut_kernels.adapters import _checksum
-from hut_kernels.definition import FLOATS
+from hut_kernels.layer import FLOATS
 
 from .references import TRAINABLE, Case, lay, limit, make
 

@@ -38,6 +38,7 @@ class Mutant:
 
 
 DEFINITION = "hut_kernels/definition.py"
+LAYER = "hut_kernels/layer.py"
 TORCH = "hut_kernels/torch_backend.py"
 AUTOGRAD = "hut_kernels/autograd.py"
 OPS = "hut_kernels/ops.py"
@@ -50,7 +51,6 @@ VERSIONS = "hut_kernels/versions.py"
 DISPATCH = "hut_kernels/dispatch.py"
 PEFT = "hut_kernels/integrations/peft"
 PLANNER = "hut_kernels/planner.py"
-GROUP = "hut_kernels/group.py"
 TRITON = "hut_kernels/triton"
 CSRC = "csrc"  # compiled for the CPU, so it takes nvcc
 
@@ -73,9 +73,8 @@ MUTANTS = (
     Mutant(
         "split computed as merged",
         TORCH,
-        "        return split_forward(x, weight, gamma, update, shift)\n",
-        "        update = _merged(weight, hut_A, hut_B, gamma, spec, x.dtype)\n"
-        "        return F.linear(x, update, shift)\n",
+        "        return split_forward(x, layer, _update(layer, x.dtype), total_bias)\n",
+        "        return F.linear(x, _merged(layer, x.dtype), total_bias)\n",
         ("tests/test_functional.py", "thousandth or cancels"),
     ),
     Mutant(
@@ -115,28 +114,28 @@ MUTANTS = (
     ),
     Mutant(
         "gamma forgotten in the H of d hut_B",
-        DEFINITION,
+        LAYER,
         "        d_B = P if gamma is None else P * gamma[:, None]\n",
         "        d_B = P\n",
         ("tests/test_ops.py", "match_the_reference"),
     ),
     Mutant(
         "d hut_A doubled",
-        DEFINITION,
+        LAYER,
         "        d_A = cast(_scaled(Q, spec.scaling), hut_A.dtype)\n",
         "        d_A = cast(_scaled(2 * Q, spec.scaling), hut_A.dtype)\n",
         ("tests/test_functional.py", "proportions"),
     ),
     Mutant(
         "scaling forgotten in d hut_B",
-        DEFINITION,
+        LAYER,
         "        d_B = cast(_scaled(d_B, spec.scaling), hut_B.dtype)\n",
         "        d_B = cast(d_B, hut_B.dtype)\n",
         ("tests/test_autograd.py", "gradcheck"),
     ),
     Mutant(
         "d gamma without the offset's part",
-        DEFINITION,
+        LAYER,
         "            d_gamma = d_gamma + spec.constant * row_sums\n",
         "            d_gamma = d_gamma + 0 * row_sums\n",
         ("tests/test_autograd.py", "gradcheck"),
@@ -151,7 +150,7 @@ MUTANTS = (
     Mutant(
         "sums over the tokens in 16 bits",
         AUTOGRAD,
-        ".sum(0, dtype=wide(grad.dtype))",
+        ".sum(0, dtype=acc_dtype(grad.dtype))",
         ".sum(0)",
         ("tests/test_autograd.py", "autocast"),
     ),
@@ -172,8 +171,8 @@ MUTANTS = (
     Mutant(
         "dx computed though nobody asked",
         TORCH,
-        "hut_B, gamma, spec)] if need_x else []\n",
-        "hut_B, gamma, spec)]\n",
+        "    grads = [grad_input(grad, layer)] if need_x else []\n",
+        "    grads = [grad_input(grad, layer)]\n",
         ("tests/test_autograd.py", "asked_for"),
     ),
     Mutant(
@@ -236,16 +235,16 @@ MUTANTS = (
     ),
     Mutant(
         "partials beyond their bound",
-        PLANNER,
+        f"{TRITON}/launch.py",
         "    while partial_bytes() > weight_bytes or ",
         "    while partial_bytes() > 4 * weight_bytes or ",
-        ("tests/test_planner.py", "spans"),
+        ("tests/triton/test_launch.py", "splits"),
     ),
     Mutant(
         "kernel: the remainder of K dropped",
         f"{TRITON}/forward.py",
-        "min(K, (split + 1) * part), BK):\n",
-        "min(K // BK * BK, (split + 1) * part), BK):\n",
+        "min(K, (split_k + 1) * part), BK):\n",
+        "min(K // BK * BK, (split_k + 1) * part), BK):\n",
         ("tests/triton/test_forward.py", "every_shape"),
     ),
     Mutant(
@@ -258,8 +257,8 @@ MUTANTS = (
     Mutant(
         "kernel: the remainder of O dropped",
         f"{TRITON}/grad_input.py",
-        "min(O, (split + 1) * part), BO):\n",
-        "min(O // BO * BO, (split + 1) * part), BO):\n",
+        "min(O, (split_k + 1) * part), BO):\n",
+        "min(O // BO * BO, (split_k + 1) * part), BO):\n",
         ("tests/triton/test_grad_input.py", "every_shape"),
     ),
     Mutant(
@@ -303,7 +302,7 @@ MUTANTS = (
         f"{TRITON}/grad_factors.py",
         "            tile_o == 0, tile_k == 0, r, O, K,",
         "            tile_o == 0, tile == 0, r, O, K,",
-        ("tests/triton/test_grad_factors.py", "any_spans"),
+        ("tests/triton/test_grad_factors.py", "any_splits"),
     ),
     Mutant(
         "kernel: a chunk overwrites the one before",
@@ -314,10 +313,10 @@ MUTANTS = (
     ),
     Mutant(
         "kernel: only the first partial counted",
-        f"{TRITON}/partials.py",
+        f"{TRITON}/partial_sums.py",
         "    return partials[0] if len(partials) == 1 else partials.sum(0)\n",
         "    return partials[0]\n",
-        ("tests/triton/test_grad_factors.py", "any_spans"),
+        ("tests/triton/test_grad_factors.py", "any_splits"),
     ),
     Mutant(
         "kernel: the bias dropped",
@@ -329,8 +328,8 @@ MUTANTS = (
     Mutant(
         "the staged path forgets split",
         f"{TRITON}/backend.py",
-        '    minus = 1.0 if spec.precision == "split" else 0.0\n',
-        "    minus = 0.0\n",
+        '    is_split = layer.spec.precision == "split"\n',
+        "    is_split = False\n",
         ("tests/triton/test_backend.py", "split"),
     ),
     Mutant(
@@ -544,39 +543,11 @@ MUTANTS = (
         ("tests/test_cuda.py", "several_blocks"),
     ),
     Mutant(
-        "csrc: a later layer of a group begins at the first one's tiles",
-        f"{CSRC}/weight.h",
-        "  return {layer, block - begin, ",
-        "  return {layer, block, ",
-        ("tests/test_cuda.py", "a_group_against"),
-    ),
-    Mutant(
-        "csrc: every layer of a group with the first one's scaling",
-        f"{CSRC}/ops.cpp",
-        "constant, scalings[j]);",
-        "constant, scalings[0]);",
-        ("tests/test_cuda.py", "a_group_against"),
-    ),
-    Mutant(
         "csrc: sixteen bytes at a time from any address",
         f"{CSRC}/ops.cpp",
         "column_stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&",
         "column_stride == 1 &&",
         ("tests/test_cuda.py", "strides_and"),
-    ),
-    Mutant(
-        "a group's vectors from the first layer's outputs",
-        AUTOGRAD,
-        "        start += len(weight)\n",
-        "",
-        ("tests/test_cuda.py", "a_group_against"),
-    ),
-    Mutant(
-        "a group that passes hooks by",
-        GROUP,
-        "        and not any(vars(layer).get(name) for name in HOOKS)\n",
-        "",
-        ("tests/test_cuda.py", "not_alike"),
     ),
     Mutant(
         "tensor parallel: infinity times 0",
@@ -616,8 +587,8 @@ MUTANTS = (
     Mutant(
         "layer: gamma forgotten in the merged bias",
         NN,
-        "definition.merged_bias(self.bias, self.gamma, self.beta, ",
-        "definition.merged_bias(self.bias, None, self.beta, ",
+        "effective_bias(self.bias, self.gamma, self.beta, ",
+        "effective_bias(self.bias, None, self.beta, ",
         ("tests/test_nn.py", "merged_layer"),
     ),
     Mutant(

@@ -102,9 +102,16 @@ class Case:
 
     @property
     def spec(self):
-        from hut_kernels.definition import Spec
+        from hut_kernels.layer import Spec
 
         return Spec(self.transform, self.offset, self.scaling, self.precision)
+
+    @property
+    def layer(self):
+        from hut_kernels.layer import Layer
+
+        vectors = self.bias, self.gamma, self.beta
+        return Layer(self.weight, self.hut_A, self.hut_B, *vectors, self.spec)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -353,50 +360,6 @@ def run(case: Case, **how: Any) -> dict[str, Tensor]:
     y = hut_linear(x, case.weight, A, B, leaves.get("bias"), **options)
     grads = torch.autograd.grad(y, list(leaves.values()), case.grad)
     return {"y": y, **dict(zip(leaves, grads, strict=True))}
-
-
-GROUP = ((40, 3, "bias"), (24, 17, ""), (72, 2, "bias gamma beta"), (16, 5, ""), (8, 4, "beta"))
-
-
-def group_of(
-    form: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...], **how: Any
-) -> list[Case]:
-    """Layers over one x: with and without vectors, one stored [in, out], more than one launch's.
-
-    Each has a scaling of its own.
-    """
-    cases = []
-    for j, (O, r, vectors) in enumerate(GROUP):
-        own = {} if form.get("transform") == "two_sided" else {"scaling": 0.5 + 0.25 * j}
-        case = make(shape, 88, O, r, dtype=dtype, vectors=vectors, **{**form, **own}, **how)
-        weight = case.weight.T.contiguous().T if O == 24 else case.weight
-        cases.append(case.replace(x=cases[0].x if cases else case.x, weight=weight))
-    return cases
-
-
-def run_group(
-    cases: list[Case], trained: tuple[str, ...] = TRAINABLE
-) -> tuple[list[dict[str, Tensor]], Tensor | None]:
-    """For each layer its y and gradients, and dx of all of them, of what is trained."""
-    from hut_kernels.autograd import HUTGroupFunction
-
-    names = "weight", "hut_A", "hut_B", "bias", "gamma", "beta"
-    x = cases[0].x.detach().requires_grad_("x" in trained)
-    layers = []
-    for case in cases:
-        tensors = {name: getattr(case, name) for name in names}
-        for name in {*names[1:]} & {*trained}:
-            if tensors[name] is not None:
-                tensors[name] = tensors[name].detach().requires_grad_()
-        layers.append(tensors)
-    form = cases[0].transform, cases[0].offset, tuple(case.scaling for case in cases)
-    y = HUTGroupFunction.apply(x, *form, *(t for tensors in layers for t in tensors.values()))
-    y.backward(torch.cat([case.grad for case in cases], -1))
-    results = []
-    for part, tensors in zip(y.split([len(c.weight) for c in cases], -1), layers, strict=True):
-        made = {n: t.grad for n, t in tensors.items() if t is not None and t.grad is not None}
-        results.append({"y": part.detach(), **made})
-    return results, x.grad
 
 
 def check(case: Case, results: dict[str, Tensor], longest: int | None = None) -> None:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hut_kernels import HUTLinearFunction, hut_linear, hut_weight, ops, torch_backend
-from hut_kernels.autograd import HUTGroupFunction
+from hut_kernels import HUTLinearFunction, hut_linear, hut_weight, torch_backend
 
 from .references import TRAINABLE, Recorder, check, error, limit, make, make_normal, run
 
@@ -336,22 +335,6 @@ def test_no_route_to_a_second_derivative_is_silently_wrong(form, name, route):
     with pytest.raises(RuntimeError, match=r"once_differentiable.* fused=False"):
         route(loss, getattr(case, name).clone())
     route(lambda value: loss(value, fused=False), getattr(case, name).clone())
-
-
-def test_nor_is_a_groups_second_derivative(monkeypatch):
-    def group_backward(grad, x, weights, hut_A, hut_B, *rest):
-        return [
-            torch.ones_like(factor) for pair in zip(hut_A, hut_B, strict=True) for factor in pair
-        ]
-
-    monkeypatch.setattr(ops, "group_forward", lambda x, *rest: x.new_ones(3, 12))
-    monkeypatch.setattr(ops, "group_backward", group_backward)
-    case = leaves(make(3, 8, 6, 2), ["hut_A", "hut_B"])
-    one = case.weight, case.hut_A, case.hut_B, None, None, None
-    y = HUTGroupFunction.apply(case.x, "low_rank", 1.0, (1.0, 1.0), *one, *one)
-    (grad,) = torch.autograd.grad(y.sum(), case.hut_A, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable.* fused=False"):
-        torch.autograd.grad((case.hut_A - grad).sum(), case.hut_A)
 
 
 def test_eager_is_differentiable_twice():

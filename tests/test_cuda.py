@@ -13,26 +13,22 @@ import types
 import pytest
 import torch
 from hypothesis import given
-from torch.utils.flop_counter import FlopCounterMode
 
-from hut_kernels import HUTLinear, dispatch, hut_linear, hut_linear_group, hut_weight, ops, planner
+from hut_kernels import dispatch, hut_linear, hut_weight, ops, planner
 
 from . import csrc
 from .references import (
     LAYOUTS,
-    TRAINABLE,
     cancelling,
     check,
     error,
     gain,
-    group_of,
     laid_out,
     limit,
     make,
     make_normal,
     operators,
     run,
-    run_group,
     update_limit,
     update_of,
 )
@@ -212,6 +208,24 @@ def test_what_is_not_needed_is_not_made(emulation, index):
         check(case, found)
 
 
+@pytest.fixture
+def calls(emulation, monkeypatch):
+    """The extension's operators in the order of their calls; auto is the extension."""
+    names = []
+
+    class Counted:
+        def __getattr__(self, name):
+            def default(*arguments):
+                names.append(name)
+                return getattr(torch.ops.hut_emulated, name).default(*arguments)
+
+            return types.SimpleNamespace(default=default)
+
+    monkeypatch.setattr(emulation, "_operators", Counted())
+    monkeypatch.setattr(dispatch, "choose", lambda name, tensors: "cuda")
+    return names
+
+
 @compiled
 def test_one_call_for_each_direction(calls):
     run(make(5, 72, 80, 3, vectors="bias gamma beta"))
@@ -238,152 +252,6 @@ def test_the_operators_pass_opcheck(emulation):
     torch.library.opcheck(
         ops.backward, (case.grad, case.x, *factors, case.gamma, *form, *[True] * 4, "cuda")
     )
-
-
-# Layers that read the same x
-
-
-@compiled
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shape", [(7,), (2, 3), ()], ids=str)
-def test_a_group_against_float64(emulation, form, dtype, shape):
-    cases = group_of(form, dtype, shape)
-    results, dx = run_group(cases)
-    for case, found in zip(cases, results, strict=True):
-        trained = [name for name in TRAINABLE[1:] if getattr(case, name) is not None]
-        assert sorted(found) == sorted(["y", *trained])
-        check(case, found)
-    assert dx.dtype == dtype
-    assert error(dx, sum(case.expected()["x"] for case in cases)) <= limit(dtype, 160)
-
-
-@compiled
-def test_a_group_over_weights_of_another_type(emulation):
-    cases = group_of({}, torch.bfloat16, (7,), weight_dtype=torch.float32)
-    for case, found in zip(cases, run_group(cases)[0], strict=True):
-        check(case, found)
-
-
-@compiled
-@pytest.mark.parametrize("trained", [("x",), ("hut_A",), ("hut_B", "beta"), ("gamma",), ("bias",)])
-def test_a_group_makes_the_gradients_asked_for(emulation, trained):
-    cases = group_of({"transform": "two_sided"}, torch.float32, (7,))
-    results, dx = run_group(cases, trained)
-    assert (dx is None) == ("x" not in trained)
-    for case, found in zip(cases, results, strict=True):
-        made = {name for name in trained if name != "x" and getattr(case, name) is not None}
-        assert set(found) == {"y", *made}
-        check(case, found)
-
-
-@pytest.fixture
-def calls(emulation, monkeypatch):
-    """The extension's operators in the order of their calls; auto is the extension."""
-    names = []
-
-    class Counted:
-        def __getattr__(self, name):
-            def default(*arguments):
-                names.append(name)
-                return getattr(torch.ops.hut_emulated, name).default(*arguments)
-
-            return types.SimpleNamespace(default=default)
-
-    monkeypatch.setattr(emulation, "_operators", Counted())
-    monkeypatch.setattr(dispatch, "choose", lambda name, tensors: "cuda")
-    return names
-
-
-def layers_of(sizes=((40, 3), (24, 5)), **options):
-    layers = [HUTLinear(24, out_features, r, **options) for out_features, r in sizes]
-    for layer in layers:
-        torch.nn.init.normal_(layer.hut_B)
-    return layers
-
-
-@compiled
-def test_one_call_for_each_direction_of_a_group(calls):
-    x = torch.randn(5, 24, requires_grad=True)
-    layers = layers_of()
-    y = hut_linear_group(x, layers)
-    (y[0].sum() + y[1].square().sum()).backward()
-    assert calls == ["group_forward", "group_backward"]
-    for layer, part in zip(layers, y, strict=True):
-        assert error(part.detach(), layer(x).detach()) <= 2e-6
-
-
-@compiled
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: setattr(layer, "fused", False),
-        lambda layer: setattr(layer, "precision", "split"),
-        lambda layer: setattr(layer, "dropout", 0.5),
-        lambda layer: layer.register_forward_hook(lambda *_: None),
-        lambda layer: layer.half().float().bfloat16(),
-        lambda layer: setattr(layer, "offset", 0.0),
-        lambda layer: setattr(layer, "forward", lambda x: x),
-    ],
-    ids=["fused", "precision", "dropout", "hook", "dtype", "offset", "forward"],
-)
-def test_layers_that_are_not_alike_are_called_by_themselves(calls, change):
-    layers = layers_of()
-    change(layers[1])
-    hut_linear_group(torch.randn(5, 24), layers)
-    assert "group_forward" not in calls
-    layers[1].eval()
-    calls.clear()
-    hut_linear_group(torch.randn(5, 24), [layers[0], layers[0]])
-    assert calls == ["group_forward"]
-
-
-@compiled
-def test_a_group_under_autocast_and_compile(calls):
-    layers = layers_of()
-    x = torch.randn(5, 24)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert {y.dtype for y in hut_linear_group(x, layers)} == {torch.bfloat16}
-    compiled_group = torch.compile(hut_linear_group, backend="aot_eager", fullgraph=True)
-    for y, expected in zip(compiled_group(x, layers), hut_linear_group(x, layers), strict=True):
-        assert torch.equal(y, expected)
-
-
-@compiled
-def test_planned_groups_are_those_bound_by_launching(calls, monkeypatch):
-    monkeypatch.setattr(dispatch, "choose", lambda name, tensors: "planned")
-    monkeypatch.setattr(HUTLinear, "forward", lambda layer, x: calls.append("alone"))
-    x = torch.randn(5, 24)
-    hut_linear_group(x, layers_of())
-    monkeypatch.setattr(planner, "LAUNCH_BOUND", 24 * 30)
-    hut_linear_group(x, layers_of())
-    assert calls == ["group_forward", "alone", "alone"]
-    with planner.force(forward="staged"):
-        assert not planner.group_wins([(8, 8)])
-
-
-@compiled
-def test_the_group_operators_pass_opcheck(emulation):
-    cases = group_of({}, torch.float32, (5,))
-    columns = [[getattr(c, name) for c in cases] for name in ("weight", "hut_A", "hut_B")]
-    vectors = [[getattr(c, name) for c in cases] for name in ("bias", "gamma", "beta")]
-    form = "low_rank", 1.0, [c.scaling for c in cases]
-    torch.library.opcheck(ops.group_forward, (cases[0].x, *columns, *vectors, *form))
-    grad = torch.cat([case.grad for case in cases], -1)
-    needs = [[c.gamma is not None for c in cases] for _ in range(3)]
-    arguments = grad, cases[0].x, *columns, vectors[1], *form, True, *needs
-    torch.library.opcheck(ops.group_backward, arguments)
-
-
-@compiled
-def test_the_flops_of_a_group_are_those_of_its_layers(calls):
-    x = torch.randn(5, 24, requires_grad=True)
-    counted = []
-    for outputs in (hut_linear_group, lambda x, layers: [layer(x) for layer in layers]):
-        with FlopCounterMode(display=False) as counter:
-            sum(y.sum() for y in outputs(x, layers_of())).backward()
-        counted.append(counter.get_total_flops())
-    assert counted[0] == counted[1] > 0
 
 
 # What it refuses
@@ -444,10 +312,9 @@ def test_strips_fill_a_device_and_bound_the_partial_sums():
 
 @pytest.fixture
 def went(emulation, monkeypatch):
-    """What `planned` calls, as `(backend, function)`; PyTorch stands for Triton's kernels."""
+    """What `auto` calls, as `(backend, function)`; PyTorch stands for Triton's kernels."""
     pytest.importorskip("triton", reason="the other half of the choice is Triton")
-    from hut_kernels import planned, torch_backend
-    from hut_kernels.triton import backend
+    from hut_kernels import auto, torch_backend
 
     calls = []
 
@@ -459,20 +326,24 @@ def went(emulation, monkeypatch):
 
             return call
 
-        return {function: note(function) for function in ("forward", "backward")}
+        return {function: note(function) for function in ("linear_forward", "linear_backward")}
 
-    triton = types.SimpleNamespace(plan_of=backend.plan_of, **noted("triton", torch_backend))
-    monkeypatch.setattr(planned, "triton_backend", triton)
-    monkeypatch.setattr(planned, "cuda", types.SimpleNamespace(**noted("cuda", emulation)))
+    on_triton = {
+        function: lambda plan, *arguments, call=call: call(*arguments)
+        for function, call in noted("triton", torch_backend).items()
+    }
+    on_cuda = types.SimpleNamespace(**noted("cuda", emulation))
+    monkeypatch.setattr(auto, "triton_backend", types.SimpleNamespace(**on_triton))
+    monkeypatch.setattr(auto, "_module", {"cuda": on_cuda, "torch": torch_backend}.get)
     return calls
 
 
 @compiled
-def test_planned_does_not_plan_what_is_bound_by_launching(went, monkeypatch):
+def test_auto_does_not_plan_what_is_bound_by_launching(went, monkeypatch):
     monkeypatch.setattr(planner, "plan", None)
     case = make((2, 3), 24, 40, 3, vectors="bias gamma beta")
-    check(case, operators(case, "planned"))
-    assert went == [("cuda", "backward"), ("cuda", "forward")]
+    check(case, operators(case, "auto"))
+    assert went == [("cuda", "linear_backward"), ("cuda", "linear_forward")]
 
 
 @compiled
@@ -486,10 +357,11 @@ def test_planned_does_not_plan_what_is_bound_by_launching(went, monkeypatch):
         ((6, 144, 160, 129), {}, ["cuda", "cuda"]),  # Triton has no kernel for the rank
     ],
 )
-def test_planned_goes_where_the_plan_says(went, size, options, winners, monkeypatch):
+def test_auto_goes_where_the_plan_says(went, size, options, winners, monkeypatch):
     monkeypatch.setattr(planner, "LAUNCH_BOUND", 0)
+    monkeypatch.setattr(planner, "_plan", planner._plan.__wrapped__)  # it has seen the other
     case = make(*size, vectors="bias gamma beta", **options)
-    check(case, operators(case, "planned"))
+    check(case, operators(case, "auto"))
     assert [name for name, _ in went] == winners
 
 
@@ -532,7 +404,7 @@ def test_the_gpu_commands_check_passes_and_fails(emulation, change, monkeypatch)
         vectors=("bias", "gamma", "beta"), **change,
     )  # fmt: skip
     assert gpu_cases.check(case, torch.device("cpu"))["status"] == "passed"
-    monkeypatch.setattr(emulation, "_multiplier", lambda spec: (False, 0.9, 1.0))
+    monkeypatch.setattr(emulation, "_multiplier", lambda layer: (False, 0.9, 1.0))
     assert gpu_cases.check(case, torch.device("cpu"))["status"] == "failed"
 
 

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hut_kernels import definition
-from hut_kernels.definition import Needs, Spec
+from hut_kernels import definition, torch_backend
 
 from .references import TRAINABLE, check, error, groups, limit, make, make_normal, run
 from .strategies import cases, examples
@@ -51,10 +50,7 @@ def test_multiplier_and_output_are_those_of_the_loops(form, vectors):
     case = make_normal(4, 11, 7, 3, vectors=vectors, **double, **form)
     multiplier, y = loops(case)
     assert error(definition.multiplier(case.hut_A, case.hut_B, case.spec), multiplier) < 1e-14
-    out = definition.linear(
-        case.x, case.weight, case.hut_A, case.hut_B, case.bias, case.gamma, case.beta, case.spec
-    )
-    assert error(out, y) < 1e-14
+    assert error(definition.linear(case.x, case.layer), y) < 1e-14
     # The reference of every other test is a third hand at the same formulas.
     assert np.allclose(case.multiplier(), multiplier, rtol=1e-13)
     assert np.allclose(case.expected()["y"], y, rtol=1e-12)
@@ -113,7 +109,7 @@ def test_groups_are_contiguous_balanced_and_none_is_empty(size, data):
     assert sum(sizes) == size
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
-    starts = definition.group_starts(size, r)
+    starts = torch_backend._group_starts(size, r)
     assert starts == [index.index(k) for k in range(r)] + [size]
 
 
@@ -139,62 +135,3 @@ def test_the_increment_of_a_residual_form_does_not_cancel():
     increment = definition.increment(tiny.hut_A, tiny.hut_B, tiny.spec)
     product = tiny.hut_B.double().numpy() @ tiny.hut_A.double().numpy()
     assert error(increment, product) < 1e-6  # 1 + 1e-12 would be 1 in float32
-
-
-@every_form
-@pytest.mark.parametrize("gamma", ["", "gamma"])
-@pytest.mark.parametrize(
-    ("weight_dtype", "factor_dtype", "result"),
-    [
-        (torch.bfloat16, torch.float32, torch.float32),
-        (torch.float16, torch.bfloat16, torch.float32),
-        (torch.float32, torch.float64, torch.float64),
-        (torch.float64, torch.float32, torch.float64),
-    ],
-)
-def test_merged_weight_is_formed_wide_and_not_rounded(
-    form, gamma, weight_dtype, factor_dtype, result
-):
-    types = {"dtype": weight_dtype, "factor_dtype": factor_dtype}
-    case = make(1, 13, 10, 3, vectors=gamma, **types, **form)
-    out = definition.merged_weight(case.weight, case.hut_A, case.hut_B, case.spec, case.gamma)
-    assert out.dtype == result
-    assert error(out, case.merged_weight()) < (1e-15 if result == torch.float64 else 2e-7) * 3
-
-
-@pytest.mark.parametrize("vectors", ["", "bias", "beta", "gamma", "bias gamma", "bias gamma beta"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_merged_bias(vectors, dtype):
-    case = make(1, 4, 9, 2, dtype=torch.float64, factor_dtype=torch.float64, vectors=vectors)
-    out = definition.merged_bias(case.bias, case.gamma, case.beta, dtype)
-    if case.bias is None and case.beta is None:
-        assert out is None
-        return
-    assert out.dtype == dtype
-    assert error(out, case.replace(x=torch.zeros_like(case.x)).expected()["y"][0]) < 4e-3
-    if dtype == torch.float64:
-        assert error(out, case.replace(x=torch.zeros_like(case.x)).expected()["y"][0]) < 1e-15
-
-
-def test_constant_is_the_part_of_T_that_no_factor_touches():
-    assert Spec(offset=0.0).constant == 0.0
-    assert Spec(offset=1.0).constant == 1.0
-    assert Spec("two_sided").constant == 0.0
-
-
-@every_form
-def test_finish_factor_grads_from_exact_reductions(form):
-    double = {"dtype": torch.float64, "factor_dtype": torch.float64}
-    case = make_normal(6, 9, 7, 3, vectors="gamma", **double, **form)
-    H0 = case.grad.t() @ case.x * case.weight
-    plain = case.replace(gamma=None, scaling=1.0, x=case.x, grad=case.grad)
-    P = torch.from_numpy(plain.expected()["hut_B"])
-    Q = torch.from_numpy(case.expected()["hut_A"]) / case.scaling
-    arguments = Q, P, H0.sum(1), case.hut_A, case.hut_B, case.gamma, case.spec
-    d_A, d_B, WG = definition.finish_factor_grads(*arguments, Needs(True, True, True))
-    expected = case.expected()
-    assert error(d_A, expected["hut_A"]) < 1e-13
-    assert error(d_B, expected["hut_B"]) < 1e-13
-    assert error(WG, expected["WG"]) < 1e-13
-    nothing = definition.finish_factor_grads(*arguments, Needs(False, False, False))
-    assert nothing == (None, None, None)

@@ -10,64 +10,66 @@ pytest.importorskip("triton", reason="triton is not installed: there is no compi
 if interpreting():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from hut_kernels.triton.launch import Row
-from hut_kernels.triton.tables import ARCHITECTURES, row
+from hut_kernels.triton.launch import LaunchConfig
+from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 from tools import gate
 
 
-def config(arch: str, kernel: str, tiles: Row, dtype: str = "bf16", N: int = 4096) -> gate.Config:
+def config(
+    arch: str, kernel: str, tiles: LaunchConfig, dtype: str = "bf16", N: int = 4096
+) -> gate.Config:
     return gate.Config(arch, kernel, dtype, 16, N, tiles)
 
 
-def broken(arch: str, kernel: str, tiles: Row) -> str:
+def broken(arch: str, kernel: str, tiles: LaunchConfig) -> str:
     return "; ".join(gate.inspect(config(arch, kernel, tiles)).broken)
 
 
 @pytest.mark.parametrize("kernel", list(gate.KERNELS))
 def test_the_tables_rows_pass(kernel):
-    report = gate.inspect(config("sm_80", kernel, row(kernel, "sm_80", 4096, 16, "bf16")))
+    report = gate.inspect(config("sm_80", kernel, launch_config(kernel, "sm_80", 4096, 16, "bf16")))
     assert report.broken == ()
     assert report.registers > 0
 
 
 def test_a_spill_is_found():
-    found = broken("sm_80", "forward", Row(128, 128, 32, 4, 4, maxnreg=64))
+    found = broken("sm_80", "forward", LaunchConfig(128, 128, 32, 4, 4, maxnreg=64))
     assert "spills" in found
 
 
 def test_a_plain_load_in_the_main_loop_is_found():
-    found = broken("sm_80", "forward", Row(128, 128, 32, 8, 1))  # one stage: no pipeline
+    found = broken("sm_80", "forward", LaunchConfig(128, 128, 32, 8, 1))  # one stage: no pipeline
     assert "plain global loads" in found
     assert "no asynchronous copy" in found
 
 
 def test_a_serialised_wgmma_is_found():
-    tiles = Row(64, 64, 64, 4, 3, W_FIRST=True)
+    tiles = LaunchConfig(64, 64, 64, 4, 3, W_FIRST=True)
     assert "C7515" in broken("sm_90", "forward", tiles)
-    settled = Row(64, 64, 64, 4, 3, W_FIRST=True, settle=True)
+    settled = LaunchConfig(64, 64, 64, 4, 3, W_FIRST=True, wgmma_async=True)
     assert broken("sm_90", "forward", settled) == ""
 
 
 def test_too_much_shared_memory_is_found():
-    found = broken("sm_89", "forward", Row(128, 128, 64, 8, 4))
+    found = broken("sm_89", "forward", LaunchConfig(128, 128, 64, 8, 4))
     assert "shared memory" in found
     assert "101376" in found
 
 
 def test_the_wrong_tensor_core_is_found():
     # wgmma takes no left operand of fewer than 64 rows; here neither product has so many.
-    found = broken("sm_90", "forward", Row(16, 32, 64, 4, 3, settle=True))
+    found = broken("sm_90", "forward", LaunchConfig(16, 32, 64, 4, 3, wgmma_async=True))
     assert "no HGMMA" in found
 
 
 def test_a_thin_product_alone_on_the_tensor_core_is_found():
     # T's product has 64 rows and takes wgmma; the tokens' product, with 16, does not.
-    found = broken("sm_90", "forward", Row(16, 64, 64, 4, 3, settle=True))
+    found = broken("sm_90", "forward", LaunchConfig(16, 64, 64, 4, 3, wgmma_async=True))
     assert "multiplications by HGMMA" in found
 
 
 def test_what_does_not_compile_is_a_finding():
-    assert "does not compile" in broken("sm_80", "forward", Row(48, 64, 32, 4, 2))
+    assert "does not compile" in broken("sm_80", "forward", LaunchConfig(48, 64, 32, 4, 2))
 
 
 def test_every_row_is_covered():
@@ -82,7 +84,7 @@ def test_every_row_is_covered():
             for dtype in gate.TYPES:
                 for r in gate.RANKS:
                     for N in gate.TOKENS:
-                        tiles = row(kernel, arch, N, r, dtype)
+                        tiles = launch_config(kernel, arch, N, r, dtype)
                         assert (arch, kernel, dtype, r, tiles) in covered
 
 
@@ -102,7 +104,7 @@ def test_the_command_dumps_and_reports(tmp_path, capsys):
 
 
 def test_the_command_fails_on_a_broken_rule(monkeypatch, capsys):
-    bad = config("sm_89", "forward", Row(128, 128, 64, 8, 4))
+    bad = config("sm_89", "forward", LaunchConfig(128, 128, 64, 8, 4))
     monkeypatch.setattr(gate, "configurations", lambda *_: [bad])
     assert gate.main(["--jobs", "1"]) == 1
     assert f"BROKEN {bad.name}: shared memory" in capsys.readouterr().out

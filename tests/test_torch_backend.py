@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hut_kernels import torch_backend
-from hut_kernels.definition import Needs
+from hut_kernels.layer import Needs
 
 from .references import (
     cancelling,
@@ -75,11 +75,9 @@ def test_no_temporary_is_larger_than_a_block(monkeypatch):
             sizes.extend(t.untyped_storage().nbytes() // t.element_size() for t in tensors)
             return out
 
-    needs = Needs(True, True, True)
     own = {case.weight.numel(), case.x.numel(), case.grad.numel()}
-    arguments = case.weight, case.hut_A, case.hut_B, case.gamma, case.spec
     with Sizes():
-        torch_backend.grad_factors(case.grad, case.x, *arguments, needs)
+        grad_factors(case, True, True, True)
     partials = 25 * case.hut_A.numel()  # one d hut_A for each block, then their sum
     assert max(size for size in sizes if size not in own) <= max(2 * 64, partials)
 
@@ -98,18 +96,15 @@ def test_the_residual_weight_is_made_in_the_increments_buffer(dtype, layout, mon
 
 
 def forward(case):
-    factors = case.weight, case.hut_A, case.hut_B
-    return torch_backend.forward(case.x, *factors, case.bias, case.gamma, case.beta, case.spec)
+    return torch_backend.linear_forward(case.x, case.layer)
 
 
 def grad_input(case):
-    factors = case.weight, case.hut_A, case.hut_B
-    return torch_backend.grad_input(case.grad, *factors, case.gamma, case.spec)
+    return torch_backend.grad_input(case.grad, case.layer)
 
 
 def grad_factors(case, *needs):
-    arguments = case.weight, case.hut_A, case.hut_B, case.gamma, case.spec
-    return torch_backend.grad_factors(case.grad, case.x, *arguments, Needs(*needs))
+    return torch_backend.grad_factors(case.grad, case.x, case.layer, Needs(*needs))
 
 
 # Number formats
@@ -162,7 +157,7 @@ def test_W_is_rounded_once(transform):
     case = make(1, 200, 150, 3, dtype=torch.bfloat16, transform=transform, offset=1.0)
     if transform == "low_rank":
         case = case.replace(offset=0.0)
-    W = torch_backend.weight(case.weight, case.hut_A, case.hut_B, None, case.spec, torch.bfloat16)
+    W = torch_backend.merged_weight(case.layer, torch.bfloat16)
     nearest = torch.from_numpy(case.merged_weight()).bfloat16()
     assert (W == nearest).double().mean() > 0.99
     T = torch.from_numpy(case.multiplier()).bfloat16()
@@ -215,8 +210,6 @@ def test_split_gives_the_update_at_its_own_precision():
     """The second matrix of split has the update's relative error, not that of W."""
     case = make_normal(1, 64, 48, 4, dtype=torch.bfloat16)
     case = case.replace(hut_B=case.hut_B * 1e-4)
-    update = torch_backend._update(
-        case.weight, case.hut_A, case.hut_B, None, case.spec, torch.bfloat16
-    )
+    update = torch_backend._update(case.layer, torch.bfloat16)
     exact = case.weight.double().numpy() * (case.multiplier() - 1.0)
     assert error(update, exact) < update_limit(torch.bfloat16, "low_rank", "split")

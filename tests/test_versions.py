@@ -143,9 +143,9 @@ def test_a_denied_kernel_can_be_forced_to_see_whether_it_is_still_wrong():
 
 def test_the_extension_takes_over_what_triton_would_stage():
     device = dataclasses.replace(A100, miscompiles=(planted("forward"),))
-    large = dataclasses.replace(problem(), K=1 << 12, O=1 << 12)  # not bound by launching
-    assert planner.plan(large, A100, "planned").compiled == ()
-    assert planner.plan(large, device, "planned").compiled == ("forward",)
+    large = problem()._replace(K=1 << 12, O=1 << 12)  # not bound by launching
+    assert planner.plan(large, A100, "auto").compiled == ()
+    assert planner.plan(large, device, "auto").compiled == ("forward",)
 
 
 def test_explain_tells_of_the_triton_that_is_installed(plant):

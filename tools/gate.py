@@ -30,11 +30,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from hut_kernels import planner
-from hut_kernels.definition import Needs, Spec
 from hut_kernels.dispatch import interpreting
+from hut_kernels.layer import Layer, Needs, Spec
 from hut_kernels.triton import forward, grad_factors, grad_input, grad_reduce, weight
-from hut_kernels.triton.launch import Row, padded_rank
-from hut_kernels.triton.tables import ARCHITECTURES, row
+from hut_kernels.triton.launch import LaunchConfig, padded_rank
+from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 
 KERNELS = {
     "forward": forward.hut_forward_kernel,
@@ -80,7 +80,7 @@ class Config:
     dtype: str
     r: int
     N: int
-    row: Row
+    row: LaunchConfig
     variant: str = "plain"
 
     @property
@@ -125,7 +125,7 @@ def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
             for N in tokens:
                 for variant in VARIANTS:
                     if _stands_for_others(variant, kernel, dtype, r, last=N == tokens[-1]):
-                        tiles = row(kernel, arch, N, r, dtype, variant in HEAVY)
+                        tiles = launch_config(kernel, arch, N, r, dtype, variant in HEAVY)
                         yield Config(arch, kernel, dtype, r, N, tiles, variant)
 
 
@@ -195,25 +195,25 @@ def _launch(config: Config) -> None:
     """Calls the launcher with tensors of one real layer's size and strides."""
     dtype, N, r, tiles = TYPES[config.dtype], config.N, config.r, config.row
     size = {"unaligned": 4099, "ragged": 768}.get(config.variant, 4096)
-    weight_ = torch.empty(size, size, dtype=torch.float32 if config.variant == "wide" else dtype)
+    W0 = torch.empty(size, size, dtype=torch.float32 if config.variant == "wide" else dtype)
     if config.variant == "transposed":
-        weight_ = weight_.t()
+        W0 = W0.t()
     vector = torch.empty(size) if config.variant == "vectors" else None
     hut_A, hut_B = torch.empty(r, size), torch.empty(size, r)
     x, grad = torch.empty(N, size, dtype=dtype), torch.empty(N, size, dtype=dtype)
     spec = Spec("two_sided" if config.variant in ("two_sided", "ragged") else "low_rank")
     needs = Needs(True, True, vector is not None)
-    layer = weight_, hut_A, hut_B
+    layer = Layer(W0, hut_A, hut_B, vector, vector, vector, spec)
     if config.kernel == "forward":
-        forward.forward(x, *layer, vector, vector, vector, spec, tiles)
+        forward.launch_forward(x, layer, tiles)
     elif config.kernel == "grad_input":
-        grad_input.grad_input(grad, *layer, vector, spec, tiles)
+        grad_input.launch_grad_input(grad, layer, tiles)
     elif config.kernel == "grad_factors":
-        grad_factors.grad_factors(grad, x, *layer, vector, spec, needs, tiles, (8, 8))
+        grad_factors.launch_grad_factors(grad, x, layer, needs, tiles, (8, 8))
     elif config.kernel == "grad_reduce":
-        grad_reduce.grad_reduce(grad[:1], x[:1], *layer, vector, spec, needs, tiles, size, (8, 8))
+        grad_reduce.launch_grad_reduce(grad[:1], x[:1], layer, needs, tiles, (8, 8), size)
     else:
-        weight.weight(*layer, vector, spec, dtype, tiles)
+        weight.launch_weight(layer, dtype, tiles)
 
 
 class _StandIn:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hut_kernels import hut_linear, ops, planner
-from hut_kernels.definition import Spec
+from hut_kernels.layer import Layer as Operands
+from hut_kernels.layer import Spec
 from tests.gpu.cases import FUSED, PARTS, STAGED, Case, rows_of
 from tests.gpu.lists import candidate
 
@@ -156,11 +157,12 @@ def calls_of(
 
 def _staged_weight(t: Tensors, layer: Layer) -> Tensor:
     """W as the staged products take it: one launch of the weight kernel."""
+    from hut_kernels import auto
     from hut_kernels.triton import backend
 
-    spec = Spec(*FORMS[layer.transform])
-    plan = backend.plan_of(t.x, t.x, t.weight, t.hut_A, t.hut_B, spec)
-    return backend._stage(plan, t.weight, t.hut_A, t.hut_B, None, spec, t.weight.dtype)
+    operands = Operands(t.weight, t.hut_A, t.hut_B, spec=Spec(*FORMS[layer.transform]))
+    plan = auto.plan_call("triton", operands, t.x)
+    return backend.stage(plan, operands, t.weight.dtype)
 
 
 def force_of(part: str, strategy: str) -> dict[str, str]:
@@ -348,7 +350,7 @@ def _switches(row: Any, kernel: str) -> Iterator[dict[str, Any]]:
         if one.name == "W_FIRST" and kernel != "forward":
             continue
         if isinstance(value, bool):
-            if value or one.name != "settle":
+            if value or one.name != "wgmma_async":
                 yield {one.name: not value}
         elif one.name == "maxnreg":
             if value is not None:
@@ -371,7 +373,7 @@ def current_row(bench: Bench, layer: Layer, kernel: str, N: int) -> Any:
     from hut_kernels.triton import launch, tables
 
     kind = launch.kind(getattr(torch, layer.dtype))
-    return tables.row(kernel, bench.limits.arch, N, layer.r, kind)
+    return tables.launch_config(kernel, bench.limits.arch, N, layer.r, kind)
 
 
 def tile_cases(bench: Bench, layer: Layer, tokens: dict[str, tuple[int, ...]]) -> list[Case]:

@@ -1,7 +1,7 @@
 """Fused forward: `y = gamma * (x W^T + bias) + beta` with W made tile by tile, never stored.
 
 Where few tokens leave most of the device idle, several programs share K: each writes a float32
-partial of its tile, and `split.add_parts` adds them in order, so that two runs agree to the bit.
+partial of its tile, and `split_k` adds them in order, so that two runs agree to the bit.
 """
 
 import torch
@@ -9,24 +9,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition import Spec
+from ..layer import Layer
 from .launch import (
-    Row,
+    LaunchConfig,
     cdiv,
     descriptors,
+    layer_strides,
     multiplier_options,
     on_device,
     optional,
     product_precision,
 )
-from .split import add_parts
+from .split_k import add_partial_sums
 from .tiles import (
     factor_tile,
+    keep_wgmma_async,
     load_tile,
     modulate,
     ordered_tile,
     scale_shift,
-    settle,
     two_sided_tile,
 )
 
@@ -45,7 +46,7 @@ def hut_forward_kernel(
     K,
     O,
     r,
-    splits,
+    num_splits,
     stride_xn,
     stride_xk,
     stride_wo,
@@ -66,19 +67,19 @@ def hut_forward_kernel(
     FACTOR: tl.constexpr,
     THIN: tl.constexpr,
     PRECISION: tl.constexpr,
-    SETTLE: tl.constexpr,
+    WGMMA_ASYNC: tl.constexpr,
     TMA: tl.constexpr,
     W_FIRST: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of y; with IS_SPLIT its sum over a part of K, to p_y [splits, N, O]."""
-    pid = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
+    """One tile of y; with SPLIT_K its sum over a part of K, to p_y [num_splits, N, O]."""
+    pid = tl.program_id(0) // num_splits
+    split_k = tl.program_id(0) % num_splits
     pid_n, pid_o = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(O, BO), GROUP)
     o_n = pid_n * BN + tl.arange(0, BN)
     o_o = pid_o * BO + tl.arange(0, BO)
@@ -90,8 +91,8 @@ def hut_forward_kernel(
         )  # [BO, BR]
 
     acc = tl.zeros((BO, BN) if W_FIRST else (BN, BO), tl.float32)
-    part = tl.cdiv(tl.cdiv(K, BK), splits) * BK
-    for k in range(split * part, min(K, (split + 1) * part), BK):
+    part = tl.cdiv(tl.cdiv(K, BK), num_splits) * BK
+    for k in range(split_k * part, min(K, (split_k + 1) * part), BK):
         b_w = load_tile(p_w, pid_o * BO, k, O, K, stride_wo, stride_wk, BO, BK, TMA)  # [BO, BK]
         b_x = load_tile(p_x, pid_n * BN, k, N, K, stride_xn, stride_xk, BN, BK, TMA)  # [BN, BK]
         if TWO_SIDED:
@@ -107,67 +108,57 @@ def hut_forward_kernel(
             acc = tl.dot(b_W, tl.trans(b_x), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(b_x, tl.trans(b_W), acc, input_precision=PRECISION)
-        acc = settle(acc, SETTLE)
+        acc = keep_wgmma_async(acc, WGMMA_ASYNC)
 
     if W_FIRST:
         acc = tl.trans(acc)
-    if not IS_SPLIT:
+    if not SPLIT_K:
         acc = scale_shift(acc, p_bias, p_gamma, p_beta, o_o, m_o, HAS_BIAS, HAS_GAMMA, HAS_BETA)
-    o_y = (split.to(tl.int64) * N + o_n)[:, None] * O + o_o[None, :]
+    o_y = (split_k.to(tl.int64) * N + o_n)[:, None] * O + o_o[None, :]
     tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=m_n[:, None] & m_o[None, :])
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    spec: Spec,
-    row: Row,
-    split: int = 1,
-) -> Tensor:
-    """`[N, O]` from x `[N, K]`, any strides, with `split` programs over K for each tile."""
-    (N, K), O = x.shape, len(weight)
+def launch_forward(x: Tensor, layer: Layer, config: LaunchConfig, num_splits: int = 1) -> Tensor:
+    """`[N, O]` from x `[N, K]`, any strides, with `num_splits` programs over K for each tile."""
+    (N, K), O = x.shape, layer.sizes[0]
     y = torch.empty((N, O), dtype=x.dtype, device=x.device)
-    out = y if split == 1 else torch.empty((split, N, O), dtype=torch.float32, device=x.device)
-    tma, (p_x, p_w) = descriptors(row, (x, [row.BN, row.BK]), (weight, [row.BO, row.BK]))
+    partials = (num_splits, N, O)
+    out = y if num_splits == 1 else torch.empty(partials, dtype=torch.float32, device=x.device)
+    tma, (p_x, p_w) = descriptors(
+        config, (x, [config.BN, config.BK]), (layer.weight, [config.BO, config.BK])
+    )
     with on_device(x):
-        hut_forward_kernel[(cdiv(N, row.BN) * cdiv(O, row.BO) * split,)](
+        hut_forward_kernel[(cdiv(N, config.BN) * cdiv(O, config.BO) * num_splits,)](
             p_x,
             p_w,
-            hut_A,
-            hut_B,
-            optional(bias, x),
-            optional(gamma, x),
-            optional(beta, x),
+            layer.hut_A,
+            layer.hut_B,
+            optional(layer.bias, x),
+            optional(layer.gamma, x),
+            optional(layer.beta, x),
             out,
             N,
             K,
             O,
-            len(hut_A),
-            split,
+            layer.sizes[2],
+            num_splits,
             *x.stride(),
-            *weight.stride(),
-            *hut_A.stride(),
-            *hut_B.stride(),
-            spec.constant,
-            spec.scaling,
-            HAS_BIAS=bias is not None,
-            HAS_GAMMA=gamma is not None,
-            HAS_BETA=beta is not None,
+            *layer_strides(layer),
+            layer.spec.constant,
+            layer.spec.scaling,
+            HAS_BIAS=layer.bias is not None,
+            HAS_GAMMA=layer.gamma is not None,
+            HAS_BETA=layer.beta is not None,
             PRECISION=product_precision(x.dtype),
-            SETTLE=row.settle,
+            WGMMA_ASYNC=config.wgmma_async,
             TMA=tma,
-            W_FIRST=row.W_FIRST,
-            IS_SPLIT=split > 1,
-            BN=row.BN,
-            GROUP=row.GROUP,
-            **multiplier_options(weight, hut_A, spec, x.dtype, row, residual=True),
-            **row.meta(),
+            W_FIRST=config.W_FIRST,
+            SPLIT_K=num_splits > 1,
+            BN=config.BN,
+            GROUP=config.GROUP,
+            **multiplier_options(layer, x.dtype, config, residual=True),
+            **config.meta(),
         )
-        if split > 1:
-            add_parts(out, y, bias, gamma, beta)
+        if num_splits > 1:
+            add_partial_sums(out, y, layer.bias, layer.gamma, layer.beta)
     return y

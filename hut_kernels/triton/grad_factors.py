@@ -4,19 +4,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition import FactorGrads, Needs, Spec
+from ..layer import FactorGrads, Layer, Needs
 from .launch import (
     REDUCTION_RANK,
-    Row,
+    LaunchConfig,
     cdiv,
     descriptors,
+    layer_strides,
     on_device,
     optional,
     product_precision,
     transform_options,
 )
-from .partials import Partials
-from .tiles import load_tile, reduce_tile, settle
+from .partial_sums import PartialSums
+from .tiles import keep_wgmma_async, load_tile, reduce_tile
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def hut_grad_factors_kernel(
     stride_br,
     tiles_o,
     tiles_k,
-    spans_k,
+    k_splits,
     NEED_Q: tl.constexpr,
     NEED_P: tl.constexpr,
     NEED_SUMS: tl.constexpr,
@@ -56,24 +57,24 @@ def hut_grad_factors_kernel(
     UNIFORM_Q: tl.constexpr,
     PRECISION: tl.constexpr,
     THIN: tl.constexpr,
-    SETTLE: tl.constexpr,
+    WGMMA_ASYNC: tl.constexpr,
     TMA: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """A program owns a span of tiles_o x tiles_k tiles and adds them up in a fixed order."""
-    span_o = tl.program_id(0) // spans_k
-    span_k = tl.program_id(0) % spans_k
-    p_Q += span_o.to(tl.int64) * r * K
-    p_P += span_k.to(tl.int64) * O * r
-    p_sums += span_k.to(tl.int64) * O
+    """A program owns a split of tiles_o x tiles_k tiles and adds them up in a fixed order."""
+    o_split = tl.program_id(0) // k_splits
+    k_split = tl.program_id(0) % k_splits
+    p_Q += o_split.to(tl.int64) * r * K
+    p_P += k_split.to(tl.int64) * O * r
+    p_sums += k_split.to(tl.int64) * O
     for tile in range(0, tiles_o * tiles_k):
         tile_o = tile // tiles_k
         tile_k = tile % tiles_k
-        first_o = (span_o * tiles_o + tile_o) * BO
-        first_k = (span_k * tiles_k + tile_k) * BK
+        first_o = (o_split * tiles_o + tile_o) * BO
+        first_k = (k_split * tiles_k + tile_k) * BK
         o_o = first_o + tl.arange(0, BO)
         o_k = first_k + tl.arange(0, BK)
         acc = tl.zeros((BO, BK), tl.float32)
@@ -85,7 +86,7 @@ def hut_grad_factors_kernel(
                 b_g = load_tile(p_g, first_o, n, O, N, stride_go, stride_gn, BO, BN, False)
             b_x = load_tile(p_x, n, first_k, N, K, stride_xn, stride_xk, BN, BK, TMA)  # [BN, BK]
             acc = tl.dot(b_g, b_x, acc, input_precision=PRECISION)
-            acc = settle(acc, SETTLE)
+            acc = keep_wgmma_async(acc, WGMMA_ASYNC)
         b_w = load_tile(p_w, first_o, first_k, O, K, stride_wo, stride_wk, BO, BK, TMA)  # [BO, BK]
         reduce_tile(
             acc * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k,
@@ -94,62 +95,58 @@ def hut_grad_factors_kernel(
         )  # fmt: skip
 
 
-def grad_factors(
+def launch_grad_factors(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
+    layer: Layer,
     needs: Needs,
-    row: Row,
-    spans: tuple[int, int],
+    config: LaunchConfig,
+    splits: tuple[int, int],
 ) -> FactorGrads:
     """`d hut_A`, `d hut_B`, `sum_i W G` from grad `[N, O]` and x `[N, K]`, where needed.
 
-    `spans` is how many programs share O and K; each writes its own partial sums, and the partials
+    A program takes one of the `splits` of O and of K. Each writes its own partial sums, and these
     are added in order, so that two runs agree to the bit.
     """
-    (N, K), (O, r) = x.shape, hut_B.shape
-    spans_o, spans_k = spans
-    partials = Partials(weight, hut_B, spans, spec, needs)
+    (O, K, r), (o_splits, k_splits) = layer.sizes, splits
+    partials = PartialSums(x, layer, splits, needs)
     tma, (p_g, p_x, p_w) = descriptors(
-        row, (grad, [row.BN, row.BO]), (x, [row.BN, row.BK]), (weight, [row.BO, row.BK])
+        config,
+        (grad, [config.BN, config.BO]),
+        (x, [config.BN, config.BK]),
+        (layer.weight, [config.BO, config.BK]),
     )
     with on_device(x):
-        hut_grad_factors_kernel[(spans_o * spans_k,)](
+        hut_grad_factors_kernel[(o_splits * k_splits,)](
             p_g,
             p_x,
             p_w,
-            hut_A,
-            hut_B,
-            optional(gamma, x),
+            layer.hut_A,
+            layer.hut_B,
+            optional(layer.gamma, x),
             partials.Q,
             partials.P,
             partials.sums,
-            N,
+            len(x),
             K,
             O,
             r,
             *grad.stride(),
             *x.stride(),
-            *weight.stride(),
-            *hut_A.stride(),
-            *hut_B.stride(),
-            cdiv(cdiv(O, row.BO), spans_o),
-            cdiv(cdiv(K, row.BK), spans_k),
-            spans_k,
+            *layer_strides(layer),
+            cdiv(cdiv(O, config.BO), o_splits),
+            cdiv(cdiv(K, config.BK), k_splits),
+            k_splits,
             NEED_Q=partials.NEED_Q,
             NEED_P=partials.NEED_P,
             NEED_SUMS=partials.NEED_SUMS,
-            HAS_GAMMA=gamma is not None,
+            HAS_GAMMA=layer.gamma is not None,
             PRECISION=product_precision(x.dtype),
-            SETTLE=row.settle,
+            WGMMA_ASYNC=config.wgmma_async,
             TMA=tma,
-            BN=row.BN,
+            BN=config.BN,
             BR=REDUCTION_RANK,
-            **transform_options(weight, hut_A, spec, x.dtype, row),
-            **row.meta(),
+            **transform_options(layer, x.dtype, config),
+            **config.meta(),
         )
-    return partials.finish(hut_A, hut_B, gamma, spec)
+    return partials.finish()

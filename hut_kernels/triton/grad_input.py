@@ -5,17 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition import Spec
+from ..layer import Layer
 from .launch import (
-    Row,
+    LaunchConfig,
     cdiv,
     descriptors,
+    layer_strides,
     multiplier_options,
     on_device,
     product_precision,
 )
-from .split import add_parts
-from .tiles import factor_tile, load_tile, modulate, ordered_tile, settle, two_sided_tile
+from .split_k import add_partial_sums
+from .tiles import factor_tile, keep_wgmma_async, load_tile, modulate, ordered_tile, two_sided_tile
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def hut_grad_input_kernel(
     K,
     O,
     r,
-    splits,
+    num_splits,
     stride_gn,
     stride_go,
     stride_wo,
@@ -47,18 +48,18 @@ def hut_grad_input_kernel(
     FACTOR: tl.constexpr,
     THIN: tl.constexpr,
     PRECISION: tl.constexpr,
-    SETTLE: tl.constexpr,
+    WGMMA_ASYNC: tl.constexpr,
     TMA: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of dx; with IS_SPLIT its sum over a part of O, to p_dx [splits, N, K]."""
-    pid = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
+    """One tile of dx; with SPLIT_K its sum over a part of O, to p_dx [num_splits, N, K]."""
+    pid = tl.program_id(0) // num_splits
+    split_k = tl.program_id(0) % num_splits
     pid_n, pid_k = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(K, BK), GROUP)
     o_n = pid_n * BN + tl.arange(0, BN)
     o_k = pid_k * BK + tl.arange(0, BK)
@@ -68,8 +69,8 @@ def hut_grad_input_kernel(
         )  # [BR, BK]
 
     acc = tl.zeros((BN, BK), tl.float32)
-    part = tl.cdiv(tl.cdiv(O, BO), splits) * BO
-    for o in range(split * part, min(O, (split + 1) * part), BO):
+    part = tl.cdiv(tl.cdiv(O, BO), num_splits) * BO
+    for o in range(split_k * part, min(O, (split_k + 1) * part), BO):
         o_o = o + tl.arange(0, BO)
         b_g = load_tile(p_g, pid_n * BN, o, N, O, stride_gn, stride_go, BN, BO, TMA)  # [BN, BO]
         b_w = load_tile(p_w, o, pid_k * BK, O, K, stride_wo, stride_wk, BO, BK, TMA)  # [BO, BK]
@@ -83,62 +84,55 @@ def hut_grad_input_kernel(
             b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
         b_W = modulate(b_w, b_t, constant, RESIDUAL, b_g.dtype)
         acc = tl.dot(b_g, b_W, acc, input_precision=PRECISION)
-        acc = settle(acc, SETTLE)
+        acc = keep_wgmma_async(acc, WGMMA_ASYNC)
 
-    o_dx = (split.to(tl.int64) * N + o_n)[:, None] * K + o_k[None, :]
+    o_dx = (split_k.to(tl.int64) * N + o_n)[:, None] * K + o_k[None, :]
     mask = (o_n < N)[:, None] & (o_k < K)[None, :]
     tl.store(p_dx + o_dx, acc.to(p_dx.dtype.element_ty), mask=mask)
 
 
-def grad_input(
-    grad: Tensor,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
-    row: Row,
-    split: int = 1,
+def launch_grad_input(
+    grad: Tensor, layer: Layer, config: LaunchConfig, num_splits: int = 1
 ) -> Tensor:
-    """`[N, K]` from grad `[N, O]`, any strides, with `split` programs over O for each tile.
+    """`[N, K]` from grad `[N, O]`, any strides, with `num_splits` programs over O for each tile.
 
     gamma joins grad before, in one pass over few tokens: a load of it in the main loop would keep
     the tensor cores of sm_90 waiting (ptxas C7519).
     """
-    (N, O), K = grad.shape, weight.shape[1]
-    if gamma is not None:
-        grad = torch.mul(grad, gamma, out=torch.empty_like(grad))  # multiplied in float32
+    (N, O), K = grad.shape, layer.sizes[1]
+    if layer.gamma is not None:
+        grad = torch.mul(grad, layer.gamma, out=torch.empty_like(grad))  # multiplied in float32
     dx = torch.empty((N, K), dtype=grad.dtype, device=grad.device)
-    out = dx if split == 1 else torch.empty((split, N, K), dtype=torch.float32, device=dx.device)
-    tma, (p_g, p_w) = descriptors(row, (grad, [row.BN, row.BO]), (weight, [row.BO, row.BK]))
-    grid = (cdiv(N, row.BN) * cdiv(K, row.BK) * split,)
+    partials = (num_splits, N, K)
+    out = dx if num_splits == 1 else torch.empty(partials, dtype=torch.float32, device=dx.device)
+    tma, (p_g, p_w) = descriptors(
+        config, (grad, [config.BN, config.BO]), (layer.weight, [config.BO, config.BK])
+    )
     with on_device(grad):
-        hut_grad_input_kernel[grid](
+        hut_grad_input_kernel[(cdiv(N, config.BN) * cdiv(K, config.BK) * num_splits,)](
             p_g,
             p_w,
-            hut_A,
-            hut_B,
+            layer.hut_A,
+            layer.hut_B,
             out,
             N,
             K,
             O,
-            len(hut_A),
-            split,
+            layer.sizes[2],
+            num_splits,
             *grad.stride(),
-            *weight.stride(),
-            *hut_A.stride(),
-            *hut_B.stride(),
-            spec.constant,
-            spec.scaling,
+            *layer_strides(layer),
+            layer.spec.constant,
+            layer.spec.scaling,
             PRECISION=product_precision(grad.dtype),
-            SETTLE=row.settle,
+            WGMMA_ASYNC=config.wgmma_async,
             TMA=tma,
-            IS_SPLIT=split > 1,
-            BN=row.BN,
-            GROUP=row.GROUP,
-            **multiplier_options(weight, hut_A, spec, grad.dtype, row, residual=True),
-            **row.meta(),
+            SPLIT_K=num_splits > 1,
+            BN=config.BN,
+            GROUP=config.GROUP,
+            **multiplier_options(layer, grad.dtype, config, residual=True),
+            **config.meta(),
         )
-        if split > 1:
-            add_parts(out, dx)
+        if num_splits > 1:
+            add_partial_sums(out, dx)
     return dx

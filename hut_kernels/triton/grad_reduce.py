@@ -1,13 +1,21 @@
-"""Chunked factor gradients: G for a block of rows from the BLAS, reduced while it is in L2."""
+"""Chunked factor gradients: G for a block of rows from cuBLAS, reduced while it is in L2."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition import FactorGrads, Needs, Spec
-from .launch import REDUCTION_RANK, Row, cdiv, on_device, optional, transform_options
-from .partials import Partials
+from ..layer import FactorGrads, Layer, Needs
+from .launch import (
+    REDUCTION_RANK,
+    LaunchConfig,
+    cdiv,
+    layer_strides,
+    on_device,
+    optional,
+    transform_options,
+)
+from .partial_sums import PartialSums
 from .tiles import load_2d, reduce_tile
 
 
@@ -34,7 +42,7 @@ def hut_grad_reduce_kernel(
     stride_br,
     tiles_o,
     tiles_k,
-    spans_k,
+    k_splits,
     NEED_Q: tl.constexpr,
     NEED_P: tl.constexpr,
     NEED_SUMS: tl.constexpr,
@@ -48,16 +56,16 @@ def hut_grad_reduce_kernel(
     BR: tl.constexpr,
 ):
     """Rows `start ... start + rows` of G; d hut_A's partials go on from one block to the next."""
-    span_o = tl.program_id(0) // spans_k
-    span_k = tl.program_id(0) % spans_k
-    p_Q += span_o.to(tl.int64) * r * K
-    p_P += span_k.to(tl.int64) * O * r
-    p_sums += span_k.to(tl.int64) * O
+    o_split = tl.program_id(0) // k_splits
+    k_split = tl.program_id(0) % k_splits
+    p_Q += o_split.to(tl.int64) * r * K
+    p_P += k_split.to(tl.int64) * O * r
+    p_sums += k_split.to(tl.int64) * O
     for tile in range(0, tiles_o * tiles_k):
         tile_o = tile // tiles_k
         tile_k = tile % tiles_k
-        o_row = (span_o * tiles_o + tile_o) * BO + tl.arange(0, BO)
-        o_k = (span_k * tiles_k + tile_k) * BK + tl.arange(0, BK)
+        o_row = (o_split * tiles_o + tile_o) * BO + tl.arange(0, BO)
+        o_k = (k_split * tiles_k + tile_k) * BK + tl.arange(0, BK)
         o_o = start + o_row
         m_o = o_row < rows
         m_k = o_k < K
@@ -71,37 +79,32 @@ def hut_grad_reduce_kernel(
         )  # fmt: skip
 
 
-def grad_reduce(
+def launch_grad_reduce(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
+    layer: Layer,
     needs: Needs,
-    row: Row,
+    config: LaunchConfig,
+    splits: tuple[int, int],
     chunk: int,
-    spans: tuple[int, int],
 ) -> FactorGrads:
     """`d hut_A`, `d hut_B`, `sum_i W G` from grad `[N, O]` and x `[N, K]`, where needed.
 
-    `chunk` is the rows of G made at a time (float32), `spans` how many programs share a chunk's
-    rows and K.
+    `chunk` is the rows of G made at a time (float32); a program takes one of the `splits` of a
+    chunk's rows and of K.
     """
-    (O, r), K = hut_B.shape, x.shape[1]
-    spans_o, spans_k = spans
-    partials = Partials(weight, hut_B, spans, spec, needs)
+    (O, K, r), (o_splits, k_splits) = layer.sizes, splits
+    partials = PartialSums(x, layer, splits, needs)
     for start in range(0, O, chunk):
         rows = min(chunk, O - start)
-        G = _product(grad[:, start : start + rows].t(), x)  # [rows, K]
+        G = _gram(grad[:, start : start + rows], x)  # [rows, K]
         with on_device(x):
-            hut_grad_reduce_kernel[(spans_o * spans_k,)](
+            hut_grad_reduce_kernel[(o_splits * k_splits,)](
                 G,
-                weight,
-                hut_A,
-                hut_B,
-                optional(gamma, x),
+                layer.weight,
+                layer.hut_A,
+                layer.hut_B,
+                optional(layer.gamma, x),
                 partials.Q,
                 partials.P,
                 partials.sums,
@@ -110,25 +113,23 @@ def grad_reduce(
                 K,
                 O,
                 r,
-                *weight.stride(),
-                *hut_A.stride(),
-                *hut_B.stride(),
-                cdiv(cdiv(chunk, row.BO), spans_o),
-                cdiv(cdiv(K, row.BK), spans_k),
-                spans_k,
+                *layer_strides(layer),
+                cdiv(cdiv(chunk, config.BO), o_splits),
+                cdiv(cdiv(K, config.BK), k_splits),
+                k_splits,
                 NEED_Q=partials.NEED_Q,
                 NEED_P=partials.NEED_P,
                 NEED_SUMS=partials.NEED_SUMS,
-                HAS_GAMMA=gamma is not None,
+                HAS_GAMMA=layer.gamma is not None,
                 BR=REDUCTION_RANK,
-                **transform_options(weight, hut_A, spec, x.dtype, row),
-                **row.meta(),
+                **transform_options(layer, x.dtype, config),
+                **config.meta(),
             )
-    return partials.finish(hut_A, hut_B, gamma, spec)
+    return partials.finish()
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in float32; on CUDA the 16-bit operands stay as they are."""
+def _gram(left: Tensor, right: Tensor) -> Tensor:
+    """`left^T right` in float32; on CUDA the 16-bit operands stay as they are."""
     if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left.float(), right.float())
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return torch.mm(left.float().t(), right.float())

@@ -1,4 +1,4 @@
-"""What the launchers share on the host: a table row, and constexprs that follow from arguments."""
+"""The launchers' host side: launch configs, split-K, constexprs that follow from arguments."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..definition import Spec
+from ..layer import Layer
 
 
 @dataclass(frozen=True)
-class Row:
+class LaunchConfig:
     """One launch configuration: tile sizes, warps, pipeline stages, operand order.
 
     Attributes:
@@ -25,7 +25,7 @@ class Row:
         stages: Depth of the software pipeline.
         W_FIRST: The modulated weight tile is the left operand of the product.
         TMA: Load activations and weight through tensor descriptors where their strides allow it.
-        settle: Keep wgmma's from being serialised (`tiles.settle`); sm_90 alone.
+        wgmma_async: Keep wgmma's from being serialized (`tiles.keep_wgmma_async`); only on sm_90.
         GROUP: Tile rows that share a sweep over the columns (L2 reuse).
         maxnreg: Register limit a thread, or None.
     """
@@ -37,7 +37,7 @@ class Row:
     stages: int
     W_FIRST: bool = False
     TMA: bool = False
-    settle: bool = False
+    wgmma_async: bool = False
     GROUP: int = 8
     maxnreg: int | None = None
 
@@ -61,61 +61,108 @@ def padded_rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
+def choose_num_splits(tiles: int, steps: int, sms: int) -> int:
+    """The splits of K for each tile of a fused forward (split-K).
+
+    As many programs as fill the device where the tiles alone do not, but each with 4 of the `steps`
+    over K at least, or its pipeline never runs full.
+    """
+    wanted = -(-sms // max(1, tiles)) if 2 * tiles <= sms else 1
+    return max(1, min(wanted, steps // 4, 16))
+
+
+def choose_reduction_splits(
+    tiles_o: int, tiles_k: int, O: int, K: int, r: int, weight_bytes: int, sms: int
+) -> tuple[int, int]:
+    """The splits of O and of K in a factor-gradient kernel: one program for each pair of them.
+
+    Each split of O costs a partial of d hut_A, each split of K one of d hut_B. The partials
+    together stay within W0's bytes, which is what a staged W takes (one split each is no partial at
+    all but the result), and no more programs run than keep the device busy. A closer bound would
+    leave most of the device idle: within a quarter of W0's bytes there are 16 programs for
+    1024 x 1024 and r 16, and 4 for r 64.
+
+    Returns:
+        `(o_splits, k_splits)`, none of them empty.
+    """
+    o_splits, k_splits = max(1, tiles_o), max(1, tiles_k)
+
+    def partial_bytes() -> int:
+        return 4 * r * ((o_splits - 1) * K + (k_splits - 1) * O)
+
+    while partial_bytes() > weight_bytes or o_splits * k_splits > 2 * sms:
+        if o_splits == k_splits == 1:
+            break
+        if k_splits == 1 or (o_splits > 1 and o_splits * K >= k_splits * O):
+            o_splits = _fewer(tiles_o, o_splits)
+        else:
+            k_splits = _fewer(tiles_k, k_splits)
+    return o_splits, k_splits
+
+
+def _fewer(tiles: int, splits: int) -> int:
+    """The next smaller number of equal splits of `tiles` that leaves none empty."""
+    length = -(-tiles // (splits - 1))
+    return -(-tiles // length)
+
+
+def layer_strides(layer: Layer) -> tuple[int, ...]:
+    """The strides of weight, hut_A and hut_B, two each, in the kernels' order."""
+    return *layer.weight.stride(), *layer.hut_A.stride(), *layer.hut_B.stride()
+
+
 def multiplier_options(
-    weight: Tensor, hut_A: Tensor, spec: Spec, dtype: torch.dtype, row: Row, residual: bool
+    layer: Layer, dtype: torch.dtype, config: LaunchConfig, residual: bool
 ) -> dict[str, Any]:
     """The constexprs that say how a tile of W is made.
 
     Args:
-        weight: W0, `[O, K]`.
-        hut_A: `[r, K]`.
-        spec: The layer's options.
+        layer: The layer.
         dtype: The compute type.
-        row: The launch row.
+        config: The launch config.
         residual: Whether T is `1 + increment` with nothing else in it.
     """
+    spec = layer.spec
     residual = residual and spec.transform == "low_rank" and spec.offset == 1.0
     # Only an increment may be rounded to 16 bits, and only bf16 has the factors' range.
     small = residual and dtype == torch.bfloat16
     return {
-        **transform_options(weight, hut_A, spec, dtype, row),
+        **transform_options(layer, dtype, config),
         "RESIDUAL": residual,
         "FACTOR": tl.bfloat16 if small else tl.float32,
-        "BR": padded_rank(len(hut_A)),
+        "BR": padded_rank(layer.sizes[2]),
     }
 
 
-def transform_options(
-    weight: Tensor, hut_A: Tensor, spec: Spec, dtype: torch.dtype, row: Row
-) -> dict[str, Any]:
+def transform_options(layer: Layer, dtype: torch.dtype, config: LaunchConfig) -> dict[str, Any]:
     """The constexprs of the transform: which it is, on what tiles, at what precision."""
-    (O, K), r = weight.shape, len(hut_A)
-    two_sided = spec.transform == "two_sided"
+    O, K, r = layer.sizes
+    two_sided = layer.spec.transform == "two_sided"
     return {
         "TWO_SIDED": two_sided,
-        "UNIFORM_P": two_sided and _uniform(O, r, row.BO),
-        "UNIFORM_Q": two_sided and _uniform(K, r, row.BK),
+        "UNIFORM_P": two_sided and _is_uniform(O, r, config.BO),
+        "UNIFORM_Q": two_sided and _is_uniform(K, r, config.BK),
         "THIN": thin_precision(dtype),
-        "BO": row.BO,
-        "BK": row.BK,
+        "BO": config.BO,
+        "BK": config.BK,
     }
 
 
-def _uniform(size: int, r: int, block: int) -> bool:
-    """Whether every tile of `block` indices lies within one of the r groups."""
+def _is_uniform(size: int, r: int, block: int) -> bool:
+    """True where every tile of `block` indices lies within one of the r groups."""
     return r == 1 or size % (r * block) == 0
 
 
-def is_heavy(weight: Tensor, r: int, spec: Spec, dtype: torch.dtype, row: Row) -> bool:
-    """Whether a call's tiles need more memory than a plain one's, for which the tables were made.
+def is_heavy(layer: Layer, dtype: torch.dtype, config: LaunchConfig) -> bool:
+    """True where a call's tiles need more memory than a plain one's, for which the tables are made.
 
     So it is with a weight wider than the compute type or stored transposed, and with `two_sided`
     where a tile holds pieces of several groups: its factors are gathered, `[BO, BK]` each.
     """
-    O, K = weight.shape
-    ragged = not (_uniform(O, r, row.BO) and _uniform(K, r, row.BK))
+    (O, K, r), weight = layer.sizes, layer.weight
+    ragged = not (_is_uniform(O, r, config.BO) and _is_uniform(K, r, config.BK))
     wide = weight.dtype.itemsize > dtype.itemsize
-    return wide or weight.stride(1) != 1 or (spec.transform == "two_sided" and ragged)
+    return wide or weight.stride(1) != 1 or (layer.spec.transform == "two_sided" and ragged)
 
 
 def kind(dtype: torch.dtype) -> str:
@@ -136,13 +183,15 @@ def thin_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 else product_precision(dtype)
 
 
-def descriptors(row: Row, *operands: tuple[Tensor, list[int]]) -> tuple[bool, list[Any]]:
+def descriptors(
+    config: LaunchConfig, *operands: tuple[Tensor, list[int]]
+) -> tuple[bool, list[Any]]:
     """The operands, each given with its block shape, as TMA descriptors if all of them can be.
 
     Returns:
         Whether they are descriptors, and they or the tensors themselves.
     """
-    if row.TMA and all(_describable(tensor) for tensor, _ in operands):
+    if config.TMA and all(_describable(tensor) for tensor, _ in operands):
         return True, [TensorDescriptor.from_tensor(tensor, block) for tensor, block in operands]
     return False, [tensor for tensor, _ in operands]
 

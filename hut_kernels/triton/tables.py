@@ -16,7 +16,7 @@ core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What sur
 - fp16 decides many cells of its line: its factors stay float32, twice the memory of bf16's.
 - Past r = 64 the tiles shrink because A's, `[r, BK]` in float32, takes most of the shared memory.
 - A float32 or transposed W0, and the ragged groups of `two_sided`, whose factors are gathered for
-  each weight, need more than the plain case: such a call takes its row lightened.
+  each weight, need more than the plain case: such a call takes its `low_smem` config.
 - The gradients' reduction takes r in pieces (`launch.REDUCTION_RANK`): its tiles do not shrink.
 """
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from .launch import Row
+from .launch import LaunchConfig
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 RANKS = (16, 32, 64, 128)
@@ -115,8 +115,10 @@ weight        any   fp32    16x32x32/8/1     16x32x32/8/1     16x32x32/8/1     1
 """
 
 
-def row(kernel: str, arch: str, N: int, r: int, dtype: str, light: bool = False) -> Row:
-    """The launch row of a call; there is one for every architecture.
+def launch_config(
+    kernel: str, arch: str, N: int, r: int, dtype: str, low_smem: bool = False
+) -> LaunchConfig:
+    """The launch config of a call; there is one for every architecture.
 
     Args:
         kernel: `"forward"`, `"grad_input"`, `"grad_factors"`, `"grad_reduce"` or `"weight"`.
@@ -124,37 +126,37 @@ def row(kernel: str, arch: str, N: int, r: int, dtype: str, light: bool = False)
         N: Tokens.
         r: The rank, 1 to 128.
         dtype: `"bf16"`, `"fp16"`, `"tf32"` or `"fp32"`.
-        light: For a call whose tiles need more than those that the table was made for
+        low_smem: For a call whose tiles need more than those that the table was made for
             (`launch.is_heavy`).
     """
     tokens = "16" if N <= 16 else "64" if N <= 64 else "more"
     kind = "16-bit" if dtype in ("bf16", "fp16") else dtype
     column = next(i for i, most in enumerate(RANKS) if r <= most)
-    tiles = _rows()[family(arch), kernel, tokens, kind][column]
-    return _lightened(kernel, tiles) if light else tiles
+    config = _table()[family(arch), kernel, tokens, kind][column]
+    return _with_low_smem(kernel, config) if low_smem else config
 
 
-def _lightened(kernel: str, tiles: Row) -> Row:
-    """A row that leaves room in shared memory and registers."""
+def _with_low_smem(kernel: str, config: LaunchConfig) -> LaunchConfig:
+    """A config that leaves room in shared memory and registers."""
     if kernel == "grad_factors":
-        return dataclasses.replace(tiles, BK=min(tiles.BK, 64))
+        return dataclasses.replace(config, BK=min(config.BK, 64))
     if kernel in ("forward", "grad_input"):
-        columns, stages = max(32, tiles.BK // 2), min(2, tiles.stages)
-        return dataclasses.replace(tiles, BK=columns, warps=8, stages=stages)
-    return tiles  # no loop that keeps tiles for its next steps
+        columns, stages = max(32, config.BK // 2), min(2, config.stages)
+        return dataclasses.replace(config, BK=columns, warps=8, stages=stages)
+    return config  # no loop that keeps tiles for its next steps
 
 
 def family(arch: str) -> str:
-    """The architecture whose rows serve `arch`: its own, its generation's, or the smallest's."""
+    """The architecture whose lines serve `arch`: its own, its generation's, or the smallest's."""
     if arch in ("sm_80", "sm_90", "sm_100"):
         return arch
     return "sm_100" if arch in ("sm_101", "sm_103", "sm_110") else "sm_89"
 
 
 @functools.cache
-def _rows() -> dict[tuple[str, str, str, str], tuple[Row, ...]]:
+def _table() -> dict[tuple[str, str, str, str], tuple[LaunchConfig, ...]]:
     """The table, parsed; `all` stands for each family, `any` for each class of tokens."""
-    rows = {}
+    table = {}
     archs: tuple[str, ...] = ()
     for line in _TABLE.split("\n"):
         words = line.split()
@@ -165,14 +167,14 @@ def _rows() -> dict[tuple[str, str, str, str], tuple[Row, ...]]:
             for arch in archs:
                 parsed = tuple(_parse(cell, arch, kind) for cell in cells)
                 for each in ("16", "64", "more") if tokens == "any" else (tokens,):
-                    rows[arch, kernel, each, kind] = parsed
-    return rows
+                    table[arch, kernel, each, kind] = parsed
+    return table
 
 
-def _parse(cell: str, arch: str, kind: str) -> Row:
+def _parse(cell: str, arch: str, kind: str) -> LaunchConfig:
     tile, warps, stages, *order = cell.split("/")
     BN, BO, BK = (int(size) for size in tile.split("x"))
-    return Row(
+    return LaunchConfig(
         BN,
         BO,
         BK,
@@ -180,5 +182,5 @@ def _parse(cell: str, arch: str, kind: str) -> Row:
         int(stages),
         W_FIRST=order == ["W"],
         TMA=arch in ("sm_90", "sm_100") and kind != "fp32",
-        settle=arch == "sm_90",
+        wgmma_async=arch == "sm_90",
     )

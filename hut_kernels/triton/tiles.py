@@ -1,4 +1,4 @@
-"""What the kernels share on the device: groups, multiplier and weight tiles, the reduction.
+"""The kernels' shared device functions: groups, multiplier and weight tiles, the reduction.
 
 Sizes: N tokens, K in_features, O out_features, r the rank and BR its padding to a power of two of
 at least 16 (the least inner size of `tl.dot`). Names: `p_` pointer, `b_` block value, `o_` offsets,
@@ -117,13 +117,13 @@ def modulate(b_w, b_t, constant, RESIDUAL: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def settle(acc, SETTLE: tl.constexpr):
+def keep_wgmma_async(acc, WGMMA_ASYNC: tl.constexpr):
     """A use of the accumulator right behind `tl.dot`, without effect.
 
-    With a register operand computed in the loop, ptxas for sm_90 otherwise serialises the wgmma's
+    With a register operand computed in the loop, ptxas for sm_90 otherwise serializes the wgmma's
     (C7515). The interpreter has no inline assembly, hence the switch.
     """
-    if SETTLE:
+    if WGMMA_ASYNC:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
         )

@@ -1,12 +1,12 @@
-"""The weight kernel: `gamma (W0 * (T - minus))` into memory, for staged products and merging."""
+"""The weight kernel: `gamma (W0 * T)` materialized, for staged GEMMs and for merging."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition import Spec
-from .launch import Row, cdiv, multiplier_options, on_device, optional
+from ..layer import Layer
+from .launch import LaunchConfig, cdiv, layer_strides, multiplier_options, on_device, optional
 from .tiles import factor_tile, load_2d, modulate, ordered_tile, two_sided_tile
 
 
@@ -42,6 +42,7 @@ def hut_weight_kernel(
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """One tile of `gamma (W0 * (constant + t))`."""
     pid_o, pid_k = ordered_tile(tl.program_id(0), tl.cdiv(O, BO), tl.cdiv(K, BK), GROUP)
     o_o = pid_o * BO + tl.arange(0, BO)
     o_k = pid_k * BK + tl.arange(0, BK)
@@ -71,50 +72,42 @@ def hut_weight_kernel(
     tl.store(p_out + offsets, b_W, mask=m_o[:, None] & m_k[None, :])
 
 
-def weight(
-    weight: Tensor,
-    hut_A: Tensor,
-    hut_B: Tensor,
-    gamma: Tensor | None,
-    spec: Spec,
+def launch_weight(
+    layer: Layer,
     dtype: torch.dtype,
-    row: Row,
-    minus: float = 0.0,
+    config: LaunchConfig,
+    subtract_identity: bool = False,
     exact: bool = False,
 ) -> Tensor:
-    """`gamma (W0 * (T - minus))`, `[O, K]`, rounded once to `dtype`, with weight's strides.
+    """`gamma (W0 * T)`, `[O, K]`, rounded once to `dtype`, with weight's strides.
 
-    `minus` is 0 for the merged weight and 1 for the second matrix of `split`. `exact` forms T in
-    float32 throughout, for weights that outlive the step; a step's own W may take T from tf32, or
-    its increment from bf16.
+    With `subtract_identity` it is `gamma (W0 * (T - 1))`, the second matrix of `split`. `exact`
+    forms T in float32 throughout, for weights that outlive the step; a step's own W may take T from
+    tf32, or its increment from bf16.
     """
-    O, K = weight.shape
-    out = torch.empty_like(weight, dtype=dtype)
-    grid = (cdiv(O, row.BO) * cdiv(K, row.BK),)
-    options = multiplier_options(
-        weight, hut_A, spec, dtype, row, residual=gamma is None and minus == 0.0 and not exact
-    )
+    O, K, r = layer.sizes
+    out = torch.empty_like(layer.weight, dtype=dtype)
+    residual = layer.gamma is None and not subtract_identity and not exact
+    options = multiplier_options(layer, dtype, config, residual)
     if exact:
         options["THIN"] = "ieee"
-    with on_device(weight):
-        hut_weight_kernel[grid](
-            weight,
-            hut_A,
-            hut_B,
-            optional(gamma, weight),
+    with on_device(out):
+        hut_weight_kernel[(cdiv(O, config.BO) * cdiv(K, config.BK),)](
+            layer.weight,
+            layer.hut_A,
+            layer.hut_B,
+            optional(layer.gamma, out),
             out,
             K,
             O,
-            len(hut_A),
-            *weight.stride(),
-            *hut_A.stride(),
-            *hut_B.stride(),
+            r,
+            *layer_strides(layer),
             *out.stride(),
-            spec.constant - minus,
-            spec.scaling,
-            HAS_GAMMA=gamma is not None,
-            GROUP=row.GROUP,
+            layer.spec.constant - subtract_identity,
+            layer.spec.scaling,
+            HAS_GAMMA=layer.gamma is not None,
+            GROUP=config.GROUP,
             **options,
-            **row.meta(),
+            **config.meta(),
         )
     return out

@@ -371,7 +371,7 @@ class RowOfTheFuture:
 @dataclasses.dataclass(frozen=True)
 class RowWithSwitches(RowOfTheFuture):
     W_FIRST: bool = False
-    settle: bool = True
+    wgmma_async: bool = True
 
 
 def test_alternatives_are_other_possible_rows():
@@ -387,7 +387,9 @@ def test_alternatives_are_other_possible_rows():
         assert change in changes, change
     assert all(one.BN >= 16 and one.BK <= 256 and one.stages >= 1 for one in rows)
     assert {"BN": 8} not in changes
-    assert suites.alternatives(RowWithSwitches(W_FIRST=True), "grad_input").count({"settle": False})
+    assert suites.alternatives(RowWithSwitches(W_FIRST=True), "grad_input").count(
+        {"wgmma_async": False}
+    )
     assert {"W_FIRST": True} in suites.alternatives(RowWithSwitches(), "forward")
     assert {"W_FIRST": True} not in suites.alternatives(RowWithSwitches(), "weight")
     for kernel in ("weight", "grad_reduce"):

@@ -410,20 +410,20 @@ def rows_of(
     from hut_kernels.triton import backend
 
     found: dict[str, Any] = {}
-    original = backend.row
+    original = backend.launch_config
 
-    def look_up(name: str, *rest: Any) -> Any:
-        row = original(name, *rest)
+    def look_up(name: str, *rest: Any, **options: Any) -> Any:
+        row = original(name, *rest, **options)
         if changes and name == kernel:
             row = dataclasses.replace(row, **changes)
         found[name] = row
         return row
 
-    backend.row = look_up
+    backend.launch_config = look_up
     try:
         yield found
     finally:
-        backend.row = original
+        backend.launch_config = original
 
 
 def check(case: Case, device: torch.device) -> dict[str, Any]:

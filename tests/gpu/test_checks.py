@@ -58,6 +58,7 @@ def test_a_staged_case_looks_at_the_merged_weight_too():
 def test_the_reference_is_the_definition():
     """At all indices and at a sample of them."""
     from hut_kernels import definition
+    from hut_kernels.layer import Layer, Spec
 
     for form in FORMS[:5]:
         case = Case(30, 200, 220, 5, "float32", **{**TORCH, **form})
@@ -69,7 +70,7 @@ def test_the_reference_is_the_definition():
                 inputs.bias, inputs.gamma, inputs.beta,
             )
         ]  # fmt: skip
-        y = definition.linear(*double, definition.Spec(**case.spec))
+        y = definition.linear(double[0], Layer(*double[1:], Spec(**case.spec)))
         names = ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta")
         leaves = {n: v for n, v in zip(names, double, strict=True) if v is not None}
         grads = torch.autograd.grad(y, list(leaves.values()), inputs.grad.double())

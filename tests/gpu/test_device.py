@@ -11,13 +11,10 @@ from ..references import (
     check,
     error,
     gain,
-    group_of,
     laid_out,
-    limit,
     make_normal,
     operators,
     run,
-    run_group,
     update_limit,
     update_of,
 )
@@ -149,16 +146,3 @@ def test_a_fused_step_at_few_tokens_allocates_no_weight(transform):
         run(case)
         peak = torch.cuda.max_memory_allocated() - before
     assert peak < case.weight.numel() * case.weight.element_size()
-
-
-@pytest.mark.skipif(
-    not backends()["cuda"]["available"], reason=f"extension: {backends()['cuda']['reason']}"
-)
-@every_form
-@every_dtype
-def test_a_group_of_layers_on_the_extension(form, dtype):
-    cases = group_of(form, dtype, (70,), device="cuda")
-    results, dx = run_group(cases)
-    for case, found in zip(cases, results, strict=True):
-        check(case, found)
-    assert error(dx, sum(case.expected()["x"] for case in cases)) <= limit(dtype, 160)

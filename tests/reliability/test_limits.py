@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hut_kernels import hut_linear, planner
-from hut_kernels.definition import Needs
+from hut_kernels.layer import Layer, Needs
 
 from ..references import check, make, make_normal, operators, run
 from .models import WIDTH, block, every_form, gradients, layer, twin
@@ -174,10 +174,10 @@ def test_kernels_read_matrices_whose_elements_lie_beyond_2_to_the_31():
 def test_every_stride_is_widened_before_it_multiplies(kernel, variant):
     """Read from the compiler's own representation of a real launch: nothing is left in 32 bits."""
     pytest.importorskip("triton", reason="triton is not installed: nothing to compile with")
-    from hut_kernels.triton.launch import Row
+    from hut_kernels.triton.launch import LaunchConfig
     from tools import gate
 
-    tiles = Row(BN=16, BO=16, BK=16, warps=4, stages=1)
+    tiles = LaunchConfig(BN=16, BO=16, BK=16, warps=4, stages=1)
     config = gate.Config("sm_80", kernel, "bf16", 16, 64, tiles, variant)
     source = gate.compile_config(config).asm["ttir"]
     body = source[source.index("tt.func public") :].split("\n", 1)[1]
@@ -203,29 +203,28 @@ def test_grids_stay_within_the_hardwares_limits(transform, monkeypatch):
     """One dimension of at most 2**31 - 1 programs, and strides passed as they are."""
     pytest.importorskip("triton", reason="triton is not installed")
     from hut_kernels.triton import forward, grad_factors, grad_input, weight
-    from hut_kernels.triton.tables import row
+    from hut_kernels.triton.tables import launch_config
 
     # Four million tokens, a vocabulary of a million: 2**42 outputs, 2**34 weights.
     N, K, O, r = 2**22, 2**14, 2**20, 16
     meta = {"device": "meta", "dtype": torch.bfloat16}
     x, grad, W = (torch.empty(*s, **meta) for s in ((N, K), (N, O), (O, K)))
     A, B = torch.empty(r, K, **meta), torch.empty(O, r, **meta)
-    spec = make(1, 16, 16, 1, transform=transform).spec
+    layer = Layer(W, A, B, spec=make(1, 16, 16, 1, transform=transform).spec)
     needs = Needs(True, True, False)
 
-    def tiles(kernel):
-        return row(kernel, "sm_80", N, r, "bf16")
+    def config(kernel):
+        return launch_config(kernel, "sm_80", N, r, "bf16")
 
     calls = [
         (forward, "hut_forward_kernel",
-         lambda m: m.forward(x, W, A, B, None, None, None, spec, tiles("forward"))),
+         lambda m: m.launch_forward(x, layer, config("forward"))),
         (grad_input, "hut_grad_input_kernel",
-         lambda m: m.grad_input(grad, W, A, B, None, spec, tiles("grad_input"))),
+         lambda m: m.launch_grad_input(grad, layer, config("grad_input"))),
         (grad_factors, "hut_grad_factors_kernel",
-         lambda m: m.grad_factors(grad, x, W, A, B, None, spec, needs, tiles("grad_factors"),
-                                  (8, 8))),
+         lambda m: m.launch_grad_factors(grad, x, layer, needs, config("grad_factors"), (8, 8))),
         (weight, "hut_weight_kernel",
-         lambda m: m.weight(W, A, B, None, spec, torch.bfloat16, tiles("weight"))),
+         lambda m: m.launch_weight(layer, torch.bfloat16, config("weight"))),
     ]  # fmt: skip
     for module, kernel, launch in calls:
         ((grid, arguments),) = launches(monkeypatch, module, kernel, launch)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hut_kernels import backends, hut_linear, hut_weight, ops, planner
+from hut_kernels import auto, backends, hut_linear, hut_weight, ops, planner
+from hut_kernels.layer import Needs
 from hut_kernels.triton import backend, launch
 from hut_kernels.versions import Miscompile
 
@@ -36,11 +37,11 @@ STRATEGIES = [
 ]
 every_strategy = pytest.mark.parametrize("strategies", STRATEGIES, ids=["fused", "staged"])
 LAUNCHERS = {
-    "forward": (backend.fused_forward, "forward"),
-    "grad_input": (backend.fused_grad_input, "grad_input"),
-    "grad_factors": (backend.fused_grad_factors, "grad_factors"),
-    "grad_reduce": (backend.chunked_grad_factors, "grad_reduce"),
-    "weight": (backend.weight_kernel, "weight"),
+    "forward": backend.fused_forward,
+    "grad_input": backend.fused_grad_input,
+    "grad_factors": backend.fused_grad_factors,
+    "grad_reduce": backend.chunked_grad_factors,
+    "weight": backend.weight_kernel,
 }
 
 
@@ -57,8 +58,9 @@ def launches():
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, (module, function) in LAUNCHERS.items():
-            patch.setattr(module, function, counted(name, getattr(module, function)))
+        for name, module in LAUNCHERS.items():
+            launcher = f"launch_{name}"
+            patch.setattr(module, launcher, counted(name, getattr(module, launcher)))
         yield names
 
 
@@ -79,14 +81,14 @@ def test_a_layer_on_triton_matches_the_reference(form, dtype, strategies):
 @pytest.mark.parametrize("denied", ["forward", "grad_input", "grad_factors"])
 def test_a_kernel_that_is_miscompiled_is_passed_by(denied, monkeypatch):
     known = Miscompile("3.6.0", "3.7.0", ("sm_80",), (denied,), "example.org/1", "wrong")
-    device = dataclasses.replace(backend._INTERPRETER, miscompiles=(known,))
+    device = dataclasses.replace(auto._INTERPRETER, miscompiles=(known,))
     case = make_normal(16, 64, 32, 16, dtype=torch.float32, vectors="bias gamma")
     fused = ["forward", "grad_input", "grad_factors"]
     instead = {"grad_factors": "grad_reduce"}.get(denied, "weight")
     with launches() as launched:
         check(case, run(case, backend="triton"))
     assert launched == fused
-    monkeypatch.setattr(backend, "_INTERPRETER", device)
+    monkeypatch.setattr(auto, "_INTERPRETER", device)
     with launches() as launched:
         check(case, run(case, backend="triton"))
     assert launched == [instead if kernel == denied else kernel for kernel in fused]
@@ -185,11 +187,9 @@ def test_the_fused_path_has_no_temporary_of_the_weights_size():
     """Nor partials above a quarter of it."""
     case = make_normal(8, 256, 192, 4, vectors="bias gamma beta")
     with planner.force(**STRATEGIES[0]), Recorder() as recorder, launches() as launched:
-        factors = case.weight, case.hut_A, case.hut_B
-        backend.forward(case.x, *factors, case.bias, case.gamma, case.beta, case.spec)
-        backend.grad_input(case.grad, *factors, case.gamma, case.spec)
-        needs = backend.Needs(True, True, True)
-        backend.grad_factors(case.grad, case.x, *factors, case.gamma, case.spec, needs)
+        plan = auto.plan_call("triton", case.layer, case.grad, case.x)
+        backend.linear_forward(plan, case.x, case.layer)
+        backend.linear_backward(plan, case.grad, case.x, case.layer, True, Needs(True, True, True))
     assert launched == ["forward", "grad_input", "grad_factors"]
     made = [
         torch.Size(args[0]).numel()
@@ -198,6 +198,14 @@ def test_the_fused_path_has_no_temporary_of_the_weights_size():
     ]
     assert made
     assert max(made) <= case.weight.numel() // 4
+
+
+def test_each_direction_is_planned_once(monkeypatch):
+    planned, plan = [], planner.plan
+    monkeypatch.setattr(planner, "plan", lambda *args: planned.append(args) or plan(*args))
+    case = make_normal(8, 64, 48, 4, vectors="bias gamma beta")
+    run(case, backend="triton")
+    assert len(planned) == 2
 
 
 def test_two_runs_are_equal_to_the_bit():
@@ -214,13 +222,13 @@ def test_two_runs_are_equal_to_the_bit():
 def test_alignment():
     """Rows of a multiple of 16 elements, either way round, from a 16-byte address."""
     wide = torch.zeros(8, 64)
-    assert backend._aligned(wide)
-    assert backend._aligned(wide.t())
-    assert backend._aligned(torch.zeros(8, 3))  # hut_B at a small rank
-    assert not backend._aligned(torch.zeros(8, 63))
-    assert not backend._aligned(wide[:, 1:])
-    assert not backend._aligned(wide[:, ::2])
-    assert backend._aligned(wide[:, 16:])
+    assert auto._is_aligned(wide)
+    assert auto._is_aligned(wide.t())
+    assert auto._is_aligned(torch.zeros(8, 3))  # hut_B at a small rank
+    assert not auto._is_aligned(torch.zeros(8, 63))
+    assert not auto._is_aligned(wide[:, 1:])
+    assert not auto._is_aligned(wide[:, ::2])
+    assert auto._is_aligned(wide[:, 16:])
 
 
 def test_unaligned_shapes_are_staged():
@@ -250,18 +258,18 @@ def test_many_tokens_are_staged():
     ],
     ids=["plain", "wide", "transposed", "one group", "whole tiles", "ragged"],
 )
-def test_what_needs_more_memory_takes_lighter_rows(heavy, changes, monkeypatch):
-    """Rows of the tables are as large as a plain call can hold: others would not be launched."""
+def test_what_needs_more_memory_takes_low_smem_configs(heavy, changes, monkeypatch):
+    """Configs of the tables are as large as a plain call can hold: others would not be launched."""
     size, r = changes.get("size", 256), changes.get("r", 4)
     case = make_normal(16, size, size, r, dtype=torch.float16)
     weight = changes.get("weight", lambda w: w)(case.weight)
-    looked_up, original = {}, backend.row
+    looked_up, original = {}, backend.launch_config
 
-    def noted(kernel, arch, N, r, dtype, light=False):
-        looked_up[kernel] = light
-        return original(kernel, arch, N, r, dtype, light)
+    def noted(kernel, arch, N, r, dtype, low_smem=False):
+        looked_up[kernel] = low_smem
+        return original(kernel, arch, N, r, dtype, low_smem)
 
-    monkeypatch.setattr(backend, "row", noted)
+    monkeypatch.setattr(backend, "launch_config", noted)
     with launches() as launched:
         run(case.replace(weight=weight), backend="triton", **{
             key: value for key, value in changes.items() if key == "transform"
@@ -336,11 +344,11 @@ def test_only_the_residual_increment_of_bfloat16_is_rounded():
     """The constexprs that decide the number format: the interpreter cannot run bfloat16."""
     tl = launch.tl
     case = make(1, 32, 32, 2)
-    row = launch.Row(16, 16, 16, warps=4, stages=1)
+    config = launch.LaunchConfig(16, 16, 16, warps=4, stages=1)
 
     def options(dtype, residual=True, **form):
-        spec = case.replace(**form).spec
-        made = launch.multiplier_options(case.weight, case.hut_A, spec, dtype, row, residual)
+        layer = case.replace(**form).layer
+        made = launch.multiplier_options(layer, dtype, config, residual)
         return made["RESIDUAL"], made["FACTOR"]
 
     assert options(torch.bfloat16) == (True, tl.bfloat16)

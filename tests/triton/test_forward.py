@@ -22,20 +22,20 @@ from ..references import (
 from ..strategies import cases, examples
 from .launches import (
     DTYPES,
-    ROW,
+    SQUARE,
     TALL,
     THROUGH_TMA,
     WIDE,
+    every_config,
     every_dtype,
     every_form,
     every_rank,
-    every_row,
     every_shape,
     every_transform,
     forward,
 )
 
-LEFT = launch.Row(BN=16, BO=32, BK=16, warps=4, stages=1, W_FIRST=True)
+LEFT = launch.LaunchConfig(BN=16, BO=32, BK=16, warps=4, stages=1, W_FIRST=True)
 
 # Sizes (K, O, r) whose groups are whole tiles of 16, on either side or on none; with one group the
 # remainder belongs to it too. P and Q: whether the kernel may load a vector for each tile.
@@ -50,41 +50,41 @@ UNIFORM = {
 
 @every_form
 @every_dtype
-@every_row
+@every_config
 @pytest.mark.parametrize("vectors", ["", "bias", "gamma", "beta", "bias gamma beta"])
-def test_every_variant(form, dtype, row, vectors):
+def test_every_variant(form, dtype, config, vectors):
     case = make_normal(19, 37, 35, 3, dtype=dtype, vectors=vectors, **form)
-    check(case, forward(case, row))
+    check(case, forward(case, config))
 
 
 @every_form
 @every_shape
-@pytest.mark.parametrize("row", [ROW, LEFT], ids=["x first", "W first"])
-def test_every_shape(form, shape, row):
+@pytest.mark.parametrize("config", [SQUARE, LEFT], ids=["x first", "W first"])
+def test_every_shape(form, shape, config):
     case = make(*shape, min(3, *shape[1:]), vectors="bias gamma beta", **form)
-    check(case, forward(case, row))
+    check(case, forward(case, config))
 
 
 @every_transform
 @every_rank
 def test_every_rank(transform, r):
     case = make_normal(5, 133, 129, r, transform=transform)
-    check(case, forward(case, launch.Row(BN=16, BO=128, BK=64, warps=4, stages=1)))
+    check(case, forward(case, launch.LaunchConfig(BN=16, BO=128, BK=64, warps=4, stages=1)))
 
 
 @every_form
 @every_dtype
-@pytest.mark.parametrize("split", [2, 3, 7])
-def test_programs_that_share_K_add_up(form, dtype, split):
+@pytest.mark.parametrize("num_splits", [2, 3, 7])
+def test_programs_that_share_K_add_up(form, dtype, num_splits):
     case = make_normal(18, 100, 37, 3, dtype=dtype, vectors="bias gamma beta", **form)
-    y = forward(case, split=split)
+    y = forward(case, num_splits=num_splits)
     check(case, y)
-    assert torch.equal(forward(case, split=split)["y"], y["y"])
+    assert torch.equal(forward(case, num_splits=num_splits)["y"], y["y"])
 
 
 def test_more_programs_than_tiles_over_K():
     case = make_normal(5, 20, 16, 3, vectors="bias")
-    check(case, forward(case, split=5))
+    check(case, forward(case, num_splits=5))
 
 
 @every_form
@@ -94,11 +94,11 @@ def test_views(form, layout):
     check(case, forward(case))
 
 
-@every_row
-def test_an_expanded_input(row):
+@every_config
+def test_an_expanded_input(config):
     case = make_normal(18, 35, 21, 3)
     case = case.replace(x=case.x[:1].expand(18, 35))
-    check(case, forward(case, row))
+    check(case, forward(case, config))
 
 
 @every_form
@@ -114,19 +114,17 @@ def test_any_mix_of_types(form, dtype, weight_dtype, factor_dtype):
 @pytest.mark.parametrize("GROUP", [1, 2, 100])
 def test_every_tile_of_any_order_is_written(GROUP):
     case = make_normal(70, 16, 90, 3)
-    check(case, forward(case, launch.Row(16, 16, 16, warps=4, stages=1, GROUP=GROUP)))
+    check(case, forward(case, launch.LaunchConfig(16, 16, 16, warps=4, stages=1, GROUP=GROUP)))
 
 
 @pytest.mark.parametrize(("sizes", "P", "Q"), UNIFORM.values(), ids=UNIFORM)
 def test_groups_within_tiles_and_across(sizes, P, Q, monkeypatch):
     case = make_normal(9, *sizes, transform="two_sided")
-    options = launch.multiplier_options(
-        case.weight, case.hut_A, case.spec, torch.float32, ROW, residual=True
-    )
+    options = launch.transform_options(case.layer, torch.float32, SQUARE)
     assert (options["UNIFORM_P"], options["UNIFORM_Q"]) == (P, Q)
     y = forward(case)
     check(case, y)
-    monkeypatch.setattr(launch, "_uniform", lambda size, r, block: False)
+    monkeypatch.setattr(launch, "_is_uniform", lambda size, r, block: False)
     assert torch.equal(forward(case)["y"], y["y"])
 
 
@@ -159,8 +157,8 @@ def test_loads_through_descriptors(form, dtype, monkeypatch):
 
 @given(
     case=cases(DTYPES, sizes=st.integers(1, 40), leading=False, max_rank=20),
-    row=st.sampled_from([ROW, WIDE, TALL, LEFT]),
+    config=st.sampled_from([SQUARE, WIDE, TALL, LEFT]),
 )
 @examples(40)
-def test_any_layer(case, row):
-    check(case, forward(case, row))
+def test_any_layer(case, config):
+    check(case, forward(case, config))

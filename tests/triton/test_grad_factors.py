@@ -12,14 +12,14 @@ from ..references import LAYOUTS, check, laid_out, make, make_normal
 from ..strategies import cases, examples
 from .launches import (
     DTYPES,
-    ROW,
+    SQUARE,
     TALL,
     THROUGH_TMA,
     WIDE,
+    every_config,
     every_dtype,
     every_form,
     every_rank,
-    every_row,
     every_shape,
     every_transform,
     grad_factors,
@@ -29,11 +29,11 @@ from .test_forward import UNIFORM
 
 @every_form
 @every_dtype
-@every_row
+@every_config
 @pytest.mark.parametrize("vectors", ["", "gamma"])
-def test_every_variant(form, dtype, row, vectors):
+def test_every_variant(form, dtype, config, vectors):
     case = make_normal(19, 37, 35, 3, dtype=dtype, vectors=vectors, **form)
-    check(case, grad_factors(case, row))
+    check(case, grad_factors(case, config))
 
 
 @every_form
@@ -47,9 +47,9 @@ def test_every_shape(form, shape):
 @every_rank
 def test_every_rank(transform, r):
     case = make_normal(5, 133, 129, r, vectors="gamma", transform=transform)
-    row = launch.Row(BN=16, BO=64, BK=128, warps=4, stages=1)
-    check(case, grad_factors(case, row))
-    check(case, grad_factors(case, row, spans=(1, 1)))
+    config = launch.LaunchConfig(BN=16, BO=64, BK=128, warps=4, stages=1)
+    check(case, grad_factors(case, config))
+    check(case, grad_factors(case, config, splits=(1, 1)))
 
 
 @every_form
@@ -62,10 +62,10 @@ def test_views_and_expanded_gradients(form, layout, grad):
 
 # 70 x 70 is 5 x 5 tiles: one program, one for each tile, and programs with one tile less.
 @every_form
-@pytest.mark.parametrize("spans", [(1, 1), (1, 5), (5, 1), (2, 3), (3, 2), (5, 5)], ids=str)
-def test_any_spans(form, spans):
+@pytest.mark.parametrize("splits", [(1, 1), (1, 5), (5, 1), (2, 3), (3, 2), (5, 5)], ids=str)
+def test_any_splits(form, splits):
     case = make_normal(9, 70, 70, 3, vectors="gamma", **form)
-    check(case, grad_factors(case, spans=spans))
+    check(case, grad_factors(case, splits=splits))
 
 
 @every_form
@@ -95,7 +95,7 @@ def test_G_does_not_overflow_in_float16():
 
 def test_two_runs_are_equal_to_the_bit():
     case = make_normal(19, 70, 70, 3, vectors="gamma")
-    one, two = (grad_factors(case, spans=(2, 3)) for _ in range(2))
+    one, two = (grad_factors(case, splits=(2, 3)) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -123,15 +123,15 @@ def test_groups_within_tiles_and_across(sizes, P, Q, monkeypatch):
     case = make_normal(9, *sizes, transform="two_sided", vectors="gamma")
     grads = grad_factors(case)
     check(case, grads)
-    monkeypatch.setattr(launch, "_uniform", lambda size, r, block: False)
+    monkeypatch.setattr(launch, "_is_uniform", lambda size, r, block: False)
     check(case, grad_factors(case))
 
 
 @given(
     case=cases(DTYPES, sizes=st.integers(1, 40), leading=False, max_rank=20),
-    row=st.sampled_from([ROW, WIDE, TALL]),
+    config=st.sampled_from([SQUARE, WIDE, TALL]),
     one_span=st.booleans(),
 )
 @examples(40)
-def test_any_layer(case, row, one_span):
-    check(case, grad_factors(case, row, spans=(1, 1) if one_span else None))
+def test_any_layer(case, config, one_span):
+    check(case, grad_factors(case, config, splits=(1, 1) if one_span else None))

@@ -21,14 +21,14 @@ from ..references import (
 from ..strategies import cases, examples
 from .launches import (
     DTYPES,
-    ROW,
+    SQUARE,
     TALL,
     THROUGH_TMA,
     WIDE,
+    every_config,
     every_dtype,
     every_form,
     every_rank,
-    every_row,
     every_shape,
     every_transform,
     grad_input,
@@ -38,11 +38,11 @@ from .test_forward import UNIFORM
 
 @every_form
 @every_dtype
-@every_row
+@every_config
 @pytest.mark.parametrize("vectors", ["", "gamma"])
-def test_every_variant(form, dtype, row, vectors):
+def test_every_variant(form, dtype, config, vectors):
     case = make_normal(19, 37, 35, 3, dtype=dtype, vectors=vectors, **form)
-    check(case, grad_input(case, row))
+    check(case, grad_input(case, config))
 
 
 @every_form
@@ -56,16 +56,16 @@ def test_every_shape(form, shape):
 @every_rank
 def test_every_rank(transform, r):
     case = make_normal(5, 133, 129, r, transform=transform)
-    check(case, grad_input(case, launch.Row(BN=16, BO=64, BK=128, warps=4, stages=1)))
+    check(case, grad_input(case, launch.LaunchConfig(BN=16, BO=64, BK=128, warps=4, stages=1)))
 
 
 @every_form
-@pytest.mark.parametrize("split", [2, 3, 7])
-def test_programs_that_share_O_add_up(form, split):
+@pytest.mark.parametrize("num_splits", [2, 3, 7])
+def test_programs_that_share_O_add_up(form, num_splits):
     case = make_normal(18, 37, 100, 3, vectors="gamma", **form)
-    dx = grad_input(case, split=split)
+    dx = grad_input(case, num_splits=num_splits)
     check(case, dx)
-    assert torch.equal(grad_input(case, split=split)["x"], dx["x"])
+    assert torch.equal(grad_input(case, num_splits=num_splits)["x"], dx["x"])
 
 
 @every_form
@@ -89,7 +89,7 @@ def test_any_mix_of_types(form, dtype, weight_dtype, factor_dtype):
 @pytest.mark.parametrize("GROUP", [1, 2, 100])
 def test_every_tile_of_any_order_is_written(GROUP):
     case = make_normal(70, 90, 16, 3)
-    check(case, grad_input(case, launch.Row(16, 16, 16, warps=4, stages=1, GROUP=GROUP)))
+    check(case, grad_input(case, launch.LaunchConfig(16, 16, 16, warps=4, stages=1, GROUP=GROUP)))
 
 
 @pytest.mark.parametrize(("sizes", "P", "Q"), UNIFORM.values(), ids=UNIFORM)
@@ -97,7 +97,7 @@ def test_groups_within_tiles_and_across(sizes, P, Q, monkeypatch):
     case = make_normal(9, *sizes, transform="two_sided")
     dx = grad_input(case)
     check(case, dx)
-    monkeypatch.setattr(launch, "_uniform", lambda size, r, block: False)
+    monkeypatch.setattr(launch, "_is_uniform", lambda size, r, block: False)
     assert torch.equal(grad_input(case)["x"], dx["x"])
 
 
@@ -133,8 +133,8 @@ def test_loads_through_descriptors(form, dtype, monkeypatch):
 
 @given(
     case=cases(DTYPES, sizes=st.integers(1, 40), leading=False, max_rank=20),
-    row=st.sampled_from([ROW, WIDE, TALL]),
+    config=st.sampled_from([SQUARE, WIDE, TALL]),
 )
 @examples(40)
-def test_any_layer(case, row):
-    check(case, grad_input(case, row))
+def test_any_layer(case, config):
+    check(case, grad_input(case, config))

@@ -11,13 +11,13 @@ from ..references import LAYOUTS, check, laid_out, make, make_normal
 from ..strategies import cases, examples
 from .launches import (
     DTYPES,
-    ROW,
+    SQUARE,
     TALL,
     WIDE,
+    every_config,
     every_dtype,
     every_form,
     every_rank,
-    every_row,
     every_shape,
     every_transform,
     grad_reduce,
@@ -27,11 +27,11 @@ from .test_forward import UNIFORM
 
 @every_form
 @every_dtype
-@every_row
+@every_config
 @pytest.mark.parametrize("vectors", ["", "gamma"])
-def test_every_variant(form, dtype, row, vectors):
+def test_every_variant(form, dtype, config, vectors):
     case = make_normal(19, 37, 35, 3, dtype=dtype, vectors=vectors, **form)
-    check(case, grad_reduce(case, row))
+    check(case, grad_reduce(case, config))
 
 
 @every_form
@@ -45,9 +45,9 @@ def test_every_shape(form, shape):
 @every_rank
 def test_every_rank(transform, r):
     case = make_normal(5, 133, 129, r, vectors="gamma", transform=transform)
-    row = launch.Row(BN=16, BO=64, BK=128, warps=4, stages=1)
-    check(case, grad_reduce(case, row))
-    check(case, grad_reduce(case, row, spans=(1, 1), chunk=100))
+    config = launch.LaunchConfig(BN=16, BO=64, BK=128, warps=4, stages=1)
+    check(case, grad_reduce(case, config))
+    check(case, grad_reduce(case, config, splits=(1, 1), chunk=100))
 
 
 @every_form
@@ -61,12 +61,12 @@ def test_views_and_expanded_gradients(form, layout, grad):
 # 70 rows: chunks of one tile, of two and a remainder, of no whole tiles, and all at once.
 @every_form
 @pytest.mark.parametrize("chunk", [16, 32, 40, 70])
-@pytest.mark.parametrize("spans", [(1, 1), (1, 5), (2, 3)], ids=str)
-def test_any_chunks_and_spans(form, chunk, spans):
-    tiles = -(-chunk // ROW.BO)
-    spans = (min(spans[0], tiles), spans[1])
+@pytest.mark.parametrize("splits", [(1, 1), (1, 5), (2, 3)], ids=str)
+def test_any_chunks_and_splits(form, chunk, splits):
+    tiles = -(-chunk // SQUARE.BO)
+    splits = (min(splits[0], tiles), splits[1])
     case = make_normal(9, 70, 70, 3, vectors="gamma", **form)
-    check(case, grad_reduce(case, spans=spans, chunk=chunk))
+    check(case, grad_reduce(case, splits=splits, chunk=chunk))
 
 
 @every_form
@@ -96,7 +96,7 @@ def test_G_does_not_overflow_in_float16():
 
 def test_two_runs_are_equal_to_the_bit():
     case = make_normal(19, 70, 70, 3, vectors="gamma")
-    one, two = (grad_reduce(case, chunk=40, spans=(3, 2)) for _ in range(2))
+    one, two = (grad_reduce(case, chunk=40, splits=(3, 2)) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -105,15 +105,15 @@ def test_groups_within_tiles_and_across(sizes, P, Q, monkeypatch):
     case = make_normal(9, *sizes, transform="two_sided", vectors="gamma")
     grads = grad_reduce(case)
     check(case, grads)
-    monkeypatch.setattr(launch, "_uniform", lambda size, r, block: False)
+    monkeypatch.setattr(launch, "_is_uniform", lambda size, r, block: False)
     check(case, grad_reduce(case))
 
 
 @given(
     case=cases(DTYPES, sizes=st.integers(1, 40), leading=False, max_rank=20),
-    row=st.sampled_from([ROW, WIDE, TALL]),
+    config=st.sampled_from([SQUARE, WIDE, TALL]),
     one_span=st.booleans(),
 )
 @examples(40)
-def test_any_layer(case, row, one_span):
-    check(case, grad_reduce(case, row, spans=(1, 1) if one_span else None))
+def test_any_layer(case, config, one_span):
+    check(case, grad_reduce(case, config, splits=(1, 1) if one_span else None))

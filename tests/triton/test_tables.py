@@ -1,11 +1,11 @@
-"""The launch tables: every lookup gives a row that the device can hold."""
+"""The launch tables: every lookup gives a config that the device can hold."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hut_kernels.triton import tables
-from hut_kernels.triton.tables import ARCHITECTURES, row
+from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 
 KERNELS = ("forward", "grad_input", "grad_factors", "grad_reduce", "weight")
 TYPES = ("bf16", "fp16", "tf32", "fp32")
@@ -18,36 +18,39 @@ TYPES = ("bf16", "fp16", "tf32", "fp32")
     r=st.integers(1, 128),
     dtype=st.sampled_from(TYPES),
 )
-def test_there_is_a_row_for_everything(kernel, arch, N, r, dtype):
-    tiles = row(kernel, arch, N, r, dtype)
+def test_there_is_a_config_for_everything(kernel, arch, N, r, dtype):
+    tiles = launch_config(kernel, arch, N, r, dtype)
     for size in (tiles.BN, tiles.BO, tiles.BK):
         assert size >= 16
         assert size & (size - 1) == 0
     assert tiles.warps in (4, 8)
     assert tiles.stages >= 1
-    assert tiles.settle == (tables.family(arch) == "sm_90")
+    assert tiles.wgmma_async == (tables.family(arch) == "sm_90")
 
 
 def test_ranks_fall_into_the_class_above():
-    assert row("forward", "sm_80", 4096, 17, "bf16") == row("forward", "sm_80", 4096, 32, "bf16")
-    assert row("forward", "sm_80", 4096, 1, "bf16") == row("forward", "sm_80", 4096, 16, "bf16")
+    for r, largest in ((17, 32), (1, 16)):
+        here, there = (
+            launch_config("forward", "sm_80", 4096, rank, "bf16") for rank in (r, largest)
+        )
+        assert here == there
 
 
 def test_few_tokens_have_tiles_of_their_own():
     for arch in ARCHITECTURES:
-        tiles = [row("forward", arch, N, 16, "bf16").BN for N in (1, 16, 17, 64, 65)]
+        tiles = [launch_config("forward", arch, N, 16, "bf16").BN for N in (1, 16, 17, 64, 65)]
         assert tiles[0] == tiles[1] == 16
         assert tiles[2] == tiles[3] == 64
         assert tiles[4] >= 64
 
 
-def test_a_lightened_row_takes_no_more_memory():
+def test_a_low_smem_config_takes_no_more_memory():
     for arch in ARCHITECTURES:
         for kernel in KERNELS:
             for N in (16, 64, 4096):
                 for r in (16, 128):
-                    tiles = row(kernel, arch, N, r, "bf16")
-                    light = row(kernel, arch, N, r, "bf16", light=True)
+                    tiles = launch_config(kernel, arch, N, r, "bf16")
+                    light = launch_config(kernel, arch, N, r, "bf16", low_smem=True)
                     assert light.BK <= tiles.BK
                     assert light.stages <= max(2, tiles.stages)
                     assert light.BN * light.BO == tiles.BN * tiles.BO
@@ -60,5 +63,5 @@ def test_a_lightened_row_takes_no_more_memory():
     ("arch", "family"),
     [("sm_87", "sm_89"), ("sm_86", "sm_89"), ("sm_103", "sm_100"), ("sm_121", "sm_89")],
 )
-def test_unknown_architectures_take_the_rows_of_their_kin(arch, family):
+def test_unknown_architectures_take_the_configs_of_their_kin(arch, family):
     assert tables.family(arch) == family

@@ -12,13 +12,13 @@ from ..strategies import cases, examples
 from .launches import (
     DTYPES,
     FORMS,
-    ROW,
+    SQUARE,
     TALL,
     WIDE,
+    every_config,
     every_dtype,
     every_form,
     every_rank,
-    every_row,
     every_shape,
     every_transform,
     weight,
@@ -29,8 +29,8 @@ from .test_forward import UNIFORM
 ALLOWED = {torch.float32: 1e-6, torch.float16: 2**-11 + 1e-6}
 
 
-def check(case, dtype, row=ROW):
-    out = weight(case, dtype, row)
+def check(case, dtype, config=SQUARE):
+    out = weight(case, dtype, config)
     assert out.dtype == dtype
     assert error(out, case.merged_weight()) <= ALLOWED[dtype]
     return out
@@ -38,12 +38,12 @@ def check(case, dtype, row=ROW):
 
 @every_form
 @every_dtype
-@every_row
+@every_config
 @pytest.mark.parametrize("vectors", ["", "gamma"])
-def test_every_variant(form, dtype, row, vectors):
+def test_every_variant(form, dtype, config, vectors):
     case = make_normal(1, 37, 35, 3, dtype=dtype, vectors=vectors, **form)
     for result in DTYPES:
-        check(case, result, row)
+        check(case, result, config)
 
 
 @every_form
@@ -56,7 +56,7 @@ def test_every_shape(form, shape):
 @every_rank
 def test_every_rank(transform, r):
     case = make_normal(1, 133, 129, r, transform=transform)
-    check(case, torch.float32, launch.Row(BN=16, BO=64, BK=128, warps=4, stages=1))
+    check(case, torch.float32, launch.LaunchConfig(BN=16, BO=64, BK=128, warps=4, stages=1))
 
 
 @every_form
@@ -76,11 +76,11 @@ def test_groups_within_tiles_and_across(sizes, P, Q):
 @every_dtype
 @pytest.mark.parametrize("vectors", ["", "gamma"])
 def test_the_update_alone_keeps_its_own_precision(form, dtype, vectors):
-    """`minus=1` gives gamma W0 (T - 1): the second matrix of split."""
+    """`subtract_identity` gives gamma W0 (T - 1): the second matrix of split."""
     case = make_normal(1, 37, 35, 3, dtype=dtype, vectors=vectors, **form)
     if case.transform == "low_rank":
         case = case.replace(hut_B=case.hut_B * 1e-3, offset=1.0)
-    out = weight(case, dtype, minus=1.0)
+    out = weight(case, dtype, subtract_identity=True)
     gamma = 1.0 if case.gamma is None else case.gamma.double().numpy()[:, None]
     exact = gamma * case.weight.double().numpy() * (case.multiplier() - 1.0)
     limit = update_limit(dtype, case.transform, "split")
@@ -103,9 +103,9 @@ def test_the_multiplier_is_not_rounded_first(form):
 
 @given(
     case=cases(DTYPES, sizes=st.integers(1, 40), leading=False, max_rank=20),
-    row=st.sampled_from([ROW, WIDE, TALL]),
+    config=st.sampled_from([SQUARE, WIDE, TALL]),
     dtype=st.sampled_from(DTYPES),
 )
 @examples(40)
-def test_any_layer(case, row, dtype):
-    check(case, dtype, row)
+def test_any_layer(case, config, dtype):
+    check(case, dtype, config)

@@ -22,7 +22,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ... import definition
+from ...layer import acc_dtype
 from .config import HUTConfig
 
 _PREFIX = "base_model.model."
@@ -160,7 +160,7 @@ def to_hira(path: str | os.PathLike[str]) -> ConvertedAdapter:
             value = F.pad(value, (0, 0, 0, r - value.shape[0]))
         elif key.endswith(".hut_B"):
             scaling = _scaling(config, _module(key), value.shape[1])
-            wide = definition.wide(value.dtype)
+            wide = acc_dtype(value.dtype)
             value = value if scaling == 1 else (value.to(wide) * scaling).to(value.dtype)
             value = F.pad(value, (0, r - value.shape[1]))
         folded[_renamed(key, "hut_", "hira_")] = value

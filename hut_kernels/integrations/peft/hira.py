@@ -10,9 +10,9 @@ from peft.tuners import hira
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...definition import FLOATS, PRECISIONS
 from ...errors import HUTBackendError, check_choice
 from ...functional import hut_linear
+from ...layer import FLOATS, PRECISIONS
 from ...nn import is_replaced
 from .base import bias, check_base, drops, is_watched, matrix
 

@@ -12,9 +12,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ... import definition
-from ...autograd import FrozenProduct
+from ...autograd import FrozenLinearFunction
 from ...functional import hut_linear, hut_weight
+from ...layer import acc_dtype, effective_bias
 from ...nn import check_data, check_rank, is_conv1d
 from .base import bias, drops, is_watched, matrix
 from .config import HUTConfig
@@ -229,7 +229,7 @@ class HUTLayer(BaseTunerLayer):
         """Weight and bias with `names` in them, in the base layer's layout and type."""
         dtype = weight.dtype
         W0 = self._as_matrix(weight)
-        acc = definition.wide(dtype) if len(names) > 1 else dtype
+        acc = acc_dtype(dtype) if len(names) > 1 else dtype
         weight = _combined(W0, [self._adapter_weight(name, W0, acc) for name in names])
         shift = _combined(b0, [self._adapter_bias(name, b0, acc) for name in names])
         weight = self._as_matrix(weight.to(dtype)).contiguous()
@@ -258,14 +258,14 @@ class HUTLayer(BaseTunerLayer):
 
     def _adapter_bias(self, name: str, b0: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         gamma, beta = _entry(self.hut_gamma, name), _entry(self.hut_beta, name)
-        return definition.merged_bias(b0, gamma, beta, dtype)
+        return effective_bias(b0, gamma, beta, dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What merging the adapter adds to the weight, in its layout, detached and in float32."""
         check_data(self.get_base_layer(), "weight")
         weight = self._before_merging()[0].detach()
         W0 = self._as_matrix(weight)
-        delta = self._adapter_weight(adapter_name, W0, definition.wide(weight.dtype)) - W0
+        delta = self._adapter_weight(adapter_name, W0, acc_dtype(weight.dtype)) - W0
         return self._as_matrix(delta)
 
 
@@ -311,7 +311,7 @@ class Linear(nn.Module, HUTLayer):
             if matrix(self.base_layer).is_meta:  # or have taken its weight away again
                 check_data(self.base_layer, "weight")
             base = self._base_product(x, y.dtype)
-        acc = definition.wide(y.dtype)
+        acc = acc_dtype(y.dtype)
         total = y.to(acc)
         for name in active:
             total = total + (self._adapted(x, name) - base.to(acc))
@@ -325,7 +325,7 @@ class Linear(nn.Module, HUTLayer):
         # x W0^T + d (W - W0)^T = d W^T + (x - d) W0^T, as in HUTLinear.
         d = dropout(x)
         y = self._product(d, name)
-        rest = FrozenProduct.apply((x - d).to(y.dtype), matrix(self.base_layer))
+        rest = FrozenLinearFunction.apply((x - d).to(y.dtype), matrix(self.base_layer))
         gamma = _entry(self.hut_gamma, name)
         return y + (rest if gamma is None else (gamma * rest).to(y.dtype))
 
@@ -347,7 +347,7 @@ class Linear(nn.Module, HUTLayer):
         )
 
     def _base_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = FrozenProduct.apply(x.to(dtype), matrix(self.base_layer))
+        y = FrozenLinearFunction.apply(x.to(dtype), matrix(self.base_layer))
         shift = bias(self.base_layer)
         return y if shift is None else y + shift.to(dtype)
 

@@ -1,0 +1,124 @@
+"""The operators where a plan decides: one plan for a call, made here and handed down.
+
+A plan depends on the number of tokens, so it is made within the operators; made where a backend is
+named, it would be a guard under `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import planner, torch_backend
+from .dispatch import dtype_name, gpu
+from .layer import Layer, Needs, as_rows
+from .planner import Device, Plan, Problem
+from .triton import backend as triton_backend
+
+# Stands for the device under the interpreter: small limits, so that small shapes meet them.
+_INTERPRETER = Device("interpreter", "sm_80", sms=2, shared_memory=163 << 10, l2=1 << 16)
+
+
+class Planned:
+    """The operators of `"triton"`, or of `"auto"`: Triton and the extension, each at its parts.
+
+    PyTorch runs what Triton has no kernel for. A small layer goes to the extension unplanned: the
+    plan would take longer than it saves.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def linear_forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
+        if self._is_launch_bound(layer):
+            return _module("cuda").linear_forward(x, layer)
+        plan = plan_call(self.name, layer, x)
+        runs = plan.backend_of("forward")
+        if runs == "triton":
+            return triton_backend.linear_forward(plan, x, layer)
+        return _module(runs).linear_forward(x, layer)
+
+    def linear_backward(
+        self, grad: Tensor, x: Tensor | None, layer: Layer, need_x: bool, needs: Needs
+    ) -> list[Tensor]:
+        """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
+        if self._is_launch_bound(layer):
+            return _module("cuda").linear_backward(grad, x, layer, need_x, needs)
+        plan = plan_call(self.name, layer, grad, x)
+        for_x, for_factors = plan.backend_of("grad_input"), plan.backend_of("grad_factors")
+        if for_x == for_factors or not (need_x and any(needs)):
+            return _backward(plan, for_x if need_x else for_factors, grad, x, layer, need_x, needs)
+        dx = _backward(plan, for_x, grad, None, layer, True, Needs(False, False, False))
+        return dx + _backward(plan, for_factors, grad, x, layer, False, needs)
+
+    def merged_weight(self, layer: Layer, dtype: torch.dtype) -> Tensor:
+        """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
+        if self.name == "auto":
+            return _module("cuda").merged_weight(layer, dtype)
+        plan = plan_call(self.name, layer)
+        if plan.backend == "triton":
+            return triton_backend.merged_weight(plan, layer, dtype)
+        return torch_backend.merged_weight(layer, dtype)
+
+    def _is_launch_bound(self, layer: Layer) -> bool:
+        return self.name == "auto" and planner.launch_bound(*layer.sizes[:2])
+
+
+PLANNED = {name: Planned(name) for name in ("triton", "auto")}
+
+
+def _backward(
+    plan: Plan,
+    runs: str,
+    grad: Tensor,
+    x: Tensor | None,
+    layer: Layer,
+    need_x: bool,
+    needs: Needs,
+) -> list[Tensor]:
+    if runs == "triton":
+        return triton_backend.linear_backward(plan, grad, x, layer, need_x, needs)
+    return _module(runs).linear_backward(grad, x, layer, need_x, needs)
+
+
+def _module(name: str) -> ModuleType:
+    """A backend without plans; the extension's exists only where it was built."""
+    return importlib.import_module(f"{__package__}.cuda") if name == "cuda" else torch_backend
+
+
+def plan_call(name: str, layer: Layer, *activations: Tensor | None) -> Plan:
+    """The plan of a direction, by all its operands; merging is planned as one token."""
+    rows = [as_rows(tensor) for tensor in activations if tensor is not None]
+    example = rows[0] if rows else layer.weight
+    O, K, r = layer.sizes
+    problem = Problem(
+        len(rows[0]) if rows else 1,
+        K,
+        O,
+        r,
+        dtype_name(example.dtype),
+        dtype_name(layer.weight.dtype),
+        all(_is_aligned(tensor) for tensor in (*rows, *layer[:3])),
+        layer.spec.transform,
+        layer.spec.precision,
+    )
+    return planner.plan(problem, _device(example.device), name)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Row-major with rows of a multiple of 16 elements from a 16-byte address: asynchronous copies.
+
+    A factor with fewer than 16 columns (hut_B at r < 16) is a thin load outside the rule.
+    """
+    rows, columns = tensor.stride()
+    wide = columns == 1 and (rows % 16 == 0 or tensor.shape[1] < 16)
+    transposed = rows == 1 and columns % 16 == 0
+    return tensor.data_ptr() % 16 == 0 and (wide or transposed)
+
+
+def _device(device: torch.device) -> Device:
+    return gpu(device) if device.type == "cuda" else _INTERPRETER

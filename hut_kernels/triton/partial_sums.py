@@ -1,0 +1,43 @@
+"""The two-stage reduction of the factor gradients: each program's partial sums, then their sum.
+
+Programs that split O and K into `o_splits x k_splits` rectangles write partial sums of d hut_A, one
+for each split of O, and of d hut_B, one for each split of K. Added in order, two runs are equal to
+the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layer import FactorGrads, Layer, Needs, finish_factor_grads
+
+
+class PartialSums:
+    """Buffers of the first stage, float32, empty where a gradient is not needed."""
+
+    def __init__(self, x: Tensor, layer: Layer, splits: tuple[int, int], needs: Needs) -> None:
+        (O, K, r), (o_splits, k_splits) = layer.sizes, splits
+        self.layer, self.needs = layer, needs
+        self.NEED_Q = needs.A
+        self.NEED_P = needs.P
+        self.NEED_SUMS = needs.gamma and layer.spec.constant != 0.0
+
+        def buffer(needed: bool, *shape: int) -> Tensor:
+            shape = shape if needed else (0,)
+            return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+        self.Q = buffer(self.NEED_Q, o_splits, r, K)
+        self.P = buffer(self.NEED_P, k_splits, O, r)
+        self.sums = buffer(self.NEED_SUMS, k_splits, O)
+
+    def finish(self) -> FactorGrads:
+        """Adds the partial sums in order, and finishes the gradients."""
+        Q = _add(self.Q) if self.NEED_Q else None
+        P = _add(self.P) if self.NEED_P else None
+        sums = _add(self.sums) if self.NEED_SUMS else None
+        return finish_factor_grads(Q, P, sums, self.layer, self.needs)
+
+
+def _add(partials: Tensor) -> Tensor:
+    return partials[0] if len(partials) == 1 else partials.sum(0)
