@@ -5,14 +5,8 @@ from . import versions  # noqa: F401  first, for it refuses a PyTorch that is to
 # isort: split
 
 from . import flops
-from .adapters import (
-    adapter_options,
-    adapter_state_dict,
-    inject,
-    load_adapter,
-    merge,
-    save_adapter,
-)
+from .adapter_file import adapter_options, adapter_state_dict, load_adapter, save_adapter
+from .adapters import inject, merge
 from .autograd import HUTLinearFunction
 from .dispatch import backends, explain
 from .errors import HUTBackendError

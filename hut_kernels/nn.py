@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,18 @@ _FACTORS = ("hut_A", "hut_B", "gamma", "beta")
 
 LayerTensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """A layer's weight `[out, in]`, hut_A, hut_B, bias, gamma and beta."""
+
+
+# A module's hooks outlive its replacement: the dictionaries move on, so handles stay valid.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class HUTLinear(nn.Module):
@@ -189,22 +203,7 @@ class HUTLinear(nn.Module):
     @torch.no_grad()
     def reset_factors(self) -> None:
         """Make `T` 1, `gamma` 1 and `beta` 0: the layer computes its base layer again."""
-        if self.transform == "two_sided":
-            self.hut_A.fill_(1.0)
-            self.hut_B.fill_(1.0)
-        else:
-            # Drawn whole, since a factor may be sharded.
-            hut_A, hut_B = (
-                torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
-                for factor in (self.hut_A, self.hut_B)
-            )
-            nn.init.kaiming_uniform_(hut_A, a=math.sqrt(5))
-            hut_B.zero_()
-            if self.offset == 0:
-                hut_A[0] = 1.0
-                hut_B[:, 0] = 1.0
-            fill(self.hut_A, hut_A)
-            fill(self.hut_B, hut_B)
+        init_factors_(self.hut_A, self.hut_B, self.transform, self.offset)
         if self.gamma is not None and self.beta is not None:
             self.gamma.fill_(1.0)
             self.beta.zero_()
@@ -245,12 +244,8 @@ class HUTLinear(nn.Module):
         )
 
     def _forward_dropout(self, x: Tensor) -> Tensor:
-        # x W0^T + d (W - W0)^T = d W^T + (x - d) W0^T: no W - W0 to build, and one formula for
-        # every transform.
         d = F.dropout(x, self.dropout)
-        y = self._forward(d)
-        rest = FrozenLinearFunction.apply((x - d).to(y.dtype), self._matrix())
-        return y + (rest if self.gamma is None else (self.gamma * rest).to(y.dtype))
+        return dropout_forward(x, d, self._forward, self._matrix(), self.gamma)
 
     def _matrix(self) -> Tensor:
         """The frozen weight as `[out_features, in_features]`, a view where it is a Conv1D's."""
@@ -352,6 +347,53 @@ class HUTLinear(nn.Module):
         return text + (", fan_in_fan_out=True" if self.fan_in_fan_out else "")
 
 
+@torch.no_grad()
+def init_factors_(hut_A: Tensor, hut_B: Tensor, transform: str, offset: float) -> None:
+    """Make `T` 1 (see "The two transforms" in docs/definition.md), also of sharded factors."""
+    if transform == "two_sided":
+        hut_A.fill_(1.0)
+        hut_B.fill_(1.0)
+        return
+    # Drawn whole, since a factor may be sharded.
+    A, B = (torch.empty(f.shape, dtype=f.dtype, device=f.device) for f in (hut_A, hut_B))
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    B.zero_()
+    if offset == 0:
+        A[0] = 1.0
+        B[:, 0] = 1.0
+    fill(hut_A, A)
+    fill(hut_B, B)
+
+
+def dropout_forward(
+    x: Tensor, d: Tensor, layer: Callable[[Tensor], Tensor], matrix: Tensor, gamma: Tensor | None
+) -> Tensor:
+    """Compute a layer whose update sees d, x after dropout, instead of x.
+
+    `x W0^T + d (W - W0)^T = d W^T + (x - d) W0^T`: no `W - W0` to build, and one formula for every
+    transform.
+
+    Args:
+        x: `[..., in_features]`.
+        d: x after dropout.
+        layer: the whole layer, biases included.
+        matrix: W0, `[out_features, in_features]`.
+        gamma: `[out_features]` or None.
+
+    Returns:
+        `[..., out_features]`, in the layer's output type.
+    """
+    y = layer(d)
+    rest = FrozenLinearFunction.apply((x - d).to(y.dtype), matrix)
+    return y + (rest if gamma is None else (gamma * rest).to(y.dtype))
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the hooks of the module that it stands for."""
+    for name in (*HOOKS, "_is_full_backward_hook"):
+        vars(new)[name] = vars(old)[name]
+
+
 def fill(parameter: Tensor, value: Tensor) -> None:
     """Copies the value; into a sharded parameter every rank its part of the first rank's value."""
     if hasattr(parameter, "_local_tensor"):  # a DTensor: an import that others are spared
@@ -443,6 +485,15 @@ def check_data(module: nn.Module, *names: str) -> None:
                 f"accelerate offloads it, accelerate.hooks.remove_hook_from_module(model, "
                 f"recurse=True) brings it back"
             )
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put a layer's name before what is raised about it."""
+    try:
+        yield
+    except (TypeError, ValueError, HUTBackendError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _check_types(**dtypes: torch.dtype) -> None:

@@ -39,7 +39,7 @@ from hut_kernels import (
     load_adapter,
     save_adapter,
 )
-from hut_kernels.adapters import _checksum
+from hut_kernels.adapter_file import _checksum
 from hut_kernels.layer import FLOATS
 
 from .references import TRAINABLE, Case, lay, limit, make

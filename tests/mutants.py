@@ -43,7 +43,7 @@ TORCH = "hut_kernels/torch_backend.py"
 AUTOGRAD = "hut_kernels/autograd.py"
 OPS = "hut_kernels/ops.py"
 FUNCTIONAL = "hut_kernels/functional.py"
-ADAPTERS = "hut_kernels/adapters.py"
+ADAPTERS = "hut_kernels/adapter_file.py"
 FLOPS = "hut_kernels/flops.py"
 DISTRIBUTED = "hut_kernels/distributed.py"
 NN = "hut_kernels/nn.py"
@@ -435,7 +435,7 @@ MUTANTS = (
         ADAPTERS,
         "        _check_fits(name, tensors[name], factor)\n",
         "        _check_fits(name, tensors[name], factor)\n        factor.copy_(tensors[name])\n",
-        ("tests/test_adapters.py", "damaged or another_model"),
+        ("tests/test_adapter_file.py", "damaged or another_model"),
     ),
     Mutant(
         "adapter: options that exhaust the parser",
@@ -561,7 +561,7 @@ MUTANTS = (
         ADAPTERS,
         "        elif isinstance(model, _REPLICAS):\n",
         "        elif False:\n",
-        ("tests/test_adapters.py", "wrapped_and_plain"),
+        ("tests/test_adapter_file.py", "wrapped_and_plain"),
     ),
     Mutant(
         "layer: alpha not divided by the rank",
@@ -573,8 +573,8 @@ MUTANTS = (
     Mutant(
         "layer: dropout on the whole product",
         NN,
-        "        return y + (rest if self.gamma is None else (self.gamma * rest).to(y.dtype))\n",
-        "        return y\n",
+        "    return y + (rest if gamma is None else (gamma * rest).to(y.dtype))\n",
+        "    return y\n",
         ("tests/test_nn.py", "dropout_falls"),
     ),
     Mutant(
@@ -616,8 +616,8 @@ MUTANTS = (
     Mutant(
         "PEFT: dropout on the whole product",
         f"{PEFT}/layer.py",
-        "        return y + (rest if gamma is None else (gamma * rest).to(y.dtype))\n",
-        "        return y\n",
+        "            x,\n            dropout(x),\n",
+        "            dropout(x),\n            dropout(x),\n",
         ("tests/integrations/test_peft_tuner.py", "dropout_acts"),
     ),
     Mutant(

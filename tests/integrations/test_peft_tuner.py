@@ -357,14 +357,14 @@ def test_the_type_is_a_member_of_pefts_enumeration():
     assert len({*PeftType}) == len(list(PeftType))
     assert PEFT_TYPE_TO_CONFIG_MAPPING["HUT"] is HUTConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING["HUT"] is HUTModel
-    register()
+    register(HUTConfig, HUTModel)
     assert PeftConfig.from_peft_type(peft_type="HUT", r=3) == HUTConfig(r=3)
 
 
 def test_another_method_called_hut(monkeypatch):
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, peft_type(), LoraConfig)
     with pytest.raises(ImportError, match=r"already has a method HUT, peft.tuners.lora"):
-        register()
+        register(HUTConfig, HUTModel)
 
 
 def test_config_survives_its_file(tmp_path):

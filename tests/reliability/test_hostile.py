@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from hut_kernels import adapter_options, adapter_state_dict, hut_linear, load_adapter, save_adapter
-from hut_kernels.adapters import _checksum
+from hut_kernels.adapter_file import _checksum
 
 from .. import fuzz
 from .models import WIDTH, block, layer

@@ -23,7 +23,7 @@ from .layer import HUTLayer
 from .model import HUTModel
 from .registration import register
 
-register()
+register(HUTConfig, HUTModel)
 
 __all__ = [
     "ConvertedAdapter",

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...nn import check_linear, is_conv1d, is_replaced
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from ...nn import HOOKS, check_linear, is_conv1d, is_replaced
 
 
 def check_base(base: nn.Module) -> None:
@@ -33,7 +31,7 @@ def is_watched(base: nn.Module) -> bool:
     """Whether calling `base` does more than its product: hooks, or a `forward` put on it."""
     state = vars(base)
     replaced = is_replaced(base) and not _aligns_only(state.get("_hf_hook"))
-    return replaced or any(state.get(name) for name in _HOOKS)
+    return replaced or any(state.get(name) for name in HOOKS)
 
 
 def _aligns_only(hook: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 import weakref
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from ...autograd import FrozenLinearFunction
 from ...functional import hut_linear, hut_weight
 from ...layer import acc_dtype, effective_bias
-from ...nn import check_data, check_rank, is_conv1d
+from ...nn import check_data, check_rank, dropout_forward, init_factors_, is_conv1d
 from .base import bias, drops, is_watched, matrix
 from .config import HUTConfig
 
@@ -128,15 +127,7 @@ class HUTLayer(BaseTunerLayer):
         """Makes the adapter the identity; with `init_weights=False`, the identity and noise."""
         A, B = self.hut_A[adapter_name], self.hut_B[adapter_name]
         form = self.hut_form[adapter_name]
-        if form.transform == "two_sided":
-            A.fill_(1.0)
-            B.fill_(1.0)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            B.zero_()
-            if form.offset == 0:
-                A[0] = 1.0
-                B[:, 0] = 1.0
+        init_factors_(A, B, form.transform, form.offset)
         factors = [A, B]
         if adapter_name in self.hut_gamma:
             factors += [
@@ -322,12 +313,13 @@ class Linear(nn.Module, HUTLayer):
         dropout = self.hut_dropout[name]
         if not drops(dropout):
             return self._product(x, name)
-        # x W0^T + d (W - W0)^T = d W^T + (x - d) W0^T, as in HUTLinear.
-        d = dropout(x)
-        y = self._product(d, name)
-        rest = FrozenLinearFunction.apply((x - d).to(y.dtype), matrix(self.base_layer))
-        gamma = _entry(self.hut_gamma, name)
-        return y + (rest if gamma is None else (gamma * rest).to(y.dtype))
+        return dropout_forward(
+            x,
+            dropout(x),
+            lambda d: self._product(d, name),
+            matrix(self.base_layer),
+            _entry(self.hut_gamma, name),
+        )
 
     def _product(self, x: Tensor, name: str) -> Tensor:
         form = self.hut_form[name]

@@ -26,19 +26,16 @@ def peft_type() -> Any:
     return PeftType(_NAME)
 
 
-def register() -> None:
+def register(config_cls: type[Any], model_cls: type[Any]) -> None:
     """Enters the tuner in PEFT's mappings; once, however often it is called.
 
     Raises:
         ImportError: this PEFT has a method called HUT from somewhere else.
     """
-    from .config import HUTConfig
-    from .model import HUTModel
-
     present = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type())
     if present is None:
-        register_peft_method(name="hut", config_cls=HUTConfig, model_cls=HUTModel)
-    elif present is not HUTConfig:
+        register_peft_method(name="hut", config_cls=config_cls, model_cls=model_cls)
+    elif present is not config_cls:
         raise ImportError(
             f"PEFT already has a method HUT, {present.__module__}.{present.__qualname__}: "
             f"hut_kernels cannot register its own beside it"
