@@ -75,7 +75,7 @@ bench: $(call ready,bench) ## HUT beside LoRA, HiRA and plain PyTorch: ARGS="lay
 	$(PY) -m benchmarks $(or $(ARGS),layer)
 
 bench-cpu: $(call ready,bench) ## times of the CPU fallback as ratios to its plain products
-	$(PY) -m benchmarks.cpu_ratios $(ARGS)
+	$(PY) -m benchmarks cpu $(ARGS)
 
 gate: $(call ready,test) ## compile every kernel for every architecture, and check the machine code
 	$(PY) -m tools.gate $(ARGS)

@@ -50,7 +50,6 @@ BASELINES = ("peft_lora", "lora", "hut_low_rank", "peft_hira", "hut_low_rank_eag
 SLOW_TO_COMPILE = "compiling takes long on a CPU; name it with --provider"
 COMPILED_TOKENS = 512
 COMPILED_ONCE = f"compiled at {COMPILED_TOKENS} tokens alone; name it with --provider"
-BUSY = 0.05  # of the CPUs, taken by other programs
 SEQUENCE = 128  # tokens of a text in the model suite; half of it on a CPU
 
 
@@ -67,6 +66,16 @@ class Size:
 
 
 TRAINED = tuple(model.RECIPES)
+# What targets.ON_CPU judges, as commands.
+CPU_PARTS = (
+    "layer --dtype float32 bfloat16 --shapes 16x1024x4096 512x1024x4096 2048x1024x1024 --provider "
+    "frozen lora peft_lora peft_hira hira hut_low_rank hut_paper hut_low_rank_eager",
+    "layer --dtype float32 bfloat16 --shapes 1x4096x4096 --rank 8 --baseline frozen "
+    "--provider frozen hut_low_rank hut_paper",
+    "overhead --dtype float32 --rank 8 --provider frozen lora peft_* hut_low_rank hut_paper",
+    "memory --dtype float32 --shapes 4096x4096 --tokens 64 --depths 6 --resident "
+    "--provider hut_low_rank hut_paper",
+)
 SIZES = {
     # suite: on a CPU, there with --quick, on a GPU, there with --quick
     "layer": (
@@ -121,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for suite in records.SUITES:
         _add_suite(commands, suite)
+    one = commands.add_parser("cpu", help="the CPU path and the host, judged by the targets")
+    _add_files(one)
+    one.add_argument("--seconds", type=_seconds, default=8, help="time for each group of rows (8)")
+    one.set_defaults(command=_run, suite="cpu", device=torch.device("cpu"))
     one = commands.add_parser("compare", help="two records, row by row")
     one.add_argument("first", type=Path)
     one.add_argument("second", type=Path)
@@ -152,8 +165,7 @@ def _add_suite(commands: Any, suite: str) -> None:
     )
     add = one.add_argument
     add("--quick", action="store_true", help="less of everything")
-    add("--json", type=Path, metavar="FILE", help="write the rows as lines of JSON")
-    add("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
+    _add_files(one)
     ranks = list(cost.RANKS) if suite == "cost" else [16]
     shown = " ".join(map(str, ranks))
     add("--rank", type=_positive, nargs="+", default=ranks, help=f"ranks of the factors ({shown})")
@@ -166,6 +178,7 @@ def _add_suite(commands: Any, suite: str) -> None:
         add("--tokens", type=_positive, nargs="+", help="numbers of tokens")
     if suite == "memory":
         add("--depths", type=_positive, nargs="+", help="layers of the stacks")
+        add("--resident", action="store_true", help="also the process's resident high-water mark")
     if suite != "cost":
         add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
         add("--device", type=_torch_device, help="cpu, cuda, cuda:1 … (a GPU where there is one)")
@@ -180,9 +193,14 @@ def _add_suite(commands: Any, suite: str) -> None:
     one.set_defaults(command=_run, suite=suite)
 
 
+def _add_files(parser: Any) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write rows as lines of JSON")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write rows as CSV")
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up; got {text!r}")
     return int(text)
 
 
@@ -192,14 +210,14 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = -1
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number from 0 up, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 up; got {text!r}")
     return value
 
 
 def _torch_device(text: str) -> torch.device:
     kind, _, index = text.partition(":")
     if kind not in ("cpu", "cuda") or (":" in text and not index.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N; got {text!r}")
     return torch.device(text)
 
 
@@ -209,7 +227,9 @@ def _torch_device(text: str) -> torch.device:
 def _run(options: argparse.Namespace) -> int:
     """Runs one suite: proofs, rows, tables, files."""
     begin, device = time.perf_counter(), _device(options)
-    _check_before(options)
+    parts = _parts(options)
+    for part in parts:
+        _check_before(part)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton and events go by the current one
     rows: list[Row] = []
@@ -217,7 +237,7 @@ def _run(options: argparse.Namespace) -> int:
     threads = settle_threads() if options.suite != "cost" else (1, 1)
     environment, others = records.environment(device), OtherPrograms()
     try:
-        for found in _groups(options, wrong):
+        for found in (found for part in parts for found in _groups(part, wrong)):
             rows += found
             for table in tables.of(found) if options.suite != "cost" else []:
                 print(f"\n{table.text()}", flush=True)
@@ -230,20 +250,34 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     print("", *tables.left_out(rows), sep="\n")
     _say_how(environment, threads, options)
-    if device.type == "cuda" and options.suite != "overhead":
-        with_origin = [{**row, "environment": environment} for row in rows]
-        print(f"\n{targets.table(with_origin, [options.suite]).text()}")
+    among = targets.ON_CPU if options.suite == "cpu" else ()
+    if device.type == "cuda":
+        among = tuple(one for one in targets.ON_GPU if one.suite == options.suite)
+    judged = targets.table([{**row, "environment": environment} for row in rows], among)
+    if among:
+        print(f"\n{judged.text()}")
     print(f"It took {time.perf_counter() - begin:.0f} seconds.")
     for name in wrong:
         print(f"{name} does NOT compute its formula: it was not timed.")
-    return 1 if wrong else 0
+    missed = options.suite == "cpu" and any(line[-1] == targets.MISSED for line in judged.rows)
+    return 1 if wrong or missed else 0
+
+
+def _parts(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The suites to run: one, but of `cpu` those in which its targets stand."""
+    if options.suite != "cpu":
+        return [options]
+    parts = [_parser().parse_args([*part.split(), "--device", "cpu"]) for part in CPU_PARTS]
+    for part in parts:
+        part.seconds = options.seconds
+    return parts
 
 
 def _check_before(options: argparse.Namespace) -> None:
     """Refuses what would be refused after measuring.
 
     Raises:
-        ValueError: A stack of layers that are not square.
+        ValueError: An unknown shape or provider, a stack of layers that are not square.
         OSError: A file that cannot be written.
     """
     for file in filter(None, (options.json, options.csv)):
@@ -252,29 +286,29 @@ def _check_before(options: argparse.Namespace) -> None:
         file.open("a").close()
         if not there:
             file.unlink()
-    if options.suite == "memory" and options.shapes:
-        for shape in parsed(options.shapes, options.tokens or [1]):
-            memory.check(shape)
+    shapes = []
+    if options.suite in ("layer", "memory", "cost") and options.shapes:
+        shapes = parsed(options.shapes, options.tokens or [1])
+    for shape in shapes if options.suite == "memory" else ():
+        memory.check(shape)
+    if options.suite != "cost":
+        _names(options)
 
 
 def _write(rows: list[Row], environment: Row, options: argparse.Namespace) -> None:
     if options.json:
-        records.write_lines(options.json, rows, environment)
+        records.write(options.json, rows, environment)
     if options.csv:
         _write_csv(options.csv, rows, environment)
 
 
 def _say_how(environment: Row, threads: tuple[int, int], options: argparse.Namespace) -> None:
     print(f"\n{tables.provenance([{'environment': environment}])}")
-    if options.suite in ("layer", "memory", "model"):
+    if options.suite != "overhead":
         print(f"Memory by {memory_method(_device(options))}.")
-    busy = environment["other_programs_share"]
     timed = options.suite != "memory"
-    if timed and busy is not None and busy > BUSY:
-        print(
-            f"Other programs took {100 * busy:.0f} % of the CPUs meanwhile: times count only on an "
-            "idle machine."
-        )
+    if timed and records.busy(environment):
+        print("Other programs were running meanwhile: times count only on an idle machine.")
     for line in texts.thread_sentences(*threads) if timed else ():
         print(line)
 
@@ -336,7 +370,7 @@ def _names(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     baselines = [name for one in options.baseline or BASELINES for name in named([one])]
     if any(PROVIDERS[name].run == GRAPH for name in asked):
         baselines += [f"{name}_graph" for name in baselines if f"{name}_graph" in PROVIDERS]
-    baselines = list(dict.fromkeys(baselines))
+    baselines = [] if options.suite == "memory" else list(dict.fromkeys(baselines))
     return [name for name in PROVIDERS if name in {*asked, *baselines}], baselines
 
 
@@ -421,7 +455,8 @@ def _memory_groups(
     for r in options.rank:
         for shape in _shapes(options, size):
             with Progress(f"memory {shape}, r {r}", 1) as progress:
-                yield memory.measure(shape, depths, r, dtype, _device(options), names, progress.to)
+                rows = memory.measure(shape, depths, r, dtype, _device(options), names, progress.to)
+            yield memory.with_resident(rows, shape) if options.resident else rows
 
 
 def _model_groups(
@@ -491,7 +526,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    first, second = records.read_lines(options.first), records.read_lines(options.second)
+    first, second = records.read(options.first), records.read(options.second)
     names = os.path.basename(options.first), os.path.basename(options.second)
     print(compare.report(first, second, names).text())
     return 0
@@ -507,19 +542,22 @@ def _plot(options: argparse.Namespace) -> int:
 
 def _targets(options: argparse.Namespace) -> int:
     rows = _joined(options.files)
-    print(targets.table(rows).text())
+    suites = {"launching" if row["suite"] == "gpu" else row["suite"] for row in rows}
+    on = {row["environment"]["device"] for row in rows}
+    among = [one for one in targets.TARGETS if one.suite in suites and one.device in on]
+    print(targets.table(rows, among or targets.ON_GPU).text())
     for line in dict.fromkeys(tables.provenance([row]) for row in rows):
         print(line)
     return 0
 
 
 def _joined(files: Sequence[Path]) -> list[Row]:
-    return [row for file in files for row in records.read_lines(file)]
+    return [row for file in files for row in records.read(file)]
 
 
 def _check(options: argparse.Namespace) -> int:
     for file in options.files:
-        print(f"{file.name}: {len(records.read_lines(file))} valid rows")
+        print(f"{file.name}: {len(records.read(file))} valid rows")
     return 0
 
 

@@ -41,7 +41,7 @@ class Quantiles:
 
 
 @dataclass(frozen=True)
-class Case:
+class Call:
     """Something to time: `run` is timed, `prepare` goes before it, outside the timed region."""
 
     run: Callable[[], object]
@@ -49,12 +49,12 @@ class Case:
     replay: bool = False  # of a CUDA graph: timed on the device alone, without the host
 
 
-def forward_case(layer: nn.Module, x: Tensor) -> Case:
+def forward_call(layer: nn.Module, x: Tensor) -> Call:
     """The forward as in training: the graph for the backward is recorded, then dropped."""
-    return Case(lambda: layer(x))
+    return Call(lambda: layer(x))
 
 
-def backward_case(layer: nn.Module, x: Tensor, g: Tensor) -> Case:
+def backward_call(layer: nn.Module, x: Tensor, g: Tensor) -> Call:
     """The backward alone: its forward goes before, old gradients are gone."""
     outputs: list[Tensor] = []
 
@@ -62,10 +62,10 @@ def backward_case(layer: nn.Module, x: Tensor, g: Tensor) -> Case:
         clear_gradients(layer, x)
         outputs[:] = [layer(x)]
 
-    return Case(lambda: outputs.pop().backward(g), prepare)
+    return Call(lambda: outputs.pop().backward(g), prepare)
 
 
-def step_case(layer: nn.Module, x: Tensor, g: Tensor) -> Case:
+def step_call(layer: nn.Module, x: Tensor, g: Tensor) -> Call:
     """Forward and backward; the upstream gradient `g` is at hand, old gradients are gone."""
 
     def run() -> Tensor:
@@ -73,7 +73,7 @@ def step_case(layer: nn.Module, x: Tensor, g: Tensor) -> Case:
         y.backward(g)
         return y
 
-    return Case(run, lambda: clear_gradients(layer, x))
+    return Call(run, lambda: clear_gradients(layer, x))
 
 
 def clear_gradients(layer: nn.Module, x: Tensor) -> None:
@@ -83,13 +83,13 @@ def clear_gradients(layer: nn.Module, x: Tensor) -> None:
 
 
 def interleaved(
-    cases: Mapping[Key, Case],
+    cases: Mapping[Key, Call],
     device: torch.device,
     seconds: float,
     rounds: int = 1000,
     min_rounds: int = FEWEST,
     on_round: Callable[[float], object] = lambda share: None,
-    timer: Callable[[Case], float] | None = None,
+    timer: Callable[[Call], float] | None = None,
     failed: dict[Key, str] | None = None,
 ) -> dict[Key, list[float]]:
     """Times every case once per round, so that whatever drifts hits all of them alike.
@@ -115,7 +115,7 @@ def interleaved(
     """
     if timer is None:
         on_cuda = device.type == "cuda"
-        timer = _CudaTimer(device) if on_cuda else lambda case: wall_time(case.run)
+        timer = _CudaTimer(device) if on_cuda else lambda case: host_time(case.run, device)
     times: dict[Key, list[float]] = {name: [] for name in cases}
     names, warm_up, begin = list(cases), 2, time.perf_counter()
     for number in range(rounds + warm_up):
@@ -149,24 +149,21 @@ def first_line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def wall_time(run: Callable[[], object], device: torch.device | None = None) -> float:
-    """Seconds by the wall clock, until a CUDA device has done its work too."""
-    on_cuda = device is not None and device.type == "cuda"
+def host_time(run: Callable[[], object], device: torch.device, wait: bool = True) -> float:
+    """Seconds of a call by the wall clock, from an idle device on.
+
+    Args:
+        run: The call.
+        device: Where it leaves its work.
+        wait: Whether to wait until the device has done its work too.
+    """
+    on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
     run()
-    if on_cuda:
+    if on_cuda and wait:
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def host_time(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the call returns, on an idle device: work left to the device does not count."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    run()
     return time.perf_counter() - begin
 
 
@@ -225,7 +222,7 @@ class OtherPrograms:
         return busy - own.user - own.system - own.children_user - own.children_system
 
 
-def peak_bytes(case: Case, device: torch.device) -> int:
+def peak_bytes(case: Call, device: torch.device) -> int:
     """The most bytes that PyTorch's allocator had out during the call, above those before it.
 
     On CUDA by the allocator's own counters. On a CPU by the allocation events of PyTorch's
@@ -244,7 +241,7 @@ def peak_bytes(case: Case, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def kept_bytes(case: Case, device: torch.device) -> int:
+def kept_bytes(case: Call, device: torch.device) -> int:
     """The bytes still out at the end of the call, its result at hand, above those before it.
 
     A workspace that outlives the call is not among them: a first call has made it already.
@@ -312,7 +309,7 @@ class _CudaTimer:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
-    def __call__(self, case: Case) -> float:
+    def __call__(self, case: Call) -> float:
         self.flush.zero_()
         if not case.replay:
             torch.cuda.synchronize(self.flush.device)

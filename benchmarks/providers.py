@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hut_kernels import PAPER, backends, inject, planner
 
 from . import methods
-from .measure import Case, backward_case, clear_gradients, first_line, forward_case, step_case
+from .measure import Call, backward_call, clear_gradients, first_line, forward_call, step_call
 from .methods import FrozenLinear, HiRALinear, LoRALinear, Parameters, plain_name, replaced
 
 # ‖out − reference‖ / ‖reference‖ against float64, as in docs/definition.md; in float32 for sums of
@@ -184,7 +184,7 @@ def named(patterns: Sequence[str]) -> list[str]:
     return [name for name in PROVIDERS if any(fnmatch.fnmatchcase(name, each) for each in patterns)]
 
 
-def passes(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Case]:
+def passes(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Call]:
     """What of a layer can be timed: `forward`, `backward` (but in graphs), `step`.
 
     Each leaves its gradients in `x` and the layer's parameters; running `step` gives the output.
@@ -201,24 +201,24 @@ def passes(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dict[s
     compiled = provider.run == COMPILED
     call = torch.compile(layer, fullgraph=True, dynamic=False) if compiled else layer
     cases = {
-        "forward": forward_case(call, x),
-        "backward": backward_case(call, x, g),
-        "step": step_case(call, x, g),
+        "forward": forward_call(call, x),
+        "backward": backward_call(call, x, g),
+        "step": step_call(call, x, g),
     }
     if not provider.force:
         return cases
     return {name: _forced(case, provider.force) for name, case in cases.items()}
 
 
-def _forced(case: Case, force: Mapping[str, str]) -> Case:
+def _forced(case: Call, force: Mapping[str, str]) -> Call:
     def within(call: Callable[[], object]) -> object:
         with planner.force(**force):
             return call()
 
-    return Case(partial(within, case.run), partial(within, case.prepare))
+    return Call(partial(within, case.run), partial(within, case.prepare))
 
 
-def _graph_passes(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Case]:
+def _graph_passes(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Call]:
     """The forward and the step, each captured once; a replay costs the host one launch."""
 
     def step() -> Tensor:
@@ -235,7 +235,7 @@ def _graph_passes(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Case]:
     return {"forward": _captured(lambda: layer(x), layer, x), "step": _captured(step, layer, x)}
 
 
-def _captured(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Case:
+def _captured(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Call:
     clear_gradients(layer, x)  # a replay then writes gradients, where it would add to old ones
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -247,7 +247,7 @@ def _captured(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Case:
         graph.replay()
         return y
 
-    return Case(replay, replay=True)
+    return Call(replay, replay=True)
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ def prove(provider: Provider, dtype: torch.dtype, device: torch.device, r: int =
 
 
 def prove_step(
-    provider: Provider, layer: nn.Module, step: Case, x: Tensor, g: Tensor, rows: int = 16
+    provider: Provider, layer: nn.Module, step: Call, x: Tensor, g: Tensor, rows: int = 16
 ) -> float:
     """Shows of a step as it will be timed that it computes its formula.
 

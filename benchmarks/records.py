@@ -1,7 +1,6 @@
-"""Records: what was measured, on what. One JSON document a run, or one line of JSON a figure.
+"""Records of measurements and of their origin, a line of JSON for each row.
 
-`write` makes the document of a command with a report of its own; `write_lines` the lines of the
-benchmark's suites, each complete in itself, so that files can be joined, cut and searched by line.
+A line is complete in itself, so that files can be joined, cut and searched by line.
 """
 
 import datetime
@@ -24,6 +23,9 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
 SUITES = ("layer", "memory", "overhead", "model", "cost")
+# Runs that are one row each, with whatever it holds: an older form of the CPU's ratios is one.
+RUNS = ("cpu_ratios", "gpu", "demo", "finetune")
+BUSY = 0.05  # of the CPUs, taken by other programs
 DIGITS = 5  # that a figure in a line has; a timing has fewer that mean anything
 Row = dict[str, Any]
 
@@ -73,38 +75,35 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(file: Path, suite: str, content: dict[str, Any]) -> None:
-    """Writes one record; NaN and infinities become null, so that any JSON reader takes it."""
-    record = {"schema_version": SCHEMA_VERSION, "suite": suite, **content}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
-
-
-def write_lines(file: Path, rows: Iterable[Row], environment: Row) -> None:
+def write(file: Path, rows: Iterable[Row], environment: Row, digits: int | None = DIGITS) -> None:
     """Writes one line of JSON for each row, with the environment, and replaces what was there.
+
+    NaN and infinities become null, so that any JSON reader takes it.
 
     Raises:
         ValueError: A row that is not valid; nothing is written.
     """
     lines = []
     for row in rows:
-        line = _finite(
-            {"schema_version": SCHEMA_VERSION, **row, "environment": environment}, DIGITS
-        )
-        validate(line)
+        line = {"schema_version": SCHEMA_VERSION, **row, "environment": environment}
+        validate(line := _finite(line, digits))
         lines.append(json.dumps(line, allow_nan=False) + "\n")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(lines))
 
 
-def read_lines(file: Path) -> list[Row]:
-    """The rows of a file of `write_lines`.
+def read(file: Path) -> list[Row]:
+    """The rows of a record: of a file of `write`, or of one JSON document, an older form.
 
     Raises:
         ValueError: A line that is not JSON, or not a valid row; the message names it.
     """
-    rows = []
-    for number, text in enumerate(file.read_text().splitlines(), 1):
+    text = file.read_text()
+    rows: list[Row] = []
+    lines = text.splitlines()
+    if text.startswith("{\n"):
+        lines = [" ".join(lines)]
+    for number, text in enumerate(lines, 1):
         try:
             row = json.loads(text)
             validate(row)
@@ -126,10 +125,12 @@ def validate(row: Any) -> None:
         raise ValueError("a record is a JSON object")
     if row.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
-            f"schema_version must be {SCHEMA_VERSION}, not {row.get('schema_version')!r}"
+            f"schema_version must be {SCHEMA_VERSION}; got {row.get('schema_version')!r}"
         )
-    if row.get("suite") not in SUITES:
-        raise ValueError(f"suite must be one of {', '.join(SUITES)}, not {row.get('suite')!r}")
+    if row.get("suite") not in (*SUITES, *RUNS):
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}; got {row.get('suite')!r}")
+    if row["suite"] in RUNS:
+        return _check_keys("a record", row, ("environment",))
     _check_keys("a record", row, ("provider", "label", "case", "environment"))
     _check_keys("environment", row["environment"], _ENVIRONMENT)
     if "left_out" in row:
@@ -146,6 +147,14 @@ def validate(row: Any) -> None:
     for name, size in row.get("bytes", {}).items():
         if size is not None and (not isinstance(size, int) or size < 0):
             raise ValueError(f"bytes.{name} must be a count, not {size!r}")
+
+
+def busy(environment: Mapping[str, Any]) -> bool:
+    """Whether other programs took so much of the CPUs that times do not count."""
+    share, load = environment.get("other_programs_share"), environment.get("load_average")
+    if share is None:  # an older record, or no /proc: by the load at the start
+        return load is not None and load > 0.3 * (environment.get("cpu_count") or 1)
+    return share > BUSY
 
 
 def machine(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python exam
 
 from benchmarks import records
 from benchmarks.measure import (
-    Case,
+    Call,
     Quantiles,
     interleaved,
     memory_method,
@@ -420,7 +420,7 @@ class Bench:
             model = study.model.train()
             if study.runs[0].losses:
                 run = functools.partial(self.backward, model, batch)
-                cases[name] = Case(run, functools.partial(model.zero_grad, set_to_none=True))
+                cases[name] = Call(run, functools.partial(model.zero_grad, set_to_none=True))
         with Progress("step times", 1) as progress:
             times = interleaved(cases, self.device, TIMED, on_round=progress.to)
         return {
@@ -463,8 +463,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(task, recipe, options.device)
     say(f"{report.described(task.summary)}\n{bench.steps} steps on {environment['device_name']}")
     record: Row = {
+        "suite": "finetune",
         "complete": False,
-        "environment": environment,
         "recipe": {**asdict(recipe), "model": recipe.model or WEIGHTS},
         "data": task.summary,
         "steps": bench.steps,
@@ -479,7 +479,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         best = report.hundredfold(row[bench.metric])
         say(f"{method.label}: {report.NAMES[bench.metric]} {best}, rate {row['rate']:g}")
         record["methods"].append(row)
-        records.write(options.out / "finetune.json", "finetune", record)
+        records.write(options.out / "finetune.json", [record], environment, None)
     costs = bench.costs(studies)
     record["methods"] = rows = [
         {**row, **costs.get(row["method"], {})} for row in record["methods"]
@@ -487,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record["sentences"] = sentences = report.sentences(rows, bench.metric, environment, threads)
     record["load_average_at_end"] = records.load_average()
     record |= {"seconds": perf_counter() - begin, "complete": True}
-    records.write(options.out / "finetune.json", "finetune", record)
+    records.write(options.out / "finetune.json", [record], environment, None)
     report.picture(options.out / "finetune.png", rows, bench.metric)
     tables = report.table_of(rows, bench.metric), report.sweep_of(rows, bench.metric)
     say("\n" + "\n\n".join(tables) + "\n")

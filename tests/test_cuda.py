@@ -399,7 +399,7 @@ def test_the_gpu_commands_cases_are_the_extensions():
 def test_the_gpu_commands_check_passes_and_fails(emulation, change, monkeypatch):
     from .gpu import cases as gpu_cases
 
-    case = gpu_cases.Case(
+    case = gpu_cases.Check(
         17, 72, 80, 4, "float32", strategies=gpu_cases.STAGED, backend="cuda",
         vectors=("bias", "gamma", "beta"), **change,
     )  # fmt: skip
@@ -408,32 +408,34 @@ def test_the_gpu_commands_check_passes_and_fails(emulation, change, monkeypatch)
     assert gpu_cases.check(case, torch.device("cpu"))["status"] == "failed"
 
 
-def test_verdicts_on_host_times():
-    from benchmarks.gpu import extension
+def test_targets_of_host_times():
+    from benchmarks.gpu import extension, findings
+    from benchmarks.report import targets
 
     def judged(**rows):
-        rows = [{"suite": "launching", "provider": name, **row} for name, row in rows.items()]
-        return extension.verdicts(rows), extension.verdicts_text(extension.verdicts(rows))
+        like = {"suite": "launching", **extension.LAYER.as_dict(), "N": 512}
+        rows = [{**like, "provider": name, **row} for name, row in rows.items()]
+        on = {"device": "cuda", "device_name": "H200", "date": "today", "cpu_count": 1}
+        found = list(findings.as_rows(rows, on, planner.DEVICES[0]))
+        among = [one for one in targets.KERNELS if one.suite == "launching"]
+        return [line[-1] for line in targets.table(found, among).rows]
 
-    cuda = {"seconds": 1.0}
-    found, text = judged(cuda=cuda, triton={"seconds": 2.5}, peft_lora={"seconds": 0.9})
-    assert [one["met"] for one in found] == [False, True]
-    assert "at most 1.00 of PEFT LoRA's: MISSED (1.11)" in text
-    assert "at most 0.50 of the Triton path's: met (0.40)" in text
-    found, text = judged(cuda=cuda, triton={"seconds": 1.9}, peft_lora={"error": "no PEFT"})
-    assert [one["met"] for one in found] == [None, False]
-    assert "not measured (no PEFT)" in text
-    assert [one["reason"] for one in judged()[0]] == ["not run", "not run"]
+    def taken(seconds):
+        return {"seconds": {"p20": seconds, "median": seconds, "p80": seconds, "samples": 9}}
+
+    assert judged(cuda=taken(1.0), triton=taken(2.5), peft_lora=taken(0.9)) == ["MISSED", "met"]
+    missing = judged(cuda=taken(1.0), triton=taken(1.9), peft_lora={"error": "no PEFT"})
+    assert missing == ["not measured", "MISSED"]
 
 
 def test_host_times_by_provider(monkeypatch):
     from benchmarks.gpu import extension, suites
 
-    monkeypatch.setattr(extension, "LAYER", suites.Layer(16, 16))
+    monkeypatch.setattr(extension, "LAYER", suites.Subject(16, 16))
     monkeypatch.setattr(extension, "TOKENS", 4)
     bench = suites.Bench(torch.device("cpu"), planner.DEVICES[0], None, None, backend="torch")
     providers = "torch", *extension.PROVIDERS[2:]
     rows = list(extension.launching(bench, providers))
     assert [row["provider"] for row in rows] == [*providers]
-    assert all(row["seconds"] > 0 for row in rows if "error" not in row)
+    assert all(row["seconds"]["median"] > 0 for row in rows if "error" not in row)
     assert "peft_lora" in extension.launching_text(rows)

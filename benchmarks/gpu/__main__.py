@@ -26,13 +26,14 @@ import torch
 
 from hut_kernels import backends, dispatch, planner
 from tests.gpu import lists, workers
-from tests.gpu.cases import PARTS, Case
+from tests.gpu.cases import PARTS, Check
 from tests.gpu.sanitizer import Sanitizers
 
 from .. import records
+from ..report import targets
 from ..report.text import table
 from . import extension, findings, suites
-from .suites import Bench, Layer
+from .suites import Bench, Subject
 from .timing import GraphTimer, HostTimer
 
 Row = dict[str, Any]
@@ -62,12 +63,12 @@ QUICK_ENDS = {
 }
 # The first is the one of the targets; later ones are measured while there is time.
 LAYERS = (
-    Layer(4096, 4096),
-    Layer(4096, 4096, transform="two_sided"),
-    Layer(1024, 1024),
-    Layer(4096, 4096, 64),
-    Layer(14336, 4096),
-    Layer(4096, 14336),
+    Subject(4096, 4096),
+    Subject(4096, 4096, transform="two_sided"),
+    Subject(1024, 1024),
+    Subject(4096, 4096, 64),
+    Subject(14336, 4096),
+    Subject(4096, 14336),
 )
 QUICK_LAYERS = LAYERS[:2]
 STEP_TOKENS, QUICK_STEP_TOKENS = (4096, 64, 1, 512, 8192), (4096, 64)
@@ -190,7 +191,8 @@ class Run:
 
     def save(self) -> None:
         self.saved = time.monotonic()
-        records.write(self.out, "gpu", self.record)
+        row, environment = {"suite": "gpu", **self.record}, self.record.get("environment", {})
+        records.write(self.out, [row], environment, None)
 
 
 def on_device(options: argparse.Namespace) -> int:
@@ -311,8 +313,8 @@ def check_device(run: Run, device: torch.device, options: argparse.Namespace) ->
     run.save()
 
 
-def _checks(run: Run, phase: str, cases: Sequence[Case], jobs: int) -> list[tuple[Case, Row]]:
-    results: list[tuple[Case, Row]] = []
+def _checks(run: Run, phase: str, cases: Sequence[Check], jobs: int) -> list[tuple[Check, Row]]:
+    results: list[tuple[Check, Row]] = []
     with run.phase(phase) as entry:
         found = workers.check_all(cases, "cuda", jobs, run.until(phase), on_result=print_failure)
         results += found
@@ -334,12 +336,12 @@ def _cpus() -> int | None:
     return os.cpu_count()
 
 
-def print_failure(case: Case, result: Row) -> None:
+def print_failure(case: Check, result: Row) -> None:
     if result["status"] == "failed":
         print(f"FAILED {case}: {'; '.join(result['problems'])}", file=sys.stderr, flush=True)
 
 
-def summed_up(results: Sequence[tuple[Case, Row]]) -> Row:
+def summed_up(results: Sequence[tuple[Check, Row]]) -> Row:
     """Counts, what failed, the worst errors, and every table row that was seen to be right."""
     counts: dict[str, int] = {}
     worst: dict[str, float] = {}
@@ -407,10 +409,10 @@ def measure_device(run: Run, bench: Bench, options: argparse.Namespace) -> None:
 
 
 def measure_tiles(
-    run: Run, bench: Bench, layer: Layer, entry: Row, options: argparse.Namespace
+    run: Run, bench: Bench, layer: Subject, entry: Row, options: argparse.Namespace
 ) -> None:
     """Alternatives to the table's rows: each checked by a worker, then timed here."""
-    checked: list[tuple[Case, Row]] = []
+    checked: list[tuple[Check, Row]] = []
     with run.phase("tile checks") as checks:
         cases = suites.tile_cases(bench, layer, suites.TILE_TOKENS)
         jobs = _jobs(options, bench.free)
@@ -423,14 +425,14 @@ def measure_tiles(
     _measure(run, "tiles", entry, layer, timed)
 
 
-def _by_part(bench: Bench, layer: Layer, tokens: Sequence[int], ceiling: Row) -> Iterator[Row]:
+def _by_part(bench: Bench, layer: Subject, tokens: Sequence[int], ceiling: Row) -> Iterator[Row]:
     """Both ends and the middle first: what may be left out are points between."""
     first = [n for n in tokens if n in (1, 16, 256, 512, 1024, 4096)]
     for some in (first, [n for n in tokens if n not in first]):
         yield from suites.over_tokens(bench, layer, some, PARTS, ceiling)
 
 
-def _measure(run: Run, phase: str, entry: Row, layer: Layer, rows: Iterator[Row]) -> None:
+def _measure(run: Run, phase: str, entry: Row, layer: Subject, rows: Iterator[Row]) -> None:
     """Rows until the phase's time is over; says how many came."""
     count = 0
     while run.left(phase) > 0:
@@ -447,8 +449,8 @@ def conclude(record: Row, limits: planner.Device, name: str) -> None:
     rows = record["rows"]
     record["break_evens"] = findings.crossings(rows)
     record["proposal"] = findings.proposal(record["break_evens"], limits, name)
-    record["verdicts"] = findings.verdicts(rows, limits)
-    record["host_verdicts"] = extension.verdicts(rows)
+    judged = list(findings.as_rows(rows, record["environment"], limits))
+    record["verdicts"] = targets.table(judged, targets.KERNELS).rows
     record["tile_changes"] = findings.tile_changes(rows)
 
 

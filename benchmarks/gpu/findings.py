@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -126,84 +126,34 @@ def _rounded(tokens: float) -> int:
     return int(tokens) // step * step
 
 
-@dataclass(frozen=True)
-class Target:
-    """A bound on a ratio of times in one run, for bf16, r 16, K = O = 4096.
-
-    Attributes:
-        name: In words.
-        suite, part: Which rows.
-        least, most: Tokens.
-        limit: The greatest ratio to `plain`.
-    """
-
-    name: str
-    suite: str
-    part: str
-    least: int
-    most: int
-    limit: float
-
-
-_ANY = 1 << 20
-TARGETS = (
-    Target("forward, N <= 16, against F.linear", "tokens", "forward", 1, 16, 1.10),
-    Target("forward, N >= 4096, against F.linear", "tokens", "forward", 4096, _ANY, 1.10),
-    Target("dx, N >= 4096, against grad @ W", "tokens", "grad_input", 4096, _ANY, 1.10),
-    Target("factors, N >= 4096, against g.T @ x", "tokens", "grad_factors", 4096, _ANY, 1.25),
-    Target("step, N >= 4096, against three products", "step", "step", 4096, _ANY, 1.15),
-)
-
-
-def verdicts(rows: Sequence[Row], device: planner.Device) -> list[Row]:
-    """For every target the worst ratio of the planner's choice and of the better strategy.
-
-    `met` is None where nothing was measured.
-    """
-    judged = []
-    for target in TARGETS:
-        for transform in ("low_rank", "two_sided"):
-            some = [row for row in rows if _counts(row, target, transform)]
-            planned = [value for row in some if (value := _planned_ratio(row, device))]
-            best = [value for row in some if (value := _best_ratio(row))]
-            judged.append(
-                {
-                    "target": target.name,
-                    "transform": transform,
-                    "limit": target.limit,
-                    "planned": max(planned, default=None),
-                    "best": max(best, default=None),
-                    "met": max(planned) <= target.limit if planned else None,
-                    "tokens": sorted({row["N"] for row in some}),
+def as_rows(rows: Sequence[Row], environment: Row, device: planner.Device) -> Iterator[Row]:
+    """A row for each strategy, in the form of the suites, for `targets.table`."""
+    for row in rows:
+        if row.get("suite") not in ("tokens", "step", "launching") or "error" in row:
+            continue
+        case = {"tokens": row["N"], "in_features": row["K"], "out_features": row["O"]}
+        case |= {name: row[name] for name in ("r", "transform", "part") if name in row}
+        figures = {name: row.get(name) for name in ("plain", "planned", "fused", "staged")}
+        if row["suite"] == "tokens":
+            figures["planned"] = row.get(getattr(_plan(row, device), row["part"]))
+        if row["suite"] == "launching":
+            figures = {row["provider"]: row["seconds"]}
+        for name, q in figures.items():
+            if q and "median" in q:
+                yield {
+                    "suite": row["suite"],
+                    "provider": name,
+                    "case": case,
+                    "types": {"compute": row["dtype"]},
+                    "seconds": {"step": q},
+                    "environment": environment,
                 }
-            )
-    return judged
 
 
-def _counts(row: Row, target: Target, transform: str) -> bool:
-    wanted = {"K": 4096, "O": 4096, "r": 16, "dtype": "bfloat16", "transform": transform}
-    return (
-        row.get("suite") == target.suite
-        and row.get("part", "step") == target.part
-        and all(row.get(name) == value for name, value in wanted.items())
-        and target.least <= row["N"] <= target.most
-    )
-
-
-def _planned_ratio(row: Row, device: planner.Device) -> float | None:
-    if row["suite"] == "step":
-        return ratio(row, "planned", "plain")
-    problem = planner.Problem(
-        row["N"], row["K"], row["O"], row["r"], row["dtype"], row["dtype"],
-        transform=row["transform"],
-    )  # fmt: skip
-    return ratio(row, getattr(planner.plan(problem, device), row["part"]), "plain")
-
-
-def _best_ratio(row: Row) -> float | None:
-    names = ("planned", "fused", "staged", "chunked")
-    values = [value for name in names if (value := ratio(row, name, "plain"))]
-    return min(values, default=None)
+def _plan(row: Row, device: planner.Device) -> planner.Plan:
+    sizes = row["N"], row["K"], row["O"], row["r"]
+    types = row["dtype"], row["dtype"]
+    return planner.plan(planner.Problem(*sizes, *types, transform=row["transform"]), device)
 
 
 def tile_changes(rows: Sequence[Row]) -> list[Row]:
@@ -339,23 +289,10 @@ def weight_text(rows: Sequence[Row]) -> str:
     return table("The weight kernel beside a copy", ["", "weight us", "copy us", "ratio"], lines)
 
 
-def verdicts_text(judged: Sequence[Row], device: planner.Device) -> str:
-    lines = [
-        [
-            f"{one['target']} ({one['transform']})",
-            f"{one['limit']:.2f}",
-            _number(one["planned"]),
-            _number(one["best"]),
-            {True: "met", False: "MISSED", None: "not measured"}[one["met"]],
-        ]
-        for one in judged
-    ]
+def verdicts_text(lines: Sequence[Sequence[str]], device: planner.Device) -> str:
     if not lines:
         return ""
-    title = (
-        "Targets, as ratios of device time (planned: the planner's choice; best: the better one)"
-    )
-    text = table(title, ["", "limit", "planned", "best", "verdict"], lines)
+    text = table("Targets, as ratios of device time", ["", "limit", "at", "ratio", ""], lines)
     if "H200" not in device.name:
         text += f"\nThe targets are stated for an H200; this is {device.name}."
     return text

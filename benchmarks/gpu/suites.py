@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hut_kernels import hut_linear, ops, planner
-from hut_kernels.layer import Layer as Operands
-from hut_kernels.layer import Spec
-from tests.gpu.cases import FUSED, PARTS, STAGED, Case, rows_of
+from hut_kernels.layer import Layer, Spec
+from tests.gpu.cases import FUSED, PARTS, STAGED, Check, rows_of
 from tests.gpu.lists import candidate
 
 from .timing import Call, Timer, random, sets_for
@@ -35,7 +34,7 @@ FORMS: dict[str, tuple[str, float, float]] = {
 
 
 @dataclass(frozen=True)
-class Layer:
+class Subject:
     """What is timed: a shape, a rank, a transform, a type, with float32 factors."""
 
     K: int
@@ -85,7 +84,7 @@ class Tensors:
     hut_B: Tensor
 
 
-def tensors(bench: Bench, layer: Layer, N: int, parts: Sequence[str]) -> list[Tensors]:
+def tensors(bench: Bench, layer: Subject, N: int, parts: Sequence[str]) -> list[Tensors]:
     """As many sets as keep the cache cold; only what the parts touch counts."""
     dtype: torch.dtype = getattr(torch, layer.dtype)
     item = dtype.itemsize
@@ -110,7 +109,7 @@ def tensors(bench: Bench, layer: Layer, N: int, parts: Sequence[str]) -> list[Te
 
 
 def calls_of(
-    part: str, strategy: str, sets: Sequence[Tensors], layer: Layer, backend: str
+    part: str, strategy: str, sets: Sequence[Tensors], layer: Subject, backend: str
 ) -> list[Call]:
     """A part of a layer by one of its strategies, or by `plain`: the same product without T."""
     form = FORMS[layer.transform]
@@ -155,12 +154,12 @@ def calls_of(
     return [lambda t=t: run(t) for t in sets]
 
 
-def _staged_weight(t: Tensors, layer: Layer) -> Tensor:
+def _staged_weight(t: Tensors, layer: Subject) -> Tensor:
     """W as the staged products take it: one launch of the weight kernel."""
     from hut_kernels import auto
     from hut_kernels.triton import backend
 
-    operands = Operands(t.weight, t.hut_A, t.hut_B, spec=Spec(*FORMS[layer.transform]))
+    operands = Layer(t.weight, t.hut_A, t.hut_B, spec=Spec(*FORMS[layer.transform]))
     plan = auto.plan_call("triton", operands, t.x)
     return backend.stage(plan, operands, t.weight.dtype)
 
@@ -209,7 +208,7 @@ def _copy(size: int, device: torch.device) -> Call:
     return lambda: target.copy_(source)
 
 
-def floor(layer: Layer, N: int, part: str, limits: planner.Device, ceiling: Row) -> float:
+def floor(layer: Subject, N: int, part: str, limits: planner.Device, ceiling: Row) -> float:
     """Seconds no version takes less than: operations or bytes at this run's own ceilings."""
     planned = planner.plan(_problem(layer, N), limits, "triton")
     made = dataclasses.replace(planned, forward="fused", grad_input="fused", grad_factors="fused")
@@ -221,13 +220,13 @@ def floor(layer: Layer, N: int, part: str, limits: planner.Device, ceiling: Row)
     )
 
 
-def _problem(layer: Layer, N: int) -> planner.Problem:
+def _problem(layer: Subject, N: int) -> planner.Problem:
     sizes = N, layer.K, layer.O, layer.r
     return planner.Problem(*sizes, layer.dtype, layer.dtype, transform=layer.transform)
 
 
 def over_tokens(
-    bench: Bench, layer: Layer, tokens: Sequence[int], parts: Sequence[str], ceiling: Row
+    bench: Bench, layer: Subject, tokens: Sequence[int], parts: Sequence[str], ceiling: Row
 ) -> Iterator[Row]:
     """Each part by both its strategies and as the plain product, at each number of tokens."""
     for N in tokens:
@@ -249,7 +248,7 @@ def over_tokens(
             _tidy(bench)
 
 
-def steps(bench: Bench, layer: Layer, tokens: Sequence[int], ceiling: Row) -> Iterator[Row]:
+def steps(bench: Bench, layer: Subject, tokens: Sequence[int], ceiling: Row) -> Iterator[Row]:
     """Forward and backward: device time as planned, by each strategy, plain; and eager time."""
     for N in tokens:
         sets = tensors(bench, layer, N, ["step"])
@@ -267,7 +266,7 @@ def steps(bench: Bench, layer: Layer, tokens: Sequence[int], ceiling: Row) -> It
         _tidy(bench)
 
 
-def weights(bench: Bench, layers: Sequence[Layer]) -> Iterator[Row]:
+def weights(bench: Bench, layers: Sequence[Subject]) -> Iterator[Row]:
     """The weight kernel beside a copy of the weight."""
     for layer in layers:
         sets = tensors(bench, layer, 1, ["weight"])
@@ -368,7 +367,7 @@ def _possible(row: Any, change: dict[str, Any], tiles: tuple[str, ...], capacity
     return other != row and sizes[-1] * sizes[-2] <= capacity
 
 
-def current_row(bench: Bench, layer: Layer, kernel: str, N: int) -> Any:
+def current_row(bench: Bench, layer: Subject, kernel: str, N: int) -> Any:
     """The table's row for a kernel of this layer on this device."""
     from hut_kernels.triton import launch, tables
 
@@ -376,9 +375,9 @@ def current_row(bench: Bench, layer: Layer, kernel: str, N: int) -> Any:
     return tables.launch_config(kernel, bench.limits.arch, N, layer.r, kind)
 
 
-def tile_cases(bench: Bench, layer: Layer, tokens: dict[str, tuple[int, ...]]) -> list[Case]:
+def tile_cases(bench: Bench, layer: Subject, tokens: dict[str, tuple[int, ...]]) -> list[Check]:
     """Cases that check every alternative (and compile it, into Triton's cache on disk)."""
-    cases: list[Case] = []
+    cases: list[Check] = []
     for kernel, some in tokens.items():
         for N in some:
             row = current_row(bench, layer, kernel, N)
@@ -388,9 +387,9 @@ def tile_cases(bench: Bench, layer: Layer, tokens: dict[str, tuple[int, ...]]) -
     return _by_turns(cases)
 
 
-def _by_turns(cases: Sequence[Case]) -> list[Case]:
+def _by_turns(cases: Sequence[Check]) -> list[Check]:
     """The first of each kernel and N, then the second: a budget that ends early saw some of all."""
-    groups: dict[tuple[str | None, int], list[Case]] = {}
+    groups: dict[tuple[str | None, int], list[Check]] = {}
     for case in cases:
         groups.setdefault((case.kernel, case.N), []).append(case)
     rounds = itertools.zip_longest(*groups.values())
@@ -398,10 +397,13 @@ def _by_turns(cases: Sequence[Case]) -> list[Case]:
 
 
 def tiles(
-    bench: Bench, layer: Layer, checked: Sequence[tuple[Case, Row]], time_left: Callable[[], float]
+    bench: Bench,
+    layer: Subject,
+    checked: Sequence[tuple[Check, Row]],
+    time_left: Callable[[], float],
 ) -> Iterator[Row]:
     """Times the alternatives that were found right, beside the table's row before and after."""
-    groups: dict[tuple[str, int], list[tuple[Case, Row]]] = {}
+    groups: dict[tuple[str, int], list[tuple[Check, Row]]] = {}
     for case, result in checked:
         groups.setdefault((case.kernel or "", case.N), []).append((case, result))
     for (kernel, N), some in groups.items():
@@ -436,7 +438,7 @@ def tiles(
         _tidy(bench)
 
 
-def _timed(bench: Bench, part: str, strategy: str, sets: Sequence[Tensors], layer: Layer) -> Row:
+def _timed(bench: Bench, part: str, strategy: str, sets: Sequence[Tensors], layer: Subject) -> Row:
     """Quantiles, or what went wrong in words: one figure lost is not the run lost."""
     calls = calls_of(part, strategy, sets, layer, bench.backend)
     try:
@@ -448,7 +450,7 @@ def _timed(bench: Bench, part: str, strategy: str, sets: Sequence[Tensors], laye
         return {"error": f"{type(failure).__name__}: {failure}"[:300]}
 
 
-def _eager_steps(sets: Sequence[Tensors], layer: Layer, bench: Bench) -> list[Call]:
+def _eager_steps(sets: Sequence[Tensors], layer: Subject, bench: Bench) -> list[Call]:
     transform, offset, scaling = FORMS[layer.transform]
 
     def step(t: Tensors) -> object:

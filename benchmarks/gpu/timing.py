@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..measure import Quantiles
+from ..measure import Quantiles, host_time
 
 Call = Callable[[], object]
 
@@ -81,17 +81,9 @@ class HostTimer:
         times: list[float] = []
         begin = time.perf_counter()
         while len(times) < self.min_rounds or time.perf_counter() - begin < seconds:
-            self._wait()
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            self._wait()
-            times.append((time.perf_counter() - start) / len(calls))
+            once = host_time(lambda: [call() for call in calls], self.device)
+            times.append(once / len(calls))
         return Quantiles.of(times)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def sets_for(bytes_each: int, cache: int, free: int, most: int = 64) -> int:

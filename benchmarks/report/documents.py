@@ -10,12 +10,11 @@ FILE. Files lie in benchmarks/results/. A picture is an SVG that holds its recor
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from .. import cpu_ratios, records
+from .. import records
 from ..shapes import MODELS, parsed
 from ..suites import cost
 from . import tables
@@ -54,9 +53,9 @@ def _generated(found: re.Match[str]) -> str:
     if kind == "cost":
         return "\n\n".join(table.markdown() for table in tables.of(_counted()))
     if kind == "ratios":
-        record = json.loads((RESULTS / names[0]).read_text())
-        return f"{cpu_ratios.sentences(record['rows'])} {tables.provenance([record])}"
-    some = [records.read_lines(RESULTS / name) for name in names]
+        rows = records.read(RESULTS / names[0])
+        return f"{_ratios(rows[0]['rows'])} {tables.provenance(rows)}"
+    some = [records.read(RESULTS / name) for name in names]
     if kind == "brief":
         layers, memory = some
         about = dict.fromkeys(map(tables.provenance, some))
@@ -74,6 +73,16 @@ def _generated(found: re.Match[str]) -> str:
             tables.provenance(own),
         ]
     )
+
+
+def _ratios(rows: list[Row]) -> str:
+    """The ratios of a CPU record of the older form, each median where it was measured."""
+    medians: dict[str, list[str]] = {}
+    for row in rows:
+        if "ratio" in row:
+            where, what = row["what"].split(": ")
+            medians.setdefault(what, []).append(f"{row['ratio']['median']:.2f} ({where})")
+    return " ".join(f"{what}: {', '.join(found)}." for what, found in medians.items())
 
 
 def _counted() -> list[Row]:
@@ -96,7 +105,7 @@ def draw(picture: Path) -> None:
     """Draws one of the pictures from its record."""
     from . import plots
 
-    rows = records.read_lines(RESULTS / PICTURES[picture.stem])
+    rows = records.read(RESULTS / PICTURES[picture.stem])
     picture.parent.mkdir(parents=True, exist_ok=True)
     plots.save(picture.stem, rows, [picture], _checksum(picture))
 

@@ -92,7 +92,9 @@ def where_of(case: Mapping[str, Any]) -> str:
     if "model" in case:
         checkpointing = ", checkpointing" if case["checkpointing"] else ""
         return f"{case['model']}, {case['targets']}{checkpointing}"
-    return f"{case['tokens']}x{case['in_features']}x{case['out_features']}"
+    more = [str(case[name]) for name in ("part", "transform") if name in case]
+    shape = f"{case['tokens']}x{case['in_features']}x{case['out_features']}"
+    return ", ".join([shape, *more])
 
 
 def provenance(rows: Sequence[Row]) -> str:

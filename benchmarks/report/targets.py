@@ -1,4 +1,4 @@
-"""The project's targets on a GPU (bf16, r 16, adapters float32), and what records say of each."""
+"""The project's targets: limits for ratios of times and of memory, and the verdict of records."""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,10 +6,21 @@ from typing import Any
 
 from ..measure import FEWEST
 from ..providers import PROVIDERS
+from ..records import busy
 from .tables import NONE, Table, at, grouped, measured, where_of
 
 Row = dict[str, Any]
 MET, MISSED, UNDECIDED, UNMEASURED = "met", "MISSED", "within the spread", "not measured"
+BUSY = "not judged: busy machine"
+PRODUCTS, WEIGHT = "products", "weight"  # divisors that are no provider's figure
+FIGURES = {
+    "forward": "forward",
+    "step": "step",
+    "saved": "kept for backward",
+    "peak": "peak memory",
+    "resident": "resident high-water mark",
+}
+_LABELS = {PRODUCTS: "its plain products", WEIGHT: "one weight", "plain": "the product without T"}
 
 
 @dataclass(frozen=True)
@@ -19,12 +30,13 @@ class Target:
     Attributes:
         suite: Of which records.
         place: Its cases, in words.
-        where: What a case's numbers may be.
-        over, under: Whose figure is divided by whose.
-        limit: What the ratio may be.
-        least: Whether it is the least that it may be; else the most.
-        figure: `"step"`, whose spread counts, or a count of bytes.
+        where: Allowed values of a case; `dtype` is the compute type.
+        over, under: Whose figure is divided by whose; `under` may be `PRODUCTS` or `WEIGHT` too.
+        limit: Bound of the ratio.
+        least: Whether it is the least that the ratio may be; else the most.
+        figure: A key of `FIGURES`.
         workspace: Whether one weight in the compute type is added to the divisor.
+        device: `"cuda"` or `"cpu"`.
     """
 
     suite: str
@@ -36,14 +48,17 @@ class Target:
     least: bool = False
     figure: str = "step"
     workspace: bool = False
+    device: str = "cuda"
 
     @property
     def words(self) -> str:
         """The ratio in words."""
-        figure = {"step": "step", "saved": "kept for backward", "peak": "peak memory"}[self.figure]
         more = " and one weight" if self.workspace else ""
-        labels = (PROVIDERS[name].label for name in (self.over, self.under))
-        return f"{self.suite}, {figure}: {' / '.join(labels)}{more}"
+        labels = (
+            _LABELS.get(name) or (PROVIDERS[name].label if name in PROVIDERS else name)
+            for name in (self.over, self.under)
+        )
+        return f"{self.suite}, {FIGURES[self.figure]}: {' / '.join(labels)}{more}"
 
     @property
     def bound(self) -> str:
@@ -51,43 +66,96 @@ class Target:
 
     def meant_for(self, row: Row) -> bool:
         """Whether a row is one of its cases, whoever provides it."""
+        case = {**row["case"], "dtype": at(row, "types.compute")}
         return (
             row["suite"] == self.suite
-            and at(row, "types.compute") == "bfloat16"
-            and row["case"]["r"] == 16
-            and all(row["case"][key] in allowed for key, allowed in self.where.items())
+            and at(row, "environment.device") == self.device
+            and all(case.get(key) in allowed for key, allowed in self.where.items())
         )
 
+    def ratio(self, by: Mapping[str, Row]) -> Mapping[str, float] | None:
+        """The ratio on one case with its spread, from rows by provider; None if not measured."""
+        over, under = by.get(self.over, {}), by.get(self.under, {})
+        if self.figure not in ("step", "forward"):
+            return self._bytes_ratio(over, under)
+        if self.under == PRODUCTS:
+            return _inverse(at(over, f"floor_share.{self.figure}"))
+        q = at(over, f"versus.{self.under}.{self.figure}")
+        return (
+            q
+            or _inverse(at(under, f"versus.{self.over}.{self.figure}"))
+            or _quotient(*(at(row, f"seconds.{self.figure}") for row in (over, under)))
+        )
 
-def _layer(K: int, tokens: range) -> dict[str, Any]:
-    """Square layers; where a range ends at `_ANY` there is no upper bound."""
+    def _bytes_ratio(self, over: Row, under: Row) -> Mapping[str, float] | None:
+        weight = 0
+        if over:
+            weight = over["case"]["width"] ** 2 * (
+                4 if "float32" in over["types"]["compute"] else 2
+            )
+        a = at(over, f"bytes.{self.figure}")
+        b = weight if self.under == WEIGHT else at(under, f"bytes.{self.figure}")
+        if not a or not b:
+            return None
+        value = a / (b + (weight if self.workspace else 0))
+        return {"p20": value, "median": value, "p80": value, "samples": FEWEST}  # it has no spread
+
+    def verdict(self, q: Mapping[str, float]) -> str:
+        """Which side of the limit the ratio is on, if its spread and its samples can tell."""
+        if q["samples"] < FEWEST:
+            return f"{UNDECIDED}: {q['samples']} samples"
+        low, high = q["p20"], q["p80"]
+        if (low >= self.limit) if self.least else (high <= self.limit):
+            return MET
+        if (high < self.limit) if self.least else (low > self.limit):
+            return MISSED
+        return UNDECIDED
+
+
+def _layer(K: int, O: int, tokens: range, dtype: str = "bfloat16", r: int = 16) -> dict[str, Any]:
+    """Cases of the layer suite; where a range ends at `_ANY` there is no upper bound."""
     most = f"to {tokens[-1]}" if tokens.stop < _ANY else "and more"
-    place = f"{K} → {K}, {tokens[0]} tokens{f' {most}' if len(tokens) > 1 else ''}"
-    where = {"in_features": [K], "out_features": [K], "tokens": tokens}
-    return {"suite": "layer", "place": place, "where": where}
+    place = f"{K} → {O}, {tokens[0]} tokens{f' {most}' if len(tokens) > 1 else ''}, {dtype}"
+    sizes = {"in_features": [K], "out_features": [O], "tokens": tokens}
+    return {"suite": "layer", "place": place, "where": {**sizes, "r": [r], "dtype": [dtype]}}
+
+
+def _kernels(suite: str, tokens: range, **case: str) -> dict[str, Any]:
+    """Cases of `make gpu`: 4096 → 4096, r 16, bfloat16, both transforms."""
+    place = {**_layer(4096, 4096, tokens), "suite": suite}
+    return {**place, "where": {**place["where"], **{key: [value] for key, value in case.items()}}}
 
 
 _ANY = 1 << 40
-_MANY, _SHORT = _layer(4096, range(4096, _ANY)), _layer(4096, range(512, 513))
-_SMALL = _layer(1024, range(1, 2049))
+_ONE = (range(1, 2), range(16, 17), range(512, 513), range(2048, 2049))
+_MANY = range(4096, _ANY)
 _STACK: dict[str, Any] = {
     "suite": "memory",
     "place": "4 layers 4096x4096 and more",
-    "where": {"width": [4096], "depth": range(4, _ANY)},
+    "where": {"width": [4096], "depth": range(4, _ANY), "r": [16], "dtype": ["bfloat16"]},
 }
 _ROBERTA: dict[str, Any] = {
     "suite": "model",
     "place": "roberta-large, query+value, all blocks",
-    "where": {"model": ["roberta-large"], "targets": ["query+value"], "blocks": [24]},
-}
-HUT, LORA, PEFT = "hut_low_rank", "lora", "peft_lora"
-TARGETS = (
-    Target(**_MANY, over=HUT, under=PEFT, limit=1.3),
-    Target(**_MANY, over=HUT, under=LORA, limit=1.55),
-    Target(**_MANY, over="peft_hira_cast", under=HUT, limit=1.6, least=True),
-    Target(**_SHORT, over="hut_low_rank_eager_compiled", under=HUT, limit=1.3, least=True),
-    Target(**_SMALL, over="hut_low_rank_graph", under="lora_graph", limit=1.5),
-    Target(**_SMALL, over=HUT, under=PEFT, limit=1.1),
+    "where": {
+        "model": ["roberta-large"], "targets": ["query+value"], "blocks": [24], "r": [16],
+        "dtype": ["bfloat16"],
+    },
+}  # fmt: skip
+_LAUNCHING: dict[str, Any] = {"suite": "launching", "place": "1024 → 1024", "where": {}}
+HUT, PAPER, LORA, PEFT = "hut_low_rank", "hut_paper", "lora", "peft_lora"
+ON_GPU = (
+    Target(**_layer(4096, 4096, _MANY), over=HUT, under=PEFT, limit=1.3),
+    Target(**_layer(4096, 4096, _MANY), over=HUT, under=LORA, limit=1.55),
+    Target(**_layer(4096, 4096, _MANY), over="peft_hira_cast", under=HUT, limit=1.6, least=True),
+    Target(
+        **_layer(4096, 4096, range(512, 513)), over=f"{HUT}_eager_compiled", under=HUT, limit=1.3,
+        least=True,
+    ),
+    Target(
+        **_layer(1024, 1024, range(1, 2049)), over=f"{HUT}_graph", under="lora_graph", limit=1.5
+    ),
+    Target(**_layer(1024, 1024, range(1, 2049)), over=HUT, under=PEFT, limit=1.1),
     Target(**_STACK, over=HUT, under=PEFT, limit=1, figure="saved"),
     Target(**_STACK, over=HUT, under=PEFT, limit=1, figure="peak"),
     # "Equal", but for what an allocator rounds.
@@ -95,54 +163,113 @@ TARGETS = (
     # The time of PEFT's step over ours is our tokens a second over PEFT's.
     Target(**_ROBERTA, over=PEFT, under=HUT, limit=0.95, least=True),
     Target(**_ROBERTA, over=HUT, under=PEFT, limit=1, figure="peak"),
+)  # fmt: skip
+KERNELS = (
+    *(
+        Target(**_kernels("tokens", tokens, part=part), over="planned", under="plain", limit=limit)
+        for part, tokens, limit in (
+            ("forward", range(1, 17), 1.10),
+            ("forward", _MANY, 1.10),
+            ("grad_input", _MANY, 1.10),
+            ("grad_factors", _MANY, 1.25),
+        )
+    ),
+    Target(**_kernels("step", _MANY), over="planned", under="plain", limit=1.15),
+    Target(**_LAUNCHING, over="cuda", under="peft_lora", limit=1.0),
+    Target(**_LAUNCHING, over="cuda", under="triton", limit=0.5),
 )
+_TINY: dict[str, Any] = {
+    "suite": "overhead",
+    "place": "16 → 16",
+    "where": {"tokens": [16], "dtype": ["float32"]},
+}
+_CHAIN: dict[str, Any] = {
+    "suite": "memory",
+    "place": "6 layers 4096x4096, 64 tokens",
+    "where": {"width": [4096], "depth": [6], "tokens": [64], "dtype": ["float32"]},
+}
+ON_CPU = tuple(
+    Target(**given, device="cpu")
+    for given in (
+        {**_TINY, "over": HUT, "under": PEFT, "limit": 1.0},
+        {**_TINY, "over": PAPER, "under": HUT, "limit": 1.3},
+        *(
+            {**_layer(1024, 4096, _ONE[1], dtype), "over": PAPER, "under": LORA, "limit": limit}
+            for dtype, limit in (("float32", 2.5), ("bfloat16", 3.5))
+        ),
+        *(
+            {**_layer(1024, 4096, _ONE[2], dtype), "over": over, "under": PRODUCTS, "limit": limit}
+            for dtype, over, limit in (
+                ("float32", HUT, 1.2), ("bfloat16", HUT, 1.15), ("bfloat16", PAPER, 1.22),
+            )
+        ),
+        *(
+            {**_layer(1024, 1024, _ONE[3], dtype), "over": over, "under": PRODUCTS, "limit": limit}
+            for dtype, limit in (("float32", 1.05), ("bfloat16", 1.1))
+            for over in (HUT, PAPER)
+        ),
+        *(
+            {
+                **_layer(4096, 4096, _ONE[0], dtype, r=8),
+                "over": HUT, "under": "frozen", "limit": 2.0, "figure": "forward",
+            }
+            for dtype in ("float32", "bfloat16")
+        ),
+        *(
+            {**_layer(1024, 1024, _ONE[3], "float32"), **ratio}
+            for ratio in (
+                {"over": "hira", "under": HUT, "limit": 1.5, "least": True},
+                {"over": HUT, "under": f"{HUT}_eager", "limit": 1.1},
+                {"over": LORA, "under": PEFT, "limit": 1.15},  # as lean as it is called
+            )
+        ),
+        *(
+            {**_CHAIN, "over": over, "under": WEIGHT, "limit": 1.85, "figure": figure}
+            for over in (HUT, PAPER)
+            for figure in ("peak", "resident")
+        ),
+    )
+)  # fmt: skip
+TARGETS = (*ON_GPU, *KERNELS, *ON_CPU)
 
 
-def table(rows: Sequence[Row], suites: Sequence[str] = ("layer", "memory", "model")) -> Table:
-    """Every target of some suites: a line for each case in the rows, or that there is none."""
-    runs = grouped(measured(rows), "environment.device_name", "environment.date")
+def table(rows: Sequence[Row], among: Sequence[Target]) -> Table:
+    """Every target: a line for each case in the rows, or that there is none."""
     body = []
-    for target in TARGETS:
-        if target.suite not in suites:
-            continue
-        found = [line for _, run in runs for line in _lines(target, run)]
+    for target in among:
+        found = list(lines(target, rows))
         body += found or [[target.words, target.bound, target.place, NONE, UNMEASURED]]
     return Table(
-        "Targets on a GPU: bfloat16, r 16, adapters in float32; ratios, medians (p20–p80)",
+        "Targets: ratios, medians (p20–p80)",
         ["", "limit", "at", "ratio", "verdict"],
         body,
         ["Met or missed: the whole of p20 to p80 lies on that side of the limit."],
     )
 
 
-def _lines(target: Target, run: Sequence[Row]) -> Iterator[list[str]]:
-    """One run's lines of a target."""
-    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in run:
-        if at(row, "environment.device") == "cuda" and target.meant_for(row):
-            cases.setdefault(tuple(row["case"].items()), {})[row["provider"]] = row
-    for case, by in cases.items():
-        q = ratio(target, by)
-        if q is not None:
-            shown = f"{q['median']:.2f} ({q['p20']:.2f}–{q['p80']:.2f})"
-            yield [target.words, target.bound, where_of(dict(case)), shown, verdict(target, q)]
+def lines(target: Target, rows: Sequence[Row]) -> Iterator[list[str]]:
+    """A target's lines: its ratio and the verdict on each case of each run."""
+    for _, run in grouped(measured(rows), "environment.device_name", "environment.date"):
+        cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+        for row in run:
+            if target.meant_for(row):
+                key = (*row["case"].items(), at(row, "types.compute"))
+                cases.setdefault(key, {})[row["provider"]] = row
+        for by in cases.values():
+            q = target.ratio(by)
+            if q is None:
+                continue
+            row, shown = next(iter(by.values())), f"{q['median']:.2f}"
+            if q["p20"] < q["p80"]:
+                shown += f" ({q['p20']:.2f}–{q['p80']:.2f})"
+            # A graph's replay does not wait for the host.
+            timed = target.figure in ("step", "forward") and target.suite not in ("tokens", "step")
+            said = BUSY if timed and busy(row["environment"]) else target.verdict(q)
+            where = f"{where_of(row['case'])}, {at(row, 'types.compute')}"
+            yield [target.words, target.bound, where, shown, said]
 
 
-def ratio(target: Target, by: Mapping[str, Row]) -> Mapping[str, float] | None:
-    """The ratio on one case with its spread; None where it is not measured."""
-    over, under = by.get(target.over), by.get(target.under)
-    if target.figure == "step":
-        q = at(over or {}, f"versus.{target.under}.step")
-        return q or inverse(at(under or {}, f"versus.{target.over}.step"))
-    a, b = (at(row or {}, f"bytes.{target.figure}") for row in (over, under))
-    if not a or not b:
-        return None
-    if target.workspace:
-        b += over["case"]["width"] ** 2 * 2
-    return {"p20": a / b, "median": a / b, "p80": a / b, "samples": FEWEST}  # it has no spread
-
-
-def inverse(q: Mapping[str, float] | None) -> dict[str, float] | None:
+def _inverse(q: Mapping[str, float] | None) -> dict[str, float] | None:
     """The quantiles of the ratio the other way round."""
     if q is None:
         return None
@@ -150,13 +277,12 @@ def inverse(q: Mapping[str, float] | None) -> dict[str, float] | None:
     return {"p20": p20, "median": median, "p80": p80, "samples": q["samples"]}
 
 
-def verdict(target: Target, q: Mapping[str, float]) -> str:
-    """Which side of the limit the ratio is on, if its spread and its samples can tell."""
-    if q["samples"] < FEWEST:
-        return f"{UNDECIDED}: {q['samples']} samples"
-    low, high = q["p20"], q["p80"]
-    if (low >= target.limit) if target.least else (high <= target.limit):
-        return MET
-    if (high < target.limit) if target.least else (low > target.limit):
-        return MISSED
-    return UNDECIDED
+def _quotient(
+    q: Mapping[str, float] | None, p: Mapping[str, float] | None
+) -> dict[str, float] | None:
+    """The ratio of two samples that were not taken in the same rounds, at its widest."""
+    if q is None or p is None:
+        return None
+    p20, median, p80 = (q[a] / p[b] for a, b in (("p20", "p80"), ("median",) * 2, ("p80", "p20")))
+    samples = min(q["samples"], p["samples"])
+    return {"p20": p20, "median": median, "p80": p80, "samples": samples}

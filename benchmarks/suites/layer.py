@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..measure import Case, Quantiles, interleaved, peak_bytes, ratios, survived
+from ..measure import Call, Quantiles, interleaved, peak_bytes, ratios, survived
 from ..providers import COMPILED, GRAPH, PROVIDERS, Provider, passes, prove_step
 from ..shapes import Shape
 from . import cost
@@ -56,7 +56,7 @@ def measure(
         torch.compiler.reset()  # each provider is compiled for this shape, whatever came before
     left_out: dict[str, str] = {}
     wrong: list[str] = []
-    ready: dict[str, dict[str, Case]] = {}
+    ready: dict[str, dict[str, Call]] = {}
     for name in names:
         with survived(name, left_out):
             try:
@@ -122,7 +122,7 @@ def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _ready(provider: Provider, linear: nn.Linear, r: int, x: Tensor, g: Tensor) -> dict[str, Case]:
+def _ready(provider: Provider, linear: nn.Linear, r: int, x: Tensor, g: Tensor) -> dict[str, Call]:
     """A provider's passes, each run once: what cannot run, or compile, or is wrong, shows here."""
     layer = provider.make(linear, r)
     with torch.no_grad():  # off the identity, as in training
@@ -137,18 +137,18 @@ def _ready(provider: Provider, linear: nn.Linear, r: int, x: Tensor, g: Tensor) 
     return some
 
 
-def _products(weight: Tensor, x: Tensor, g: Tensor) -> dict[tuple[str, str], Case]:
+def _products(weight: Tensor, x: Tensor, g: Tensor) -> dict[tuple[str, str], Call]:
     """The full products of a step, each as the library computes it best."""
     return {
-        (PRODUCT, "y"): Case(lambda: torch.mm(x, weight.t())),
-        (PRODUCT, "dx"): Case(lambda: torch.mm(g, weight)),
-        (PRODUCT, "G"): Case(lambda: torch.mm(g.t(), x)),
+        (PRODUCT, "y"): Call(lambda: torch.mm(x, weight.t())),
+        (PRODUCT, "dx"): Call(lambda: torch.mm(g, weight)),
+        (PRODUCT, "G"): Call(lambda: torch.mm(g.t(), x)),
     }
 
 
 def _figures(
     name: str,
-    measured: Mapping[str, Case],
+    measured: Mapping[str, Call],
     times: Mapping[tuple[str, str], list[float]],
     shape: Shape,
     r: int,
@@ -184,6 +184,6 @@ def _floor(one: str, method: str, times: Mapping[tuple[str, str], list[float]]) 
     return [sum(some) for some in zip(*(times[PRODUCT, p] for p in needed), strict=True)]
 
 
-def _peak(provider: Provider, measured: Mapping[str, Case], device: torch.device) -> Row:
+def _peak(provider: Provider, measured: Mapping[str, Call], device: torch.device) -> Row:
     """A graph has its memory from its capture on: nothing is left to count."""
     return {} if provider.run == GRAPH else {"peak": peak_bytes(measured["step"], device)}

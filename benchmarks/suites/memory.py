@@ -1,12 +1,22 @@
 """The memory suite: what a stack of adapted layers holds, beside what theory says."""
 
+import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..measure import forward_case, kept_bytes, peak_bytes, step_case, survived
+from ..measure import (
+    Call,
+    forward_call,
+    kept_bytes,
+    peak_bytes,
+    peak_resident_bytes,
+    step_call,
+    survived,
+)
 from ..methods import sharing_copy
 from ..providers import PROVIDERS
 from ..shapes import Shape
@@ -61,15 +71,41 @@ def measure(
             with survived(name, left_out):
                 stack = PROVIDERS[name].adapt(sharing_copy(base), r"\d+", r)
                 row["bytes"] = {
-                    "saved": kept_bytes(forward_case(stack, x), device),
+                    "saved": kept_bytes(forward_call(stack, x), device),
                     "saved_by_theory": _theory(name, shape, depth, r, dtype),
-                    "peak": peak_bytes(step_case(stack, x, g), device),
+                    "peak": peak_bytes(step_call(stack, x, g), device),
                 }
             if left_out:
                 row["left_out"] = left_out[name]
             rows.append(row)
             on_each(len(rows) / (len(depths) * len(names)))
     return rows
+
+
+def with_resident(rows: list[Row], shape: Shape) -> list[Row]:
+    """The rows with the resident high-water mark of a step, each in a process of its own.
+
+    Such a process has no workspace yet: the step has to make it.
+    """
+    for row in (row for row in rows if "left_out" not in row):
+        case, dtype = row["case"], row["types"]["compute"]
+        given = row["provider"], shape, case["depth"], case["r"], dtype
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            row["bytes"]["resident"] = pool.submit(_resident, *given).result()
+    return rows
+
+
+def _resident(name: str, shape: Shape, depth: int, r: int, dtype: str) -> int | None:
+    def step(width: int) -> Call:
+        options = {"dtype": getattr(torch, dtype)}
+        base = nn.Sequential(*(nn.Linear(width, width, **options) for _ in range(depth)))
+        x = torch.randn(shape.tokens, width, requires_grad=True, **options)
+        stack = PROVIDERS[name].adapt(base, r"\d+", r)
+        return step_call(stack, x, torch.randn(shape.tokens, width, **options))
+
+    call = step(shape.in_features)
+    step(max(r, 64)).run()  # threads and libraries have their buffers now
+    return peak_resident_bytes(call.run)
 
 
 def check(shape: Shape) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hut_kernels.nn import is_conv1d
 
-from ..measure import Case, Quantiles, interleaved, peak_bytes, ratios, survived
+from ..measure import Call, Quantiles, interleaved, peak_bytes, ratios, survived
 from ..methods import sharing_copy
 from ..providers import PROVIDERS
 from ..shapes import MODELS
@@ -175,7 +175,7 @@ def measure(
     batch = {"input_ids": tokens, "labels": recipe.labels(tokens)}
     share = adapted_share(base, targets)
     left_out: dict[str, str] = {}
-    cases: dict[str, Case] = {}
+    cases: dict[str, Call] = {}
     rows = {
         name: {"suite": "model", **labels(name, dtype), "case": setting.case()} for name in names
     }
@@ -184,9 +184,9 @@ def measure(
             model = PROVIDERS[name].adapt(sharing_copy(base), targets, setting.r)
             step = training_step(model, batch)
             step()  # the optimiser has its state now, which is resident from here on
-            rows[name]["bytes"] = {"peak": peak_bytes(Case(step), device)}
+            rows[name]["bytes"] = {"peak": peak_bytes(Call(step), device)}
             rows[name]["counts"] = _counts(name, model, share, setting.checkpointing)
-            cases[name] = Case(step)
+            cases[name] = Call(step)
     times = interleaved(cases, device, seconds, on_round=on_round, failed=left_out)
     for name, row in rows.items():
         if name in left_out:

@@ -37,7 +37,7 @@ def measure(
         baselines,
         on_round,
         rounds=20_000,
-        timer=lambda case: host_time(case.run, device),
+        timer=lambda case: host_time(case.run, device, wait=False),
     )
     without = ("operations", "floor_share", "bytes")  # nothing is computed here to speak of
     return [

@@ -112,22 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *report.adaptation_sentences(rows, frozen["held_out"]),
     ]
     seconds = time.perf_counter() - begin
-    records.write(
-        options.out / "demo.json",
-        "demo",
-        {
-            "environment": environment,
-            "options": described(options),
-            "memory_method": memory_method(device),
-            "proofs": proofs,
-            "layer": [row for some in layer_rows for row in some],
-            "pretraining": pretraining,
-            "frozen": frozen,
-            "adaptation": rows,
-            "sentences": sentences,
-            "seconds": seconds,
-        },
-    )
+    row = {
+        "suite": "demo",
+        "options": described(options),
+        "memory_method": memory_method(device),
+        "proofs": proofs,
+        "layer": [row for some in layer_rows for row in some],
+        "pretraining": pretraining,
+        "frozen": frozen,
+        "adaptation": rows,
+        "sentences": sentences,
+        "seconds": seconds,
+    }
+    records.write(options.out / "demo.json", [row], environment, None)
     show(layer_rows, rows, sentences, memory_method(device))
     say(f"\n{seconds:.0f} seconds; {options.out}/demo.json, losses.png, layers.png")
     kept = all(row["merged_difference"] <= report.MERGED_LIMIT for row in rows)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Case, Quantiles, peak_bytes, ratios, wall_time
+from benchmarks.measure import Call, Quantiles, host_time, peak_bytes, ratios
 from benchmarks.methods import LoRALinear
 from examples.gpt import TARGETS, ByteGPT, windows
 from hut_kernels import PAPER, adapter_options, inject, load_adapter, merge, save_adapter
@@ -139,7 +139,7 @@ class Run:
     def timed_step(self, window: Tensor, factor: float) -> Tensor:
         """`step`, its time added to `seconds`."""
         losses: list[Tensor] = []
-        seconds = wall_time(lambda: losses.append(self.step(window, factor)), window.device)
+        seconds = host_time(lambda: losses.append(self.step(window, factor)), window.device)
         self.seconds.append(seconds)
         return losses[0]
 
@@ -272,7 +272,7 @@ def assess(
             "step": Quantiles.of(run.seconds).as_dict(),
             "step_ratio": ratios(run.seconds, chosen[BASELINE].seconds).as_dict(),
             "peak_bytes": peak_bytes(
-                Case(lambda run=run: run.backward(window), run.optimizer.zero_grad), window.device
+                Call(lambda run=run: run.backward(window), run.optimizer.zero_grad), window.device
             ),
         }
         for name, run in chosen.items()

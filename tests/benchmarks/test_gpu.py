@@ -23,8 +23,9 @@ import torch
 from benchmarks import records
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import findings, suites, timing
-from benchmarks.gpu.suites import Layer
+from benchmarks.gpu.suites import Subject
 from benchmarks.measure import Quantiles
+from benchmarks.report import targets
 from hut_kernels import planner
 
 from ..gpu import cases, lists, sanitizer, workers
@@ -251,7 +252,7 @@ def test_a_break_even_of_noisy_curves_loses_least():
 
 
 def tokens_row(part, N, plain, fused, other, **more):
-    layer = Layer(4096, 4096, **more)
+    layer = Subject(4096, 4096, **more)
     figures = {"plain": plain, "fused": fused, findings.OTHER[part]: other}
     return {
         "suite": "tokens",
@@ -296,34 +297,33 @@ def test_a_measured_entry_goes_before_the_architectures(monkeypatch):
     assert "unknown" in planner.break_even(planner.Device("?", "sm_999", 1, 1, 1)).source
 
 
-def test_verdicts():
-    judged = findings.verdicts(curves(), H200)
-    by = {(one["target"], one["transform"]): one for one in judged}
-    assert len(by) == 2 * len(findings.TARGETS)
-    for target in findings.TARGETS:
-        assert by[target.name, "two_sided"]["met"] is None
-        one = by[target.name, "low_rank"]
-        if target.suite == "step":
-            assert one["met"] is None
-        elif target.most == 16:
-            assert one["met"] is True
-            assert one["planned"] == pytest.approx(1.05)
-            assert one["tokens"] == [1, 16]
-        else:
-            assert one["planned"] == pytest.approx(1.08)
-            assert one["met"] is True
+def judged(rows):
+    found = list(findings.as_rows(rows, {**records.environment(CPU), "device": "cuda"}, H200))
+    return [line[1:] for line in targets.table(found, targets.KERNELS).rows]
+
+
+def test_targets_are_judged_by_what_the_planner_chooses():
+    lines = judged(curves())
+    said = {(line[1].partition(",")[2], line[1].partition("x")[0]): line for line in lines}
+    assert said[" forward, low_rank, bfloat16", "16"][2:] == ["1.05", targets.MET]
+    assert said[" grad_factors, low_rank, bfloat16", "4096"][2:] == ["1.08", targets.MET]
+    assert [line[-1] for line in lines].count(targets.UNMEASURED) == 3  # a step, two of launching
     slow = [tokens_row("forward", N, 1.0, 1.3, 1.05) for N in (1, 16)]
-    one = findings.verdicts(slow, H200)[0]
-    assert (one["met"], one["planned"], one["best"]) == (False, 1.3, 1.05)
-    step = {"suite": "step", **Layer(4096, 4096).as_dict(), "N": 4096}
-    step |= {"plain": {"median": 2.0}, "planned": {"median": 2.2}, "fused": {"error": "no"}}
-    assert findings.verdicts([step], H200)[-2]["planned"] == pytest.approx(1.1)
+    assert [line[2:] for line in judged(slow)[:2]] == [["1.30", targets.MISSED]] * 2
+    step = {
+        "suite": "step",
+        **Subject(4096, 4096).as_dict(),
+        "N": 4096,
+        "fused": {"error": "no"},
+    }
+    step |= {name: Quantiles(v, v, v, 9).as_dict() for name, v in (("plain", 2), ("planned", 2.2))}
+    assert judged([step])[4][2:] == ["1.10", targets.MET]
 
 
 def tiles_row(before, after, *candidates):
     return {
         "suite": "tiles",
-        **Layer(4096, 4096).as_dict(),
+        **Subject(4096, 4096).as_dict(),
         "kernel": "forward",
         "N": 16,
         "row": {"BN": 16, "BO": 64, "BK": 128, "warps": 4, "stages": 3},
@@ -403,12 +403,12 @@ def test_every_row_of_the_table_has_alternatives(device, kernel):
     bench = bench_of(limits=device)
     for N in suites.TILE_TOKENS[kernel]:
         for r in (16, 64):
-            row = suites.current_row(bench, Layer(4096, 4096, r), kernel, N)
+            row = suites.current_row(bench, Subject(4096, 4096, r), kernel, N)
             changes = suites.alternatives(row, kernel)
             assert len(changes) >= 3
             for change in changes:
                 assert dataclasses.replace(row, **change) != row
-    some = suites.tile_cases(bench, Layer(4096, 4096), {kernel: suites.TILE_TOKENS[kernel]})
+    some = suites.tile_cases(bench, Subject(4096, 4096), {kernel: suites.TILE_TOKENS[kernel]})
     assert {case.kernel for case in some} == {kernel}
 
 
@@ -431,7 +431,7 @@ def fake_run(folder, backend="torch", dtype="bfloat16", quick=False, broken=(), 
 
     `broken`: suites that raise.
     """
-    layer = Layer(48, 64, 4, dtype=dtype)
+    layer = Subject(48, 64, 4, dtype=dtype)
     layers = (layer, dataclasses.replace(layer, transform="two_sided"))
     properties = SimpleNamespace(major=9, minor=0, total_memory=1 << 37)
     patch = pytest.MonkeyPatch()

@@ -46,7 +46,7 @@ def files(tmp_path_factory):
 
 class TestSuites:
     def test_a_record_holds_every_row_with_its_proof(self, files):
-        rows = records.read_lines(files / "layer.jsonl")
+        rows = records.read(files / "layer.jsonl")
         found = [(row["provider"], row["case"]["tokens"]) for row in rows]
         assert found == [(name, tokens) for tokens in (4, 16) for name in ("lora", "hut_low_rank")]
         assert all(row["proof"] < 2e-6 for row in rows)
@@ -140,7 +140,7 @@ class TestSuites:
         file = tmp_path / "r.jsonl"
         arguments = ["layer", "--shapes", "8x8", "--tokens", "4", "16", "--rank", "2", *FEW]
         assert cli.main([*arguments, "--seconds", "0", "--json", str(file)]) == 130
-        assert {row["case"]["tokens"] for row in records.read_lines(file)} == {4}
+        assert {row["case"]["tokens"] for row in records.read(file)} == {4}
 
     def test_a_device_has_its_index_and_is_there(self, monkeypatch):
         def device(asked):
@@ -254,7 +254,7 @@ class TestFiles:
         pytest.importorskip("matplotlib")
         from benchmarks.report import plots
 
-        rows = records.read_lines(files / "layer.jsonl")
+        rows = records.read(files / "layer.jsonl")
         there = [{**row, "environment": {**row["environment"], "cpu": "other"}} for row in rows]
         figure = plots.time_over_tokens([*rows, *there])
         assert len([axes for axes in figure.axes if axes.get_visible()]) == 2
@@ -265,7 +265,7 @@ class TestFiles:
         pytest.importorskip("matplotlib")
         from benchmarks.report import plots
 
-        like = records.read_lines(files / "layer.jsonl")
+        like = records.read(files / "layer.jsonl")
         names = ("lora", "lora_graph", "hut_low_rank", "hut_low_rank_graph", "hut_low_rank_fused")
         rows = [
             {

@@ -15,9 +15,8 @@ import torch
 pytest.importorskip("tqdm")
 
 
-from benchmarks import cpu_ratios, measure, records
+from benchmarks import measure, records
 from benchmarks.report import text
-from benchmarks.shapes import Shape
 
 CPU = torch.device("cpu")
 
@@ -25,7 +24,7 @@ CPU = torch.device("cpu")
 class TestMeasure:
     def test_each_case_runs_once_per_round_and_none_always_first(self):
         order = []
-        cases = {name: measure.Case(lambda name=name: order.append(name)) for name in "abc"}
+        cases = {name: measure.Call(lambda name=name: order.append(name)) for name in "abc"}
         times = measure.interleaved(cases, CPU, seconds=60, rounds=4)
         assert [len(values) for values in times.values()] == [4, 4, 4]
         rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
@@ -34,12 +33,12 @@ class TestMeasure:
     @pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
     def test_no_case_follows_itself(self, names):
         order = []
-        cases = {name: measure.Case(lambda name=name: order.append(name)) for name in names}
+        cases = {name: measure.Call(lambda name=name: order.append(name)) for name in names}
         measure.interleaved(cases, CPU, seconds=60, rounds=9)
         assert all(a != b for a, b in pairwise(order))
 
     def test_time_ends_the_rounds_but_not_before_the_fewest(self):
-        cases = {"slow": measure.Case(lambda: time.sleep(0.01))}
+        cases = {"slow": measure.Call(lambda: time.sleep(0.01))}
         times = measure.interleaved(cases, CPU, seconds=0, min_rounds=3)
         assert len(times["slow"]) == 3
         assert min(times["slow"]) >= 0.01
@@ -52,7 +51,7 @@ class TestMeasure:
             if len(runs) > 3:
                 raise MemoryError("out of memory\nand more")
 
-        cases = {"late": measure.Case(fails_late), "good": measure.Case(lambda: None)}
+        cases = {"late": measure.Call(fails_late), "good": measure.Call(lambda: None)}
         failed = {}
         times = measure.interleaved(cases, CPU, seconds=60, rounds=6, failed=failed)
         assert failed == {"late": "MemoryError: out of memory"}
@@ -74,7 +73,7 @@ class TestMeasure:
             "synchronize": lambda device: seen.append("wait"),
         }.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
-        case = measure.Case(lambda: seen.append("run"), replay=replay)
+        case = measure.Call(lambda: seen.append("run"), replay=replay)
         assert measure._CudaTimer(CPU)(case) == 2e-3
         assert seen == order
 
@@ -88,7 +87,7 @@ class TestMeasure:
         assert seen == [second]
 
     def test_preparation_is_not_timed(self):
-        case = measure.Case(lambda: None, prepare=lambda: time.sleep(0.02))
+        case = measure.Call(lambda: None, prepare=lambda: time.sleep(0.02))
         times = measure.interleaved({"case": case}, CPU, seconds=0, min_rounds=1)
         assert max(times["case"]) < 0.02
 
@@ -104,7 +103,7 @@ class TestMeasure:
             second, third = resident * 3, resident * 4
             return second, third
 
-        peak = measure.peak_bytes(measure.Case(run), CPU)
+        peak = measure.peak_bytes(measure.Call(run), CPU)
         assert 8000 <= peak <= 8000 + 64  # PyTorch may wrap the numbers into tensors
 
     def test_peak_bytes_see_inside_operators(self):
@@ -112,7 +111,7 @@ class TestMeasure:
         library.define("doubled(Tensor x) -> Tensor")
         library.impl("doubled", lambda x: x.repeat(10)[: len(x)].clone() * 2, "CPU")
         x = torch.ones(1000)
-        case = measure.Case(lambda: torch.ops.benchmarks_test.doubled(x))
+        case = measure.Call(lambda: torch.ops.benchmarks_test.doubled(x))
         assert measure.peak_bytes(case, CPU) >= 40_000
 
     def test_peak_bytes_count_a_workspace_that_calls_share(self):
@@ -124,12 +123,12 @@ class TestMeasure:
             return buffers.one.sum()
 
         run()
-        case = measure.Case(run)
+        case = measure.Call(run)
         assert measure.peak_bytes(case, CPU) >= 40_000
         assert measure.kept_bytes(case, CPU) < 100
 
     def test_kept_bytes_are_those_at_the_end_not_at_the_peak(self):
-        case = measure.Case(lambda: (torch.ones(10_000) * 2)[:100].clone())
+        case = measure.Call(lambda: (torch.ones(10_000) * 2)[:100].clone())
         assert 400 <= measure.kept_bytes(case, CPU) < 500
 
     def test_a_backward_is_timed_without_its_forward(self):
@@ -137,7 +136,7 @@ class TestMeasure:
         layer = torch.nn.Linear(3, 3)
         layer.register_forward_hook(lambda *_: ran.append("forward"))
         x = torch.ones(2, 3, requires_grad=True)
-        case = measure.backward_case(layer, x, torch.ones(2, 3))
+        case = measure.backward_call(layer, x, torch.ones(2, 3))
         for _ in range(2):
             case.prepare()
             assert ran.pop() == "forward"
@@ -179,34 +178,11 @@ class TestText:
 
 class TestRecords:
     def test_any_reader_takes_them(self, tmp_path):
-        records.write(tmp_path / "a" / "r.json", "test", {"loss": [float("nan"), 1.0]})
-        text = (tmp_path / "a" / "r.json").read_text()
-        assert json.loads(text, parse_constant=pytest.fail)["loss"] == [None, 1.0]
+        file, row = tmp_path / "a" / "r.json", {"suite": "demo", "loss": [float("nan"), 1.0]}
+        records.write(file, [row], records.environment(CPU))
+        assert json.loads(file.read_text(), parse_constant=pytest.fail)["loss"] == [None, 1.0]
 
     def test_the_environment_tells_versions(self):
         environment = records.environment(CPU)
         assert environment["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
         assert environment["device"] == "cpu"
-
-
-class TestCPURatios:
-    def test_a_limit_decides(self):
-        times, others = [1.0, 1.0], [1.0, 1.0]
-        assert cpu_ratios.timed_row("a", times, others, at_most=1.0)["holds"] is True
-        assert cpu_ratios.timed_row("a", times, others, at_least=1.5)["holds"] is False
-        assert cpu_ratios.timed_row("a", times, others)["holds"] is None
-
-    def test_a_record_is_said_in_sentences(self):
-        rows = [cpu_ratios.timed_row(f"{where}: HUT / x", [2.0], [1.0]) for where in ("a", "b")]
-        rows.append(cpu_ratios.memory_row("HUT", 1.0, 2.5))
-        assert cpu_ratios.sentences(rows) == "HUT / x: 2.00 (a), 2.00 (b)."
-
-    def test_rows_of_one_shape_are_printed_with_verdicts(self, capsys):
-        rows = cpu_ratios.product_rows(Shape(32, 16, 24), torch.float32, 1e9, 0.01)
-        rows.append(cpu_ratios.memory_row("HUT", None, 2.5))
-        cpu_ratios.show(rows, load=0.1)
-        text = capsys.readouterr().out
-        assert "float32 32x16x24: HUT / three products" in text
-        assert "holds" in text
-        assert "this system does not tell" in text
-        assert "NOT idle" not in text

@@ -54,8 +54,8 @@ def pair(**changes):
 class TestRecords:
     def test_lines_come_back_as_they_went(self, tmp_path):
         rows = pair()
-        records.write_lines(tmp_path / "r.jsonl", rows, rows[0]["environment"])
-        back = records.read_lines(tmp_path / "r.jsonl")
+        records.write(tmp_path / "r.jsonl", rows, rows[0]["environment"])
+        back = records.read(tmp_path / "r.jsonl")
         assert [one["provider"] for one in back] == ["peft_lora", "hut_low_rank"]
         assert back[1]["seconds"]["step"] == pytest.approx(rows[1]["seconds"]["step"])
         assert back[1]["case"] == rows[1]["case"]
@@ -90,18 +90,18 @@ class TestRecords:
         file = tmp_path / "r.jsonl"
         file.write_text(json.dumps(row()) + "\n{}\n")
         with pytest.raises(ValueError, match=r"r\.jsonl, line 2: schema_version"):
-            records.read_lines(file)
+            records.read(file)
         file.write_text("no JSON\n")
         with pytest.raises(ValueError, match="line 1"):
-            records.read_lines(file)
+            records.read(file)
         file.write_text("")
         with pytest.raises(ValueError, match="no record"):
-            records.read_lines(file)
+            records.read(file)
 
     def test_nothing_is_written_where_a_row_is_not_valid(self, tmp_path):
         bad = row(suite="nothing")
         with pytest.raises(ValueError, match="suite"):
-            records.write_lines(tmp_path / "r.jsonl", [row(), bad], environment())
+            records.write(tmp_path / "r.jsonl", [row(), bad], environment())
         assert not (tmp_path / "r.jsonl").exists()
 
     def test_machines_are_told_apart_and_their_dates_are_not(self):
@@ -273,7 +273,7 @@ class TestTargets:
         ]
 
     def line(self, rows):
-        return targets.table(rows, ["layer"]).rows[0]
+        return targets.table(rows, targets.ON_GPU).rows[0]
 
     @pytest.mark.parametrize(
         ("ratio", "spread", "verdict"),
@@ -292,6 +292,11 @@ class TestTargets:
         one["versus"]["peft_lora"]["step"]["samples"] = 3
         assert "3 samples" in self.line([one])[-1]
 
+    def test_a_busy_machine_decides_nothing(self):
+        (one,) = self.rows(1.2)
+        one["environment"]["other_programs_share"] = 0.5
+        assert self.line([one])[-1] == targets.BUSY
+
     def test_what_is_not_meant_is_not_measured(self):
         assert self.line([])[-1] == targets.UNMEASURED
         (one,) = self.rows(1.2)
@@ -303,26 +308,27 @@ class TestTargets:
         assert self.line([on_cpu])[-1] == targets.UNMEASURED
 
     def test_a_ratio_is_turned_round_where_it_was_taken_so(self):
-        least = next(t for t in targets.TARGETS if t.over == "peft_lora" and t.least)
+        least = next(t for t in targets.ON_GPU if t.over == "peft_lora" and t.least)
         by = {"hut_low_rank": {"versus": {"peft_lora": {"step": quantiles(1.25)}}}}
-        q = targets.ratio(least, by)
+        q = least.ratio(by)
         assert q["median"] == pytest.approx(0.8)
         assert q["p20"] < q["median"] < q["p80"]
-        assert targets.verdict(least, q) == targets.MISSED
+        assert least.verdict(q) == targets.MISSED
 
     def test_a_workspace_is_one_weight(self):
-        target = next(t for t in targets.TARGETS if t.workspace)
+        target = next(t for t in targets.ON_GPU if t.workspace)
         case = {"width": 4, "depth": 4}
+        both = {"case": case, "types": {"compute": "bfloat16"}}
         by = {
-            "hut_low_rank": {"case": case, "bytes": {"peak": 132}},
-            "lora": {"case": case, "bytes": {"peak": 100}},
+            "hut_low_rank": {**both, "bytes": {"peak": 132}},
+            "lora": {**both, "bytes": {"peak": 100}},
         }
-        assert targets.ratio(target, by)["median"] == 1
+        assert target.ratio(by)["median"] == 1
 
     def test_every_provider_of_a_target_is_run_by_default(self):
         options = SimpleNamespace(provider=None, baseline=None, suite="layer")
         names, baselines = cli._names(options)
-        for target in targets.TARGETS:
+        for target in targets.ON_GPU:
             assert {target.over, target.under} <= set(names)
             assert {target.over, target.under} & set(baselines), target.words
 
@@ -338,9 +344,14 @@ class TestTargets:
                 for shape in parsed(size.shapes, size.tokens)
                 for depth in size.depths or [0]
             ]  # fmt: skip
-            for target in targets.TARGETS:
+            for target in targets.ON_GPU:
                 rows = [
-                    {"suite": suite, "case": case, "types": {"compute": "bfloat16"}}
+                    {
+                        "suite": suite,
+                        "case": case,
+                        "types": {"compute": "bfloat16"},
+                        "environment": {"device": "cuda"},
+                    }
                     for case in cases
                 ]
                 if target.suite == suite:
@@ -360,18 +371,18 @@ class TestDocuments:
         files = sorted(documents.RESULTS.glob("*.jsonl"))
         assert files
         for file in files:
-            assert records.read_lines(file)
+            assert records.read(file)
 
     def test_a_stale_table_is_found(self, tmp_path, monkeypatch):
         monkeypatch.setattr(documents, "RESULTS", tmp_path)
-        records.write_lines(tmp_path / "r.jsonl", pair(), environment())
+        records.write(tmp_path / "r.jsonl", pair(), environment())
         marked = "before\n<!-- benchmark: layer r.jsonl -->\nold\n<!-- end of benchmark -->\nafter"
         fresh = documents.renewed(marked)
         assert "old" not in fresh
         assert fresh.startswith("before")
         assert fresh.endswith("after")
         assert documents.renewed(fresh) == fresh
-        records.write_lines(tmp_path / "r.jsonl", pair(ratio=1.7), environment())
+        records.write(tmp_path / "r.jsonl", pair(ratio=1.7), environment())
         assert documents.renewed(fresh) != fresh
 
     def test_the_brief_has_time_and_memory_who_wins_and_where_it_was_measured(
@@ -380,11 +391,11 @@ class TestDocuments:
         monkeypatch.setattr(documents, "RESULTS", tmp_path)
         small = row(case={"tokens": 16, "in_features": 8, "out_features": 8, "r": 4}, ratio=9.0)
         many = row(case={**row()["case"], "tokens": 64}, ratio=1.2)
-        records.write_lines(tmp_path / "r.jsonl", [small, *pair(), many], environment())
+        records.write(tmp_path / "r.jsonl", [small, *pair(), many], environment())
         stack = {"tokens": 8, "width": 4, "depth": 2, "r": 4}
         sizes = {"saved": 3 << 20, "peak": 5 << 20}
         memory = row(suite="memory", case=stack, bytes=sizes)
-        records.write_lines(tmp_path / "m.jsonl", [memory], environment())
+        records.write(tmp_path / "m.jsonl", [memory], environment())
         mark = "<!-- benchmark: brief r.jsonl m.jsonl -->\n<!-- end of benchmark -->"
         said = documents.renewed(mark)
         assert "| HUT low_rank | 1.50 (1.44–1.56) | 1.20 (1.15–1.25) | 3.0 | 5.0 |" in said
@@ -396,8 +407,8 @@ class TestDocuments:
     def test_ratios_are_said_with_where_they_were_measured(self, tmp_path, monkeypatch):
         monkeypatch.setattr(documents, "RESULTS", tmp_path)
         rows = [{"what": "a: HUT / products", "ratio": quantiles(1.25)}]
-        content = {"environment": environment(), "rows": rows}
-        records.write(tmp_path / "c.json", "cpu_ratios", content)
+        old = {"schema_version": 1, "suite": "cpu_ratios", "environment": environment()}
+        (tmp_path / "c.json").write_text(json.dumps({**old, "rows": rows}, indent=1))
         said = documents.renewed("<!-- benchmark: ratios c.json -->\n<!-- end of benchmark -->")
         assert "HUT / products: 1.25 (a). Measured on" in said
 
@@ -410,19 +421,19 @@ class TestDocuments:
         monkeypatch.setattr(documents, "FOLDER", tmp_path / "pictures")
         monkeypatch.setattr(documents, "PICTURES", {"layer-time": "r.jsonl"})
         many = row(case={**row()["case"], "tokens": 64})
-        records.write_lines(tmp_path / "r.jsonl", [*pair(), many], environment())
+        records.write(tmp_path / "r.jsonl", [*pair(), many], environment())
         (picture,) = documents.stale_pictures()
         documents.draw(picture)
         assert documents.stale_pictures() == []
         first = picture.read_text()
         documents.draw(picture)
         assert picture.read_text() == first  # the same bytes every time
-        records.write_lines(tmp_path / "r.jsonl", pair(), environment())
+        records.write(tmp_path / "r.jsonl", pair(), environment())
         assert documents.stale_pictures() == [picture]
 
     def test_a_mark_without_a_record_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(documents, "RESULTS", tmp_path)
-        records.write_lines(tmp_path / "r.jsonl", pair(), environment())
+        records.write(tmp_path / "r.jsonl", pair(), environment())
         marked = "<!-- benchmark: model r.jsonl -->\n<!-- end of benchmark -->"
         with pytest.raises(ValueError, match="no row of 'model'"):
             documents.renewed(marked)

@@ -50,7 +50,7 @@ _SAMPLED = 1 << 26  # elements of a float64 tensor of the reference, at most
 
 
 @dataclass(frozen=True)
-class Case:
+class Check:
     """One layer, how it is to run, and what is looked at. Plain values: it travels as JSON.
 
     Attributes:
@@ -94,7 +94,7 @@ class Case:
     seed: int = 0
 
     @classmethod
-    def load(cls, fields: dict[str, Any]) -> Case:
+    def load(cls, fields: dict[str, Any]) -> Check:
         """From what `dataclasses.asdict` gave, also after a way through JSON."""
         lists = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
         return cls(**{**fields, **lists})
@@ -152,7 +152,7 @@ class Inputs:
     grad: Tensor
 
 
-def make(case: Case, device: torch.device) -> Inputs:
+def make(case: Check, device: torch.device) -> Inputs:
     """Normally distributed inputs; W keeps the size of y near that of x, and T is near 1."""
     generator = torch.Generator(device).manual_seed(case.seed + 1)
     factors = _DTYPES[case.factor_dtype]
@@ -187,7 +187,7 @@ def make(case: Case, device: torch.device) -> Inputs:
     return _lay(inputs, case.layout)
 
 
-def _updating(case: Case, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _updating(case: Check, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Factors under which `T - 1` has the root mean square `case.update`."""
     size = case.update or 0.0
     if case.transform == "two_sided":
@@ -230,7 +230,7 @@ def _shifted(tensor: Tensor) -> Tensor:
 Picked = tuple[Tensor, tuple[Tensor | None, ...]]  # values, and which indices they belong to
 
 
-def expected(case: Case, inputs: Inputs) -> dict[str, Picked]:
+def expected(case: Check, inputs: Inputs) -> dict[str, Picked]:
     """`y` and every gradient in float64, at a sample of tokens, rows and columns."""
     spec = case.spec
     device = inputs.x.device
@@ -274,7 +274,7 @@ def expected(case: Case, inputs: Inputs) -> dict[str, Picked]:
     }
 
 
-def expected_update(case: Case, inputs: Inputs) -> Tensor:
+def expected_update(case: Check, inputs: Inputs) -> Tensor:
     """`x (W0 * (T - 1))^T` in float64, `[N, O]`; for small layers."""
     A, B, spec = inputs.hut_A.double(), inputs.hut_B.double(), case.spec
     if case.transform == "two_sided":
@@ -318,7 +318,7 @@ def _double(vector: Tensor | None, default: float, size: int, device: torch.devi
 # Limits and errors
 
 
-def limit(case: Case, result: torch.dtype) -> float:
+def limit(case: Check, result: torch.dtype) -> float:
     """The greatest error of a result of this type: "How close is equal" of docs/definition.md."""
     dtype = _DTYPES[case.dtype]
     if case.dtype != "float32":
@@ -332,7 +332,7 @@ def limit(case: Case, result: torch.dtype) -> float:
     return allowed + (torch.finfo(result).eps / 2 if coarser else 0.0)
 
 
-def update_limit(case: Case) -> float:
+def update_limit(case: Check) -> float:
     """The greatest error of the update where the base cancels."""
     merged, two_sided, split = _UPDATE_LIMITS[case.dtype]
     if case.precision == "split":
@@ -362,7 +362,7 @@ def error(out: Tensor, picked: Picked) -> float:
 # Running
 
 
-def run(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+def run(case: Check, inputs: Inputs) -> dict[str, Tensor]:
     """`y` and the wanted gradients through `hut_linear` and autograd."""
     wanted = GRADIENTS if case.wanted is None else case.wanted
     leaves = {
@@ -381,7 +381,7 @@ def run(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def _merged(case: Case, inputs: Inputs) -> Tensor:
+def _merged(case: Check, inputs: Inputs) -> Tensor:
     """The merged weight, in the base weight's type."""
     spec = case.spec
     form = spec["transform"], spec["offset"], spec["scaling"]
@@ -390,7 +390,7 @@ def _merged(case: Case, inputs: Inputs) -> Tensor:
 
 
 @contextlib.contextmanager
-def forced(case: Case) -> Iterator[None]:
+def forced(case: Check) -> Iterator[None]:
     """The case's strategies, and its float32 precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
@@ -426,7 +426,7 @@ def rows_of(
         backend.launch_config = original
 
 
-def check(case: Case, device: torch.device) -> dict[str, Any]:
+def check(case: Check, device: torch.device) -> dict[str, Any]:
     """Runs a case twice and compares; never raises.
 
     Returns:
@@ -444,7 +444,7 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
     return {**result, "seconds": round(time.perf_counter() - begin, 3)}
 
 
-def _checked(case: Case, device: torch.device) -> dict[str, Any]:
+def _checked(case: Check, device: torch.device) -> dict[str, Any]:
     inputs = make(case, device)
     looked_up = (
         rows_of(case.kernel, case.row)
@@ -483,7 +483,7 @@ def _checked(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def _update_errors(
-    case: Case, inputs: Inputs, y: Tensor
+    case: Check, inputs: Inputs, y: Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
     wanted = expected_update(case, inputs)
     if case.update is not None and case.update < 1e-2:
@@ -492,7 +492,7 @@ def _update_errors(
     return {"update": error(y, (wanted, (None, None)))}, {"update": update_limit(case)}
 
 
-def _missing(case: Case, rows: dict[str, Any]) -> list[str]:
+def _missing(case: Check, rows: dict[str, Any]) -> list[str]:
     """The kernels that the forced strategies name and that did not run."""
     if case.strategies is None or case.backend != "triton":
         return []
@@ -512,7 +512,7 @@ def _missing(case: Case, rows: dict[str, Any]) -> list[str]:
     )
 
 
-def _no_room(case: Case, device: torch.device) -> dict[str, Any] | None:
+def _no_room(case: Check, device: torch.device) -> dict[str, Any] | None:
     if device.type != "cuda":
         return None
     if case.bytes > 1 << 30:
@@ -524,7 +524,7 @@ def _no_room(case: Case, device: torch.device) -> dict[str, Any] | None:
     return {"status": "skipped", "problems": [words]}
 
 
-def _status(case: Case, failure: Exception) -> str:
+def _status(case: Check, failure: Exception) -> str:
     if isinstance(failure, torch.OutOfMemoryError):
         return "skipped"
     return "failed" if case.row is None else "unfit"

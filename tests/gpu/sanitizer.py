@@ -21,7 +21,7 @@ import torch
 
 from hut_kernels import backends
 
-from .cases import FUSED, STAGED, Case, forced, make, run
+from .cases import FUSED, STAGED, Check, forced, make, run
 from .workers import ROOT
 
 # Without initcheck: it knows of no write but those of the kernels that it watches, so it would have
@@ -39,7 +39,7 @@ _FILTERS: tuple[list[str], ...] = (
 )
 
 
-def small_cases(compiled: bool) -> list[Case]:
+def small_cases(compiled: bool) -> list[Check]:
     """Every kernel and transform; remainders in every tile, odd addresses, one token.
 
     Args:
@@ -49,10 +49,10 @@ def small_cases(compiled: bool) -> list[Case]:
     for strategies, transform in itertools.product((FUSED, STAGED), ("low_rank", "two_sided")):
         how: dict[str, Any] = {"strategies": strategies, "transform": transform}
         cases += [
-            Case(40, 144, 112, 16, vectors=("bias", "gamma", "beta"), **how),
-            Case(33, 117, 83, 5, layout="sliced", **how),
-            Case(33, 128, 112, 5, layout="shifted", **how),
-            Case(1, 128, 128, 3, "float32", **how),
+            Check(40, 144, 112, 16, vectors=("bias", "gamma", "beta"), **how),
+            Check(33, 117, 83, 5, layout="sliced", **how),
+            Check(33, 128, 112, 5, layout="shifted", **how),
+            Check(1, 128, 128, 3, "float32", **how),
         ]
     if compiled:
         staged = [case for case in cases if case.strategies == STAGED]

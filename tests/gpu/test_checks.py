@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from . import cases, lists, sanitizer, workers
-from .cases import FUSED, STAGED, Case
+from .cases import FUSED, STAGED, Check
 
 CPU = torch.device("cpu")
 triton_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -40,7 +40,7 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_a_right_layer_passes(form):
-    case = Case(**{"N": 24, "K": 40, "O": 36, "r": 4, "dtype": "float32", **TORCH, **form})
+    case = Check(**{"N": 24, "K": 40, "O": 36, "r": 4, "dtype": "float32", **TORCH, **form})
     result = cases.check(case, CPU)
     assert result["status"] == "passed", result
     assert json.loads(json.dumps(result)) == result
@@ -50,7 +50,7 @@ def test_a_right_layer_passes(form):
 
 
 def test_a_staged_case_looks_at_the_merged_weight_too():
-    result = cases.check(Case(8, 24, 32, 4, "float32", strategies=STAGED, backend="torch"), CPU)
+    result = cases.check(Check(8, 24, 32, 4, "float32", strategies=STAGED, backend="torch"), CPU)
     assert result["status"] == "passed", result
     assert "W" in result["errors"]
 
@@ -61,7 +61,7 @@ def test_the_reference_is_the_definition():
     from hut_kernels.layer import Layer, Spec
 
     for form in FORMS[:5]:
-        case = Case(30, 200, 220, 5, "float32", **{**TORCH, **form})
+        case = Check(30, 200, 220, 5, "float32", **{**TORCH, **form})
         inputs = cases.make(case, CPU)
         double = [
             None if value is None else value.double().requires_grad_()
@@ -108,7 +108,7 @@ def test_a_wrong_layer_does_not_pass(monkeypatch, defect, problem):
         return {**right(case, inputs), "y": defect(right(case, inputs)["y"])}
 
     monkeypatch.setattr(cases, "run", wrong)
-    result = cases.check(Case(24, 40, 36, 4, "float32", **TORCH), CPU)
+    result = cases.check(Check(24, 40, 36, 4, "float32", **TORCH), CPU)
     assert result["status"] == "failed"
     assert any(problem in one for one in result["problems"]), result
 
@@ -128,7 +128,7 @@ def test_what_raises_is_told_apart(monkeypatch):
 
         monkeypatch.setattr(cases, "run", run)
 
-    case = Case(8, 24, 24, 2, "float32", **TORCH)
+    case = Check(8, 24, 24, 2, "float32", **TORCH)
     raising(torch.OutOfMemoryError("no room"))
     assert cases.check(case, CPU)["status"] == "skipped"
     raising(RuntimeError("CUDA error: an illegal memory access\nsecond line"))
@@ -153,18 +153,18 @@ def test_cases_travel_as_json():
         *lists.tiny_cases(False),
         *sanitizer.small_cases(True),
     ):
-        assert Case.load(json.loads(json.dumps(dataclasses.asdict(case)))) == case
+        assert Check.load(json.loads(json.dumps(dataclasses.asdict(case)))) == case
 
 
 def test_what_is_shifted_is_contiguous_at_an_odd_address():
-    inputs = cases.make(Case(4, 32, 16, 2, layout="shifted"), CPU)
+    inputs = cases.make(Check(4, 32, 16, 2, layout="shifted"), CPU)
     for tensor in (inputs.x, inputs.weight, inputs.grad):
         assert tensor.is_contiguous()
         assert tensor.data_ptr() % 16 == tensor.element_size()
 
 
 def test_limits_are_those_of_the_definition():
-    bf16, fp16, fp32 = (Case(8, 14336, 64, 4, kind) for kind in ("bfloat16", "float16", "float32"))
+    bf16, fp16, fp32 = (Check(8, 14336, 64, 4, kind) for kind in ("bfloat16", "float16", "float32"))
     assert cases.limit(bf16, torch.bfloat16) == cases.limit(bf16, torch.float32) == 8e-3
     assert cases.limit(fp16, torch.float16) == 2e-3
     assert cases.limit(fp32, torch.float32) == 2e-6 * math.sqrt(14336 / 4096)
@@ -232,7 +232,7 @@ class FakeWorker:
 
 
 def test_results_come_in_the_cases_order_and_late_ones_are_left_out():
-    some = [Case(n, 16, 16, 1) for n in range(20)]
+    some = [Check(n, 16, 16, 1) for n in range(20)]
     seen = []
     until = time.monotonic() + 60
     done = list(
@@ -271,8 +271,8 @@ def test_a_worker_outlives_a_death_and_a_hang(monkeypatch):
     monkeypatch.setattr(workers.subprocess, "Popen", popen)
     worker = workers.Worker("cpu", {"SOME": "thing"})
     try:
-        results = [worker.check(Case(n, 16, 16, 1), 20.0 if n != 3 else 1.5) for n in (1, 2, 3, 4)]
-        other = Case(2, 16, 16, 1, kernel="forward", row={"BN": 16})
+        results = [worker.check(Check(n, 16, 16, 1), 20.0 if n != 3 else 1.5) for n in (1, 2, 3, 4)]
+        other = Check(2, 16, 16, 1, kernel="forward", row={"BN": 16})
         assert worker.check(other, 20.0)["status"] == "unfit"
     finally:
         worker.close()

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from .cases import Case
+from .cases import Check
 
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = "hut-case "  # before a result: a library may print lines of its own
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     device = torch.device(arguments[0], 0) if arguments[0] == "cuda" else torch.device("cpu")
     with contextlib.suppress(KeyboardInterrupt):
         for line in sys.stdin:
-            result = check(Case.load(json.loads(line)), device)
+            result = check(Check.load(json.loads(line)), device)
             print(_MARK + json.dumps(result), flush=True)
             if "CUDA error" in " ".join(result["problems"]):
                 return  # nothing after it can be believed: the next case gets a new process
@@ -53,7 +53,7 @@ class Worker:
         self.process: subprocess.Popen[str] | None = None
         self.log: IO[str] | None = None
 
-    def check(self, case: Case, seconds: float) -> Result:
+    def check(self, case: Check, seconds: float) -> Result:
         """A case's result; `failed` where the process died or took more than `seconds`."""
         if self.process is None or self.process.poll() is not None:
             self._start()
@@ -126,15 +126,15 @@ class Worker:
 
 
 def check_all(
-    cases: Sequence[Case],
+    cases: Sequence[Check],
     device: str,
     jobs: int,
     until: float,
     env: dict[str, str] | None = None,
     case_seconds: float = 120.0,
-    on_result: Callable[[Case, Result], object] = lambda case, result: None,
+    on_result: Callable[[Check, Result], object] = lambda case, result: None,
     make_worker: Callable[[str, dict[str, str]], Worker] = Worker,
-) -> Iterator[tuple[Case, Result]]:
+) -> Iterator[tuple[Check, Result]]:
     """The results of all cases, in the cases' order; those not begun at `until` are `left out`.
 
     Args:
