@@ -97,7 +97,7 @@ SIZES = {
         Size(TRAINED, (4096,), 3),
         Size(TRAINED[:1], (2048,), 1, blocks=6),
     ),
-    "cost": (Size(("1024x1024", "4096x4096"), (4096,)),) * 4,
+    "cost": (Size(("1024x1024", "4096x4096"), (4096,)), Size(("4096x4096",), (4096,))) * 2,
 }
 
 
@@ -307,10 +307,9 @@ def _say_how(environment: Row, threads: tuple[int, int], options: argparse.Names
     if options.suite != "overhead":
         print(f"Memory by {memory_method(_device(options))}.")
     timed = options.suite != "memory"
-    if timed and records.busy(environment):
-        print("Other programs were running meanwhile: times count only on an idle machine.")
-    for line in texts.thread_sentences(*threads) if timed else ():
-        print(line)
+    for line in texts.load_sentences(environment) + texts.thread_sentences(*threads):
+        if timed:
+            print(line)
 
 
 def _device(options: argparse.Namespace) -> torch.device:
@@ -490,10 +489,16 @@ def _settings(options: argparse.Namespace, size: Size) -> Iterator[model.Setting
 
 
 def _cost_rows(options: argparse.Namespace, size: Size) -> list[Row]:
-    """Layers at every rank; whole models at the first, at every number of tokens."""
+    """Layers at every rank; whole models at the first, at every number of tokens.
+
+    Models are those named among the shapes; without shapes all, or one of `--quick`.
+    """
     tokens = options.tokens or size.tokens
-    models = [row for n in tokens for row in cost.model_rows(list(MODELS), n, options.rank[0])]
-    return [*cost.layer_rows(_shapes(options, size), options.rank), *models]
+    ranks = options.rank[:1] if options.quick else options.rank
+    chosen = options.shapes or (["llama-3.1-8b"] if options.quick else list(MODELS))
+    names = [name for name in MODELS if name in chosen]
+    models = [row for n in tokens for row in cost.model_rows(names, n, ranks[0])]
+    return [*cost.layer_rows(_shapes(options, size), ranks), *models]
 
 
 def _shapes(options: argparse.Namespace, size: Size) -> list[Shape]:

@@ -2,12 +2,16 @@
 
 import os
 import sys
+import time
 from types import TracebackType
 
 try:
     from tqdm import tqdm
 except ImportError:
     tqdm = None
+
+
+SILENCE = 10  # seconds after which a line is printed though not another tenth is done
 
 
 class Progress:
@@ -33,11 +37,17 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(step)
-        elif int(10 * done / self.total) > self.tenth:
+        elif int(10 * done / self.total) > self.tenth or time.monotonic() > self.said + SILENCE:
             self.tenth = int(10 * done / self.total)
-            print(f"{self.label}: {10 * self.tenth:3d} %  {note}", file=sys.stderr, flush=True)
+            self._say(f"{100 * done / self.total:3.0f} %  {note}")
+
+    def _say(self, words: str) -> None:
+        self.said = time.monotonic()
+        print(f"{self.label}: {words}".rstrip(), file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
+        if self.bar is None:
+            self._say("begins")
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.report.plots import COLOURS, STYLE
+from benchmarks.report.plots import COLORS, STYLE
 from benchmarks.report.text import (
     load_sentences,
     mebibytes,
@@ -29,7 +29,7 @@ NAMES = {  # of the metrics, each of which is shown a hundredfold
     "pearson": "Pearson correlation × 100",
     "bleu": "BLEU",
 }
-COLOUR = {**COLOURS, "probe": COLOURS["frozen"]}
+COLOR = {**COLORS, "probe": COLORS["frozen"]}
 # Student's t for 95 %, by the number of values: with three, the normal's 1.96 would flatter.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 POINTS = 32  # of a loss curve
@@ -54,8 +54,9 @@ def described(data: Row) -> str:
 def table_of(rows: Sequence[Row], metric: str) -> str:
     """The methods at their best rates."""
     seeds = len(rows[0]["runs"])
+    interval = f"with its 95 % interval over {seeds} seeds" if seeds > 1 else "one seed"
     return table(
-        f"At each method's best rate; {NAMES[metric]}, with its 95 % interval over {seeds} seeds",
+        f"At each method's best rate; {NAMES[metric]}, {interval}",
         [
             "",
             "r",
@@ -116,7 +117,7 @@ def sentences(
     counts = sorted({row["trainable"] for row in rows if row["r"]})
     even = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return [
-        *load_sentences(environment["load_average"], environment["cpu_count"]),
+        *load_sentences(environment),
         *thread_sentences(*threads),
         f"Every adapter has {even} parameters; the head is trained beside each, at one rate.",
         *(_against(row, lora, metric) for row in rows if row["method"].startswith("hut")),
@@ -179,9 +180,9 @@ def _losses(axes: Axes, rows: Sequence[Row]) -> None:
         ends = np.linspace(0, steps, min(POINTS, steps) + 1).astype(int)[1:]
         values = np.array([_means(curve, ends) for curve in curves])
         label = f"{row['label']}, rate {row['rate']:g}"
-        axes.plot(ends, values.mean(0), color=COLOUR[row["method"]], label=label)
+        axes.plot(ends, values.mean(0), color=COLOR[row["method"]], label=label)
         axes.fill_between(
-            ends, values.min(0), values.max(0), color=COLOUR[row["method"]], alpha=0.15, linewidth=0
+            ends, values.min(0), values.max(0), color=COLOR[row["method"]], alpha=0.15, linewidth=0
         )
     axes.set(title="Training loss at each method's best rate", xlabel="step")
     axes.set_ylim(bottom=0)
@@ -196,12 +197,12 @@ def _means(curve: Sequence[float], ends: Any) -> list[float]:
 def _scores(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     """Mean and interval, and the seeds as dots."""
     for place, row in zip(range(len(rows), 0, -1), rows, strict=True):
-        q, colour = row[metric], COLOUR[row["method"]]
+        q, color = row[metric], COLOR[row["method"]]
         values = [100 * value for value in q["values"]]
-        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.4, markersize=4)
-        margin = 100 * (q["margin"] or 0)
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.4, markersize=4)
+        margin = None if q["margin"] is None else 100 * q["margin"]
         axes.errorbar(
-            100 * q["mean"], place, xerr=margin, fmt="D", color=colour, capsize=4, markersize=6
+            100 * q["mean"], place, xerr=margin, fmt="D", color=color, capsize=4, markersize=6
         )
         axes.annotate(
             hundredfold(q),
@@ -213,15 +214,16 @@ def _scores(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     axes.set_yticks(range(len(rows), 0, -1), [row["label"] for row in rows])
     axes.set_ylim(0.5, len(rows) + 0.6)
     axes.margins(x=0.15)
-    axes.set(title="On the test part, 95 % interval", xlabel=NAMES[metric])
+    interval = ", 95 % interval" if rows[0][metric]["margin"] is not None else ", one seed"
+    axes.set(title=f"On the test part{interval}", xlabel=NAMES[metric])
 
 
 def _sweep(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     for row in rows:
         rates = [one["rate"] for one in row["sweep"]]
         values = [100 * one["validation"][metric] for one in row["sweep"]]
-        axes.plot(rates, values, "o-", color=COLOUR[row["method"]], markersize=4)
-        axes.plot(row["rate"], max(values), "*", color=COLOUR[row["method"]], markersize=12)
+        axes.plot(rates, values, "o-", color=COLOR[row["method"]], markersize=4)
+        axes.plot(row["rate"], max(values), "*", color=COLOR[row["method"]], markersize=12)
     axes.set_xscale("log")
     axes.set(title="What each learning rate gave", xlabel="learning rate (* the best)")
-    axes.set_ylabel(f"{NAMES[metric]}, validation; colours as on the left")
+    axes.set_ylabel(f"{NAMES[metric]}, validation; colors as on the left")

@@ -584,7 +584,7 @@ def trained(model: nn.Module, head: bool) -> list[nn.Parameter]:
 
 
 def by_decay(parameters: list[nn.Parameter], rate: float, decay: float) -> list[Row]:
-    """The optimiser's groups: matrices decay, vectors do not."""
+    """The optimizer's groups: matrices decay, vectors do not."""
     return [
         {
             "params": [p for p in parameters if (p.ndim > 1) == matrices],

@@ -5,16 +5,17 @@ the ratio does not, the machine has drifted. Between machines a time says how fa
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..measure import FEWEST
-from ..records import differences, machine
+from ..records import busy, differences, machine
 from .tables import NONE, Table, at, measured, where_of
 
 Row = dict[str, Any]
 FASTER, SLOWER, LEVEL = "faster", "slower", "no difference beyond the spread"
 FEW = f"fewer than {FEWEST} samples"
+BUSY = "no verdict: busy machine"
 LESS, MORE, SAME = "less memory", "more memory", "same memory"
 TOLERANCE = 0.01  # of a byte count: allocators round
 
@@ -45,8 +46,8 @@ def findings(first: Sequence[Row], second: Sequence[Row]) -> Iterator[Finding]:
     """
     for row, other in pairs(first, second):
         if same_machine(row, other):
-            yield from _times(row, other)
-        yield from _ratios(row, other)
+            yield from _judged(_times(row, other), row, other)
+        yield from _judged(_ratios(row, other), row, other)
         if other["environment"]["device"] == row["environment"]["device"]:
             yield from _bytes(row, other)
 
@@ -137,6 +138,12 @@ def verdict(first: Mapping[str, float], second: Mapping[str, float]) -> str:
     return LEVEL
 
 
+def _judged(found: Iterator[Finding], row: Row, other: Row) -> Iterator[Finding]:
+    """The findings on times, without a verdict where either machine was busy."""
+    idle = not any(busy(one["environment"]) for one in (row, other))
+    return found if idle else (replace(one, verdict=BUSY) for one in found)
+
+
 def _times(row: Row, other: Row) -> Iterator[Finding]:
     for one, q in row.get("seconds", {}).items():
         p = at(other, f"seconds.{one}")
@@ -193,7 +200,7 @@ def _only_in(first: Sequence[Row], second: Sequence[Row], names: tuple[str, str]
     sets = [{_identity(row) for row in measured(rows)} for rows in (first, second)]
     counts = [len(sets[0] - sets[1]), len(sets[1] - sets[0])]
     return [
-        f"{count} rows are in {name} alone."
+        f"{count} rows are only in {name}."
         for count, name in zip(counts, names, strict=True)
         if count
     ]

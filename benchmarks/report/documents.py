@@ -1,4 +1,4 @@
-"""The tables, sentences and pictures of README.md and docs/, generated from records.
+"""The tables, sentences and pictures of docs/ and of benchmarks/results, made from records.
 
     <!-- benchmark: KIND FILE ... -->
     ...
@@ -34,7 +34,8 @@ Row = dict[str, Any]
 
 def files() -> list[Path]:
     """The documents with marks."""
-    documents = [records.ROOT / "README.md", *sorted((records.ROOT / "docs").glob("*.md"))]
+    folders = records.ROOT / "docs", RESULTS
+    documents = [file for folder in folders for file in sorted(folder.glob("*.md"))]
     return [file for file in documents if MARKED.search(file.read_text())]
 
 

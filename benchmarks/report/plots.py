@@ -17,8 +17,8 @@ from ..providers import PROVIDERS
 from . import compare, tables
 
 Row = dict[str, Any]
-# A method has a colour; how it is run shows in the line.
-COLOURS = {
+# A method has a color; how it is run shows in the line.
+COLORS = {
     "frozen": "#9a9a9a",
     "lora": "#e0a100",
     "peft_lora": "#b5651d",
@@ -109,7 +109,8 @@ def time_over_tokens(rows: Sequence[Row]) -> Figure:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_locator(LogLocator(2, subs=(1, 1.5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel="tokens", ylabel=f"step / {PROVIDERS[baseline].label}")
+        axes.set(xlabel="tokens (log)")
+        axes.set_ylabel(f"step / {PROVIDERS[baseline].label} (log), below 1 is faster")
     _legend(figure)
     return figure
 
@@ -123,7 +124,7 @@ def share_of_floor(rows: Sequence[Row]) -> Figure:
             shares = [100 * row["floor_share"]["step"]["median"] for row in own]
             axes.plot(tokens, shares, label=own[0]["label"], **_style(name))
         axes.axhline(100, color="#444444", linewidth=1)
-        axes.set(xlabel="tokens", ylabel="% of the floor")
+        axes.set(xlabel="tokens (log)", ylabel="% of the floor")
         axes.set_ylim(0, max(110, axes.get_ylim()[1]))
     _legend(figure)
     return figure
@@ -145,7 +146,7 @@ def memory_over_depth(rows: Sequence[Row]) -> Figure:
             sizes = [row["bytes"]["peak"] / 2**20 for row in own]
             peak.plot([row["case"]["depth"] for row in own], sizes, **_style(name))
         peak.set(xlabel="layers", ylabel="MiB above what is resident", ylim=(0, None))
-        peak.set(title="A step's peak (colours as on the left)", xticks=depths)
+        peak.set(title="A step's peak (colors as on the left)", xticks=depths)
     return figure
 
 
@@ -233,12 +234,12 @@ def _over(rows: Sequence[Row], path: str) -> list[tuple[str, list[Row]]]:
 
 
 def _style(name: str) -> Any:
-    """A provider's colour, and the line of how it is run."""
+    """A provider's color, and the line of how it is run."""
     line, base = "-", name
     for ending, dashes in LINES.items():
         if name.endswith(ending):
             line, base = dashes, name.removesuffix(ending)
-    return {"color": COLOURS[base], "linestyle": line, "marker": "o", "markersize": 3.5}
+    return {"color": COLORS[base], "linestyle": line, "marker": "o", "markersize": 3.5}
 
 
 def _legend(figure: Figure) -> None:
@@ -262,7 +263,7 @@ def bars(axes: Axes, rows: Sequence[Row], values: Sequence[Row], form: str) -> N
     medians = [q["median"] for q in values]
     spread = [[q["median"] - q["p20"] for q in values], [q["p80"] - q["median"] for q in values]]
     places = range(len(rows), 0, -1)
-    axes.barh(places, medians, color=[COLOURS[row["provider"]] for row in rows], height=0.7)
+    axes.barh(places, medians, color=[COLORS[row["provider"]] for row in rows], height=0.7)
     axes.errorbar(medians, places, xerr=spread, fmt="none", ecolor="#222222")
     widest = max(q["p80"] for q in values)
     for place, q in zip(places, values, strict=True):

@@ -315,7 +315,7 @@ def _layer_costs(rows: Sequence[Row]) -> list[Table]:
                     "planner stages W, with many tokens or on a CPU, one temporary more is written "
                     "and read in each direction: `explain` has the plan's own numbers.",
                     "HUT's third full product makes its training step dearer than LoRA's; full "
-                    "fine-tuning has the same three, and an optimiser state of the weight's size.",
+                    "fine-tuning has the same three, and an optimizer state of the weight's size.",
                 ],
             )
         )
@@ -432,7 +432,7 @@ def all_wins(rows: Sequence[Row], ours: str = "hut_low_rank") -> str:
 
 
 def who_wins(rows: Sequence[Row], ours: str, theirs: str) -> str:
-    """How often, and by how much, one provider's step is faster than another's, and the reverse.
+    """Counts where one provider's step is faster than another's, and the reverse, with ratios.
 
     Raises:
         ValueError: The rows do not compare the two.
@@ -446,19 +446,34 @@ def who_wins(rows: Sequence[Row], ours: str, theirs: str) -> str:
     slower = [q["median"] for q in quantiles if q["p20"] > 1]
     faster = [q["median"] for q in quantiles if q["p80"] < 1]
     level = len(quantiles) - len(slower) - len(faster)
+    where = _configurations(len(quantiles))
     parts = []
     if slower:
-        parts.append(f"{us} takes longer than {them} in {len(slower)} ({_span(slower)})")
+        parts.append(
+            f"{them} is faster in {where(len(slower))} ({us} takes {_span(slower)} as long)"
+        )
     if faster:
-        parts.append(f"{us} takes less time than {them} in {len(faster)} ({_span(faster)})")
+        parts.append(
+            f"{us} is faster than {them} in {where(len(faster))} (it takes {_span(faster)} as long)"
+        )
     if level:
-        parts.append(f"the two are level within the spread in {level}")
-    return f"Of {len(quantiles)} steps measured, {'; '.join(parts)}."
+        parts.append(f"{us} and {them} differ by less than the spread in {where(level)}")
+    return f"{'; '.join(parts)}."
+
+
+def _configurations(total: int) -> Callable[[int], str]:
+    def words(count: int) -> str:
+        if total == 1:
+            return "the one configuration measured"
+        some = f"all {total}" if count == total else f"{count} of {total}"
+        return f"{some} configurations"
+
+    return words
 
 
 def _span(medians: Sequence[float]) -> str:
-    low, high = f"{min(medians):.2f}", f"{max(medians):.2f}"
-    return f"{low}x its time" if low == high else f"{low} to {high} times its time"
+    low, high = (f"{x:.2f}" if x < 1.1 else f"{x:.1f}" for x in (min(medians), max(medians)))
+    return f"{low}×" if low == high else f"{low}–{high}×"
 
 
 def by_machine(rows: Sequence[Row]) -> list[list[Row]]:
@@ -512,12 +527,12 @@ def _microseconds(seconds: float | None) -> str:
 
 def _versus(row: Row, baseline: str) -> str:
     q = at(row, f"versus.{baseline}.step") or at(row, f"versus.{baseline}_graph.step")
-    return NONE if q is None else f"{q['median']:.2f} ({q['p20']:.2f}–{q['p80']:.2f})"
+    return NONE if q is None else texts.ratio(q)
 
 
 def _quantiles(q: Mapping[str, float], scale: float) -> str:
     p20, median, p80 = (_significant(scale * q[key]) for key in ("p20", "median", "p80"))
-    return f"{median} ({p20}–{p80})"
+    return f"{median} ({p20}–{p80})" if q["p20"] < q["p80"] else median
 
 
 def _rate(row: Row) -> str:

@@ -1,7 +1,9 @@
 """Text tables, figures in words, and the sentences that every report ends with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from ..records import busy
 
 Row = dict[str, Any]
 
@@ -18,26 +20,25 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     return "\n".join([title, line(header), rule, *map(line, rows)])
 
 
-def milliseconds(q: dict[str, float]) -> str:
-    return f"{1e3 * q['median']:.2f} ({1e3 * q['p20']:.2f}–{1e3 * q['p80']:.2f})"
+def milliseconds(q: Mapping[str, float]) -> str:
+    return ratio({key: 1e3 * q[key] for key in ("p20", "median", "p80")})
 
 
-def ratio(q: dict[str, float]) -> str:
-    return f"{q['median']:.2f} ({q['p20']:.2f}–{q['p80']:.2f})"
+def ratio(q: Mapping[str, float]) -> str:
+    """A median, and p20 to p80 where they are apart."""
+    spread = f" ({q['p20']:.2f}–{q['p80']:.2f})" if q["p20"] < q["p80"] else ""
+    return f"{q['median']:.2f}{spread}"
 
 
 def mebibytes(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
-def load_sentences(load: float | None, cpus: int) -> list[str]:
-    """A warning where other work was running at the start."""
-    if load is None or load < 0.3 * cpus:
+def load_sentences(environment: Mapping[str, Any]) -> list[str]:
+    """A warning where other programs were running."""
+    if not busy(environment):
         return []
-    return [
-        f"The machine was busy (load average {load:.1f} on {cpus} CPUs): times count only on an "
-        "idle machine."
-    ]
+    return ["Other programs were running meanwhile: times count only on an idle machine."]
 
 
 def thread_sentences(before: int, now: int) -> list[str]:

@@ -183,7 +183,7 @@ def measure(
         with survived(name, left_out):
             model = PROVIDERS[name].adapt(sharing_copy(base), targets, setting.r)
             step = training_step(model, batch)
-            step()  # the optimiser has its state now, which is resident from here on
+            step()  # the optimizer has its state now, which is resident from here on
             rows[name]["bytes"] = {"peak": peak_bytes(Call(step), device)}
             rows[name]["counts"] = _counts(name, model, share, setting.checkpointing)
             cases[name] = Call(step)

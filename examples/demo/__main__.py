@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plots.layers(options.out / "layers.png", layer_rows)
     plots.losses(options.out / "losses.png", pretraining, rows)
     sentences = [
-        *load_sentences(environment["load_average"], environment["cpu_count"]),
+        *load_sentences(environment),
         *thread_sentences(*threads),
         *report.cut_sentences("pre-training", pretraining["steps"], size.pretrain_steps),
         *report.cut_sentences("adaptation", rows[0]["steps"], size.steps),

@@ -127,7 +127,7 @@ class Run:
         )
 
     def step(self, window: Tensor, factor: float) -> Tensor:
-        """One optimiser step on a batch at `factor` times the learning rate; its loss."""
+        """One optimizer step on a batch at `factor` times the learning rate; its loss."""
         loss = self.backward(window)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks.report.plots import COLOURS, STYLE, bars, memory_bars, plt
+from benchmarks.report.plots import COLORS, STYLE, bars, memory_bars, plt
 
 Row = dict[str, Any]
 
@@ -37,35 +37,36 @@ def _curves(axes: Axes, rows: Sequence[Row]) -> None:
     """The best rate's curve of each method strong, the other rates' pale."""
     start = rows[0]["sweep"][0]["curve"][0][1]
     for row in rows:
-        colour = COLOURS[row["method"]]
+        color = COLORS[row["method"]]
         for one in row["sweep"]:
             best = one["rate"] == row["rate"]
             steps, values = zip(*one["curve"], strict=True)
             label = f"{row['label']}, r {row['r']}, rate {one['rate']:g}" if best else None
             style = {"linewidth": 2, "marker": "o", "markersize": 3} if best else {"alpha": 0.3}
-            axes.plot(steps, values, color=colour, label=label, **style)
+            axes.plot(steps, values, color=color, label=label, **style)
     low = min(value for row in rows for one in row["sweep"] for _, value in one["curve"])
     margin = 0.05 * (start - low)
     axes.set_ylim(low - margin, start + 3 * margin)  # what diverges leaves through the top
     axes.set(title="Adapting the frozen model to English", xlabel="step")
-    axes.set_ylabel("validation, nats per byte (pale: the other rates)")
+    # Probed often, so on the beginning of the text; at the end, on the right, all of it is read.
+    axes.set_ylabel("nats per byte, first 8 KiB of validation (pale: other rates)")
     axes.legend()
 
 
 def _sweep(axes: Axes, rows: Sequence[Row]) -> None:
     """Final validation loss over the learning rate; the chosen one's held-out loss as a star."""
     for row in rows:
-        colour = COLOURS[row["method"]]
+        color = COLORS[row["method"]]
         rates = [one["rate"] for one in row["sweep"]]
         values = [one["validation"] for one in row["sweep"]]
-        axes.plot(rates, values, "o-", color=colour)
-        axes.plot(row["rate"], row["held_out"], "*", color=colour, markersize=12)
-    axes.plot([], [], "o", color="#444444", label="validation")
+        axes.plot(rates, values, "o-", color=color)
+        axes.plot(row["rate"], row["held_out"], "*", color=color, markersize=12)
+    axes.plot([], [], "o", color="#444444", label="validation, whole text")
     axes.plot([], [], "*", color="#444444", markersize=10, label="held out, at the best rate")
     axes.set_xscale("log")
     axes.margins(y=0.25)
     axes.set(title="Where each learning rate ends", xlabel="learning rate")
-    axes.set_ylabel("nats per byte (colours as on the left)")
+    axes.set_ylabel("nats per byte (colors as on the left)")
     axes.legend(loc="upper center", ncols=2)
 
 

@@ -79,8 +79,20 @@ class TestSuites:
         assert "does NOT compute its formula" in capsys.readouterr().out
         assert not file.exists()  # nothing was measured at all
 
+    def test_costs_are_of_what_is_asked_for(self, capsys):
+        assert cli.main(["cost", "--shapes", "64x32", "--rank", "2"]) == 0
+        text = capsys.readouterr().out
+        assert "64 → 32, r 2" in text
+        assert "a model's linear layers" not in text
+        assert cli.main(["cost", "--shapes", "gpt2-medium", "--quick"]) == 0
+        text = capsys.readouterr().out
+        assert "gpt2-medium" in text
+        assert "roberta" not in text
+        assert cli.main(["cost", "--quick"]) == 0
+        assert len(capsys.readouterr().out) < len(text)
+
     def test_costs_are_counted_without_a_device(self, capsys):
-        assert cli.main(["cost", "--shapes", "1024x1024"]) == 0
+        assert cli.main(["cost"]) == 0
         text = capsys.readouterr().out
         assert "third full product makes its training step dearer" in text
         assert "2 multiplications whatever the rank is" in text
@@ -127,6 +139,8 @@ class TestSuites:
         assert cli.main(["layer", *FEW, "--json", str(tmp_path / "file" / "r.jsonl")]) == 1
         assert cli.main(["layer", *FEW, "--csv", str(tmp_path)]) == 1
         assert cli.main(["memory", *FEW, "--shapes", "8x8", "4x8"]) == 1
+        assert cli.main(["layer", *FEW, "--shapes", "gpt5"]) == 1
+        assert cli.main(["layer", "--provider", "hut_low_rank", "--baseline", "nobody"]) == 1
 
     def test_what_was_measured_before_an_interruption_is_written(self, monkeypatch, tmp_path):
         measure = cli.layer.measure
@@ -280,9 +294,9 @@ class TestFiles:
         panels = {axes.get_title(): len(axes.lines) for axes in figure.axes}
         assert [title.rpartition(", ")[2] for title in panels] == ["float32", "graphs", "forced"]
         assert list(panels.values()) == [2, 2, 2]
-        assert figure.axes[1].get_ylabel() == "step / LoRA, lean, graph"
+        assert figure.axes[1].get_ylabel() == "step / LoRA, lean, graph (log), below 1 is faster"
 
-    def test_every_provider_has_a_colour(self):
+    def test_every_provider_has_a_color(self):
         pytest.importorskip("matplotlib")
         from benchmarks.report import plots
 
@@ -292,7 +306,7 @@ class TestFiles:
     def test_records_are_compared_and_checked(self, files, capsys):
         file = str(files / "layer.jsonl")
         assert cli.main(["compare", file, file]) == 0
-        assert "no difference beyond the spread" in capsys.readouterr().out
+        assert "same memory" in capsys.readouterr().out
         assert cli.main(["check", file]) == 0
         assert cli.main(["targets", file]) == 0
         assert "4 valid rows" in capsys.readouterr().out

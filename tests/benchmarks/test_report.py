@@ -149,7 +149,9 @@ class TestCompare:
 
     def test_the_load_of_both_is_told(self):
         busy = row(environment=environment(other_programs_share=0.5))
-        assert "of the CPUs: 1 %, 50 %" in compare.report([row()], [busy], ("a", "b")).text()
+        table = compare.report([row()], [busy], ("a", "b"))
+        assert "of the CPUs: 1 %, 50 %" in table.text()
+        assert [line[-1] for line in table.rows] == [compare.BUSY, compare.BUSY, compare.SAME]
 
     def test_a_row_that_is_there_twice_is_refused(self):
         with pytest.raises(ValueError, match="two rows of layer hut_low_rank 16x64x32"):
@@ -178,7 +180,7 @@ class TestCompare:
         text = compare.report(pair(), [row(environment=newer)], ("a", "b")).text()
         assert "same machine" in text
         assert "9.9" in text
-        assert "1 rows are in a alone" in text
+        assert "1 rows are only in a" in text
 
     def test_records_without_a_common_figure_are_refused(self):
         other = row(case={**row()["case"], "tokens": 17})
@@ -198,13 +200,22 @@ class TestTables:
     @pytest.mark.parametrize(
         ("ratio", "said"),
         [
-            (1.5, "HUT low_rank takes longer than LoRA (PEFT) in 1 (1.50x its time)"),
-            (0.5, "HUT low_rank takes less time than LoRA (PEFT) in 1 (0.50x its time)"),
-            (1.01, "level within the spread in 1"),
+            (1.5, "LoRA (PEFT) is faster in {} (HUT low_rank takes 1.5× as long)."),
+            (0.5, "HUT low_rank is faster than LoRA (PEFT) in {} (it takes 0.50× as long)."),
+            (1.01, "HUT low_rank and LoRA (PEFT) differ by less than the spread in {}."),
         ],
     )
     def test_wins_and_losses_are_said_alike(self, ratio, said):
-        assert said in tables.who_wins(pair(ratio=ratio), "hut_low_rank", "peft_lora")
+        told = tables.who_wins(pair(ratio=ratio), "hut_low_rank", "peft_lora")
+        assert told == said.format("the one configuration measured")
+
+    def test_configurations_are_counted(self):
+        rows = [one for ratio in (1.5, 3.34, 0.5) for one in pair(ratio=ratio)]
+        told = tables.who_wins(rows[:4], "hut_low_rank", "peft_lora")
+        assert told == (
+            "LoRA (PEFT) is faster in all 2 configurations (HUT low_rank takes 1.5–3.3× as long)."
+        )
+        assert "in 2 of 3 configurations" in tables.who_wins(rows, "hut_low_rank", "peft_lora")
 
     def test_reasons_are_said_once_and_where(self):
         missing = row("peft_loha", left_out="too large")
@@ -400,7 +411,7 @@ class TestDocuments:
         said = documents.renewed(mark)
         assert "| HUT low_rank | 1.50 (1.44–1.56) | 1.20 (1.15–1.25) | 3.0 | 5.0 |" in said
         assert "| LoRA (PEFT) | 1.00 (0.96–1.04) | – | – | – |" in said
-        assert "takes longer than LoRA (PEFT) in 3 (1.20 to 9.00 times its time)." in said
+        assert "faster in all 3 configurations (HUT low_rank takes 1.2–9.0× as long)." in said
         assert said.count("Measured on") == 1
         assert documents.renewed(said) == said
 
