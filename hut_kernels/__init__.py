@@ -11,6 +11,7 @@ from .autograd import HUTLinearFunction
 from .dispatch import backends, explain
 from .errors import HUTBackendError
 from .functional import hut_linear, hut_weight
+from .grouped import hut_grouped_linear
 from .nn import PAPER, HUTLinear
 
 flops.register()
@@ -26,6 +27,7 @@ __all__ = [
     "adapter_state_dict",
     "backends",
     "explain",
+    "hut_grouped_linear",
     "hut_linear",
     "hut_weight",
     "inject",

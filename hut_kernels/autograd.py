@@ -14,45 +14,18 @@ from .layer import Spec, acc_dtype, as_rows
 
 
 class _Function(torch.autograd.Function):
-    """A function in three forms: Dynamo sees the class itself, all calls go to one of two others.
-
-    Outside functorch that is a `forward(ctx, ...)`: torch binds the arguments of a function with a
-    `setup_context`, which functorch and Dynamo need, to forward's signature in every call, at a
-    quarter of a small layer's forward. Both have the rule of `forward_mode`, as a `jvp`, which
-    Dynamo refuses in a function that it compiles.
-    """
-
-    _plain: type[torch.autograd.Function]
-    _transformed: type[torch.autograd.Function]
-
-    def __init_subclass__(cls) -> None:
-        compute, keep = cls.forward, cls.setup_context
-
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = compute(*args)
-            keep(ctx, args, output)
-            return output
-
-        def form(**methods: Any) -> type[torch.autograd.Function]:
-            methods |= {"backward": cls.backward, "jvp": cls.forward_mode}
-            static: dict[str, Any] = {
-                name: staticmethod(method) for name, method in methods.items()
-            }
-            static["generate_vmap_rule"] = cls.generate_vmap_rule
-            return type(cls.__name__, (torch.autograd.Function,), static)
-
-        cls._plain = form(forward=forward)
-        cls._transformed = form(forward=compute, setup_context=keep, vmap=cls.vmap)
-
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Applies the function to all of forward's arguments, by position."""
+        """Applies the function to all of forward's arguments, by position.
+
+        Outside functorch's transforms, which alone need it, torch's own `apply` is passed over: it
+        binds the arguments to forward's signature, at a quarter of a small layer's forward.
+        """
         if torch._C._are_functorch_transforms_active():
-            return cls._transformed.apply(*args)
-        return super(torch.autograd.Function, cls._plain).apply(*args)  # type: ignore[misc]
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     vmap = staticmethod(ops.refuse_vmap)
-    forward_mode = staticmethod(ops.refuse_forward_mode)
 
 
 class _Once(_Function):
@@ -78,6 +51,18 @@ class _Once(_Function):
         )
 
 
+def _check_seen() -> None:
+    """Refuses a forward that a transform of torch.func reaches; it ends at the function's `apply`.
+
+    Within such a transform torch.compile looks at forward alone: the gradient would be zero.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.compile does not see the fused hut_linear's gradients within a transform of "
+            "torch.func: use fused=False, or do not compile the transform"
+        )
+
+
 class HUTLinearFunction(_Function):
     """`y = gamma * (x (W0 * T)^T + bias) + beta` with the exact gradients of docs/definition.md.
 
@@ -97,7 +82,8 @@ class HUTLinearFunction(_Function):
         spec: Spec,
         backend: str,
     ) -> Tensor:
-        return ops.call(ops.forward, x, weight, hut_A, hut_B, bias, gamma, beta, *spec, backend)
+        _check_seen()
+        return ops.forward(x, weight, hut_A, hut_B, bias, gamma, beta, *spec, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -129,8 +115,8 @@ def _gradients(
     need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
     d_x = d_A = d_B = d_gamma = None
     if need_x or need_A or need_B or need_gamma:
-        grads = iter(ops.call(
-            ops.backward, grad, x, weight, hut_A, hut_B, gamma,
+        grads = iter(ops.backward(
+            grad, x, weight, hut_A, hut_B, gamma,
             *ctx.spec, need_x, need_A, need_B, need_gamma, ctx.backend,
         ))  # fmt: skip
         d_x = next(grads) if need_x else None
@@ -166,18 +152,8 @@ def _vector_gradients(
     return d_bias, d_gamma, d_beta
 
 
-def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
+class FrozenLinearFunction(torch.autograd.Function):
     """`x weight^T` with the weight cast to x's type in each pass, so that no copy is kept."""
-    if torch.compiler.is_exporting():  # see hut_linear
-        return F.linear(x, weight.to(x.dtype))
-    return FrozenLinearFunction.apply(x, weight)
-
-
-class FrozenLinearFunction(_Function):
-    """`frozen_linear` with every derivative, for the eager layer has it too."""
-
-    generate_vmap_rule = True
-    vmap = staticmethod(torch.autograd.Function.vmap)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -186,14 +162,81 @@ class FrozenLinearFunction(_Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return grad @ weight.to(grad.dtype), None
 
+
+class HUTGroupedFunction(_Function):
+    """What `HUTLinearFunction` is, of a stack of experts: saves x, the parameters and the offsets.
+
+    Nothing of the size of an expert's weight is saved.
+    """
+
     @staticmethod
-    def forward_mode(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        (weight,) = ctx.saved_tensors
-        return F.linear(tangent, weight.to(tangent.dtype))
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        hut_A: Tensor | None,
+        hut_B: Tensor | None,
+        offsets: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        spec: Spec,
+        backend: str,
+    ) -> Tensor:
+        _check_seen()
+        return ops.grouped_forward(
+            x, weight, hut_A, hut_B, offsets, bias, gamma, beta, *spec[:3], backend
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, hut_A, hut_B, offsets, bias, gamma, beta, ctx.spec, ctx.backend = inputs
+        needs = ctx.needs_input_grad
+        uses_G = needs[2] or needs[3] or needs[6]
+        ctx.save_for_backward(x if uses_G else None, weight, hut_A, hut_B, offsets, bias, gamma)
+        ctx.beta_dtype = None if beta is None else beta.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _Once.apply(_grouped_gradients, ctx, grad, *ctx.saved_tensors)
+        return _grouped_gradients(ctx, grad, *ctx.saved_tensors)
+
+
+def _grouped_gradients(
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    hut_A: Tensor,
+    hut_B: Tensor,
+    offsets: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are asked for, one for each argument of forward."""
+    need_x, _, need_A, need_B, _, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
+    need_sums = need_bias or need_beta or (need_gamma and bias is not None)
+    made = iter(ops.grouped_backward(
+        grad, x, weight, hut_A, hut_B, offsets, gamma, *ctx.spec[:3],
+        need_x, need_A, need_B, need_gamma, need_sums, ctx.backend,
+    ))  # fmt: skip
+    d_x, d_A, d_B, d_gamma, sums = (
+        next(made) if needed else None for needed in (need_x, need_A, need_B, need_gamma, need_sums)
+    )
+    d_bias = d_beta = None
+    if sums is not None:
+        if d_gamma is not None and bias is not None:
+            d_gamma = d_gamma + bias * sums
+        if need_beta:
+            d_beta = sums.to(ctx.beta_dtype)
+        if need_bias and bias is not None:
+            d_bias = (sums if gamma is None else gamma * sums).to(bias.dtype)
+    if d_gamma is not None and gamma is not None:
+        d_gamma = d_gamma.to(gamma.dtype)
+    return d_x, None, d_A, d_B, None, d_bias, d_gamma, d_beta, None, None

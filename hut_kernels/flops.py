@@ -53,14 +53,38 @@ def weight_flops(
     return _thin(weight, hut_A, transform)
 
 
+def grouped_forward_flops(
+    x: Shape, weight: Shape, hut_A: Shape | None, hut_B: Any, offsets: Any, bias: Any, gamma: Any,
+    beta: Any, transform: str, offset: float, scaling: float, backend: str, **_: Any,
+) -> int:  # fmt: skip
+    """Operations of `hut::grouped_forward`, of rows and experts that all take part."""
+    return _product(x, weight[1:]) + weight[0] * _thin(weight[1:], hut_A, transform)
+
+
+def grouped_backward_flops(
+    grad: Shape, x: Shape, weight: Shape, hut_A: Shape | None, hut_B: Any, offsets: Any, gamma: Any,
+    transform: str, offset: float, scaling: float,
+    need_x: bool, need_A: bool, need_B: bool, need_gamma: bool, need_sums: bool, backend: str,
+    **_: Any,
+) -> int:  # fmt: skip
+    """Operations of `hut::grouped_backward`, of rows and experts that all take part."""
+    thin = weight[0] * _thin(weight[1:], hut_A, transform)
+    operations = _product(grad, weight[1:]) + thin if need_x else 0
+    if need_A or need_B or need_gamma:
+        operations += _product(grad, weight[1:]) + thin * (need_A + (need_B or need_gamma))
+    return operations
+
+
 def _product(activations: Shape, weight: Shape, precision: str = "merged") -> int:
     products = 2 if precision == "split" else 1
     return products * 2 * math.prod(activations[:-1]) * math.prod(weight)
 
 
-def _thin(weight: Shape, hut_A: Shape, transform: str) -> int:
+def _thin(weight: Shape, hut_A: Shape | None, transform: str) -> int:
     """T's low-rank product; the two_sided T, and what is reduced with it, has none."""
-    return 2 * math.prod(weight) * hut_A[0] if transform == "low_rank" else 0
+    if hut_A is None or transform == "two_sided":
+        return 0
+    return 2 * math.prod(weight) * hut_A[-2]
 
 
 @functools.cache
@@ -81,6 +105,8 @@ def _register() -> None:
     register_flop_formula(torch.ops.hut.forward)(forward_flops)
     register_flop_formula(torch.ops.hut.backward)(backward_flops)
     register_flop_formula(torch.ops.hut.weight)(weight_flops)
+    register_flop_formula(torch.ops.hut.grouped_forward)(grouped_forward_flops)
+    register_flop_formula(torch.ops.hut.grouped_backward)(grouped_backward_flops)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

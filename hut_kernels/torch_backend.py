@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import onednn
 from .definition import group_index
 from .layer import (
     FactorGrads,
@@ -31,6 +32,8 @@ from .layer import (
 _BLOCK = 1 << 22
 # Elements from which a matrix is worth a place in the shared workspace.
 _LARGE = 1 << 16
+# Bytes up to which malloc hands out memory that it has had before, without page faults.
+_FRESH = 1 << 23
 # Elements of T formed at a time: in float32 they stay in a core's cache until they are used.
 _TILE = 1 << 17
 _shared = threading.local()
@@ -92,9 +95,7 @@ def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorG
     parts = []
     for rows in _row_blocks(weight):
         W0 = _take(weight, rows)
-        # [rows, in]: G here, G * W0 from the next line on.
-        H0 = torch.mm(_take(grad_t, rows), x, out=_workspace(len(W0), x.shape[1], dtype, x.device))
-        H0 = H0.mul_(W0) if W0.dtype == dtype else H0 * cast(W0, dtype)
+        H0 = _weighted(_take(grad_t, rows), x, W0)
         Q, P = reduce(H0, A, _take(B, rows), rows, len(weight), needs)
         row_sums = H0.sum(1, dtype=acc) if needs.gamma and spec.constant else None
         parts.append((Q, P, row_sums))
@@ -103,10 +104,22 @@ def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorG
     return finish_factor_grads(Q, P, row_sums, layer, needs)
 
 
+def _weighted(grad_t: Tensor, x: Tensor, W0: Tensor) -> Tensor:
+    """`H0 = (grad^T x) * W0` of a block of rows, `[rows, in]`, in x's type."""
+    if x.dtype == torch.float32 and _fits_fresh(W0) and onednn.takes(grad_t, x):
+        G = onednn.linear(grad_t, x.t())
+    else:
+        G = torch.mm(grad_t, x, out=_workspace(len(W0), x.shape[1], x.dtype, x.device))
+    return G.mul_(W0) if W0.dtype == x.dtype else G * cast(W0, x.dtype)
+
+
 def _reduce_low_rank(
     H0: Tensor, A: Tensor, gamma_B: Tensor, rows: slice | None, out_features: int, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """`Q = (gamma B)^T H0`, `[r, in]`, and `P = H0 A^T`, `[rows, r]`."""
+    if A.dtype == torch.float32 and _fits_fresh(H0) and onednn.takes(H0, A, gamma_B):
+        Q = onednn.linear(gamma_B.t(), H0.t()) if needs.A else None
+        return Q, onednn.linear(A, H0).t() if needs.P else None
     Q = torch.mm(gamma_B.t(), H0) if needs.A else None
     P = F.linear(H0, A) if needs.P else None
     return Q, P
@@ -160,6 +173,13 @@ def _merged(layer: Layer, dtype: torch.dtype) -> Tensor:
     where small factors would underflow.
     """
     weight, hut_A, hut_B, _, gamma, _, spec = layer
+    if spec.transform == "low_rank" and gamma is None and dtype == torch.bfloat16:
+        scaled = hut_B if spec.scaling == 1.0 else hut_B * spec.scaling
+        A, B = cast(hut_A, dtype), cast(scaled, dtype)
+        if _fits_fresh(weight) and onednn.takes(A, B, weight):
+            if weight.stride(1) == 1:
+                return onednn.linear_mul(B, A.t(), spec.offset, weight)
+            return onednn.linear_mul(A.t(), B, spec.offset, weight.t()).t()
     residual = spec.constant == 1.0 and gamma is None
     if not residual or weight.dtype != dtype or dtype == torch.float16:
         return _blockwise(layer, dtype, _workspace_like(weight, dtype))
@@ -205,6 +225,11 @@ def _blockwise(
             T += constants[rows]
         torch.mul(weight[rows], T, out=out[rows])
     return out
+
+
+def _fits_fresh(matrix: Tensor) -> bool:
+    """Whether a matrix has the size at which one fused pass over it pays, in fresh memory."""
+    return matrix.numel() >= _LARGE and matrix.nbytes <= _FRESH
 
 
 def _group_starts(size: int, r: int) -> list[int]:

@@ -47,6 +47,8 @@ ADAPTERS = "hut_kernels/adapter_file.py"
 FLOPS = "hut_kernels/flops.py"
 DISTRIBUTED = "hut_kernels/distributed.py"
 NN = "hut_kernels/nn.py"
+GROUPED = "hut_kernels/grouped.py"
+GROUPED_BACKEND = "hut_kernels/grouped_backend.py"
 VERSIONS = "hut_kernels/versions.py"
 DISPATCH = "hut_kernels/dispatch.py"
 PEFT = "hut_kernels/integrations/peft"
@@ -633,6 +635,34 @@ MUTANTS = (
         "if self.layers_pattern and self.layers_to_transform is None:\n",
         "if self.layers_pattern and not self.layers_to_transform:\n",
         ("tests/integrations/test_peft_tuner.py", "layers_to_transform"),
+    ),
+    Mutant(
+        "an expert's offset off by one",
+        GROUPED_BACKEND,
+        "slice(start, end))\n",
+        "slice(max(start - 1, 0), end))\n",
+        ("tests/test_grouped.py", "equals_float64"),
+    ),
+    Mutant(
+        "an expert without rows skipped where experts are counted",
+        GROUPED_BACKEND,
+        "zip(zip(*columns, strict=True), pairwise(ends), strict=True)\n",
+        "zip(zip(*columns, strict=True), pairwise(sorted({*ends})), strict=False)\n",
+        ("tests/test_grouped.py", "equals_float64"),
+    ),
+    Mutant(
+        "a transposed stack misread",
+        GROUPED,
+        "        weight = weight.mT\n",
+        "        weight = weight.reshape(len(weight), *weight.shape[:0:-1])\n",
+        ("tests/test_grouped.py", "equals_float64"),
+    ),
+    Mutant(
+        "the rows of no expert left unwritten",
+        GROUPED_BACKEND,
+        "    y[ends[-1] :] = 0\n",
+        "",
+        ("tests/test_grouped.py", "equals_float64"),
     ),
 )
 

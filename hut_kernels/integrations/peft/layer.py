@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...autograd import frozen_linear
+from ...autograd import FrozenLinearFunction
 from ...functional import hut_linear, hut_weight
 from ...layer import acc_dtype, effective_bias
 from ...nn import check_data, check_rank, dropout_forward, init_factors_, is_conv1d
@@ -339,7 +339,7 @@ class Linear(nn.Module, HUTLayer):
         )
 
     def _base_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = frozen_linear(x.to(dtype), matrix(self.base_layer))
+        y = FrozenLinearFunction.apply(x.to(dtype), matrix(self.base_layer))
         shift = bias(self.base_layer)
         return y if shift is None else y + shift.to(dtype)
 

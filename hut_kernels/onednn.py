@@ -1,0 +1,45 @@
+"""Products with an epilogue on a CPU, by the fused operators that PyTorch's oneDNN offers.
+
+Where they are missing, callers take PyTorch's own products. The operators are those that
+`torch.compile` emits for a linear layer followed by a pointwise operation.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the fused operators take these tensors: on a CPU, of one type that it multiplies."""
+    first = tensors[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in _dtypes()
+        and all(tensor.dtype == first.dtype and tensor.numel() > 0 for tensor in tensors)
+    )
+
+
+@functools.cache
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """The types that the operators take here: float32, and bfloat16 where the CPU multiplies it."""
+    operators = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
+        return ()
+    if operators._is_mkldnn_bf16_supported():
+        return torch.float32, torch.bfloat16
+    return (torch.float32,)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x weight^T`, `[N, out]`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def linear_mul(x: Tensor, weight: Tensor, constant: float, other: Tensor) -> Tensor:
+    """`(x weight^T + constant) * other`, `[N, out]`, summed in float32 and rounded once."""
+    # Dense: the operator reads its shift without regard to strides.
+    shift = x.new_full((len(weight),), constant) if constant else None
+    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, shift, "mul")
