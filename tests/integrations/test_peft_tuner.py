@@ -21,7 +21,9 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from peft.helpers import disable_input_dtype_casting
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import hira, loha, lora
 from torch.nn.utils import parametrize, prune
 from transformers import (
     AutoModelForCausalLM,
@@ -695,6 +697,109 @@ def test_merging_a_shift_gives_a_bias_and_unmerging_takes_it():
         merged = model.merge_and_unload()
     assert type(merged.last) is nn.Linear
     assert error(merged(x), y.detach().double()) < 4e-6
+
+
+# What LoRA, LoHa and HiRA layers have for themselves only.
+OWN = {"lora_variants", "reset_lora_parameters", "resolve_lora_variant", "reset_hira_parameters"}
+OWN |= {f"{name}_init" for name in ("corda", "loftq", "lora_ga", "mica", "olora", "orthogonal")}
+OWN |= {"pissa_init", "create_adapter_parameters"}
+OWN |= {"reset_adapter_parameters", "reset_adapter_parameters_random"}
+
+
+@pytest.mark.parametrize("kind", [lora.Linear, loha.Linear, hira.Linear])
+def test_a_layer_has_what_layers_of_other_methods_are_asked_for(kind):
+    names = {name for name in dir(kind) if not name.startswith("_")} - OWN
+    assert names <= {*dir(Linear)}
+    with disable_input_dtype_casting(hut_model()):
+        pass
+
+
+@pytest.mark.parametrize("form", [FORMS["residual"], FORMS["alpha"], FORMS["split"]])
+def test_an_adapter_is_scaled_exactly(form):
+    model, x = hut_model(**form), torch.randn(5, 24)
+    layer, h = layers(model)[0], torch.randn(5, 24)
+    y, base = layer(h).detach(), layer.base_layer(h)
+    before = dict(layer.scaling)
+    for scale in (0, 0.5, 2.0):
+        layer.set_scale("default", scale)
+        assert error(layer(h) - base, (scale * (y - base)).double()) < 1e-4 if scale else True
+        assert scale or torch.equal(layer(h), base)
+    layer.set_scale("default", 1)
+    layer.set_scale("not here", 3)
+    assert layer.scaling == before
+    layer.scale_layer(4)
+    layer.scale_layer(0.5)
+    assert layer.scaling["default"] == 2 * before["default"]
+    layer.unscale_layer(2)
+    assert layer.scaling == before
+    layer.scale_layer(3)
+    layer.unscale_layer()
+    assert layer.scaling == before
+    layer.scale_layer(2)
+    scaled = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), scaled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [FORMS["direct"], FORMS["two_sided"], FORMS["shifted"]])
+def test_what_has_no_scale_is_refused_but_for_1(form):
+    layer = layers(hut_model(**form))[0]
+    before = dict(layer.scaling)
+    for scale in (lambda: layer.set_scale("default", 0.5), lambda: layer.scale_layer(2)):
+        with pytest.raises(ValueError, match="adapter 'default' has no scale: only the update of"):
+            scale()
+    layer.set_scale("default", 1.0)
+    layer.scale_layer(1)
+    layer.unscale_layer()
+    assert layer.scaling == before
+    with pytest.raises(TypeError, match="scale must be a real number"):
+        layer.set_scale("default", torch.tensor(1.0))
+
+
+def test_diffusers_scales_fuses_and_removes_an_adapter():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers cannot be imported")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    given = torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.randn(1, 3, 8)
+
+    @torch.no_grad()
+    def run(**options):
+        return unet(*given, **options).sample
+
+    base = run()
+    unet.add_adapter(HUTConfig(r=2, target_modules=["to_q", "to_v"], init_weights=False))
+    y = run()
+    assert (y - base).abs().max() > 1e-3
+    unet.set_adapters("default", weights=0.0)
+    assert torch.equal(run(), base)
+    unet.set_adapters("default", weights=1.0)
+    assert torch.equal(run(), y)
+    assert torch.equal(run(cross_attention_kwargs={"scale": 0.0}), base)
+    half = run(cross_attention_kwargs={"scale": 0.5})
+    assert torch.equal(run(), y)
+    unet.fuse_lora(lora_scale=0.5)
+    torch.testing.assert_close(run(), half, rtol=1e-4, atol=1e-4)
+    unet.unfuse_lora()
+    unet.unload_lora()
+    assert torch.equal(run(), base)
+
+
+def test_layerwise_casting_is_refused_in_words():
+    model, x = hut_model(), torch.randn(5, 24)
+    base = layers(model)[0].base_layer
+    base.register_forward_pre_hook(lambda module, _: module.to(torch.float32) and None)
+    base.register_forward_hook(lambda module, *_: module.to(torch.float8_e4m3fn) and None)
+    with pytest.raises(HUTBackendError, match=r"kept in torch\.float8_e4m3fn between its calls"):
+        model(x)
+
+
+def test_weighted_adapters_are_refused_in_words():
+    model = hut_model()
+    with pytest.raises(NotImplementedError, match="set_scale"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
 
 
 def test_delta_weight_is_what_merging_adds():

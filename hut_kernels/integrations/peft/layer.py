@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...autograd import FrozenLinearFunction
-from ...functional import hut_linear, hut_weight
-from ...layer import acc_dtype, effective_bias
+from ...errors import HUTBackendError
+from ...functional import check_number, hut_linear, hut_weight
+from ...layer import FLOATS, acc_dtype, effective_bias
 from ...nn import check_data, check_rank, dropout_forward, init_factors_, is_conv1d
 from .base import bias, drops, is_watched, matrix
 from .config import HUTConfig
@@ -77,6 +78,7 @@ class HUTLayer(BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("hut_A", "hut_B", "hut_gamma", "hut_beta")
     other_param_names: tuple[str, ...] = ("r", "hut_alpha", "scaling", "hut_dropout", "hut_form")
+    cast_input_dtype_enabled: bool = True  # PEFT and diffusers set it; inputs are never cast here
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -105,7 +107,7 @@ class HUTLayer(BaseTunerLayer):
         check_rank(r, config.transform, self.in_features, self.out_features)
         self.r[adapter_name] = r
         self.hut_alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = 1.0 if alpha is None else alpha / r
+        self.scaling[adapter_name] = self._configured_scaling(adapter_name)
         self.hut_form[adapter_name] = Form(
             config.transform, float(config.offset), config.precision, config.fused
         )
@@ -137,6 +139,52 @@ class HUTLayer(BaseTunerLayer):
         if not init_weights:
             for factor in factors:
                 factor.add_(torch.randn_like(factor), alpha=_INIT_NOISE)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the adapter's update `scale` times what it was trained for, as LoRA layers do.
+
+        Args:
+            adapter: the adapter's name; ignored where the layer does not have it.
+            scale: the factor; 1 is the adapter as configured.
+
+        Raises:
+            ValueError: an adapter without an exact scale (`two_sided`, offset 0, `scale_shift`) and
+                a scale other than 1.
+            TypeError: `scale` is not a real number.
+        """
+        if adapter in self.hut_A and self._can_scale(adapter, scale):
+            self.scaling[adapter] = scale * self._configured_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of all active adapters by `scale`; raises as `set_scale` does."""
+        names = [name for name in self._active_here() if self._can_scale(name, scale)]
+        for name in names:
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of all active adapters by `scale`; None makes them as configured."""
+        if scale is not None:
+            self.scale_layer(1 / scale)
+            return
+        for name in self._active_here():
+            self.scaling[name] = self._configured_scaling(name)
+
+    def _configured_scaling(self, name: str) -> float:
+        alpha = self.hut_alpha[name]
+        return 1.0 if alpha is None else alpha / self.r[name]
+
+    def _can_scale(self, name: str, scale: float) -> bool:
+        """Whether the update is proportional to a scale; one that is not has 1 and no other."""
+        scale = check_number("scale", scale)
+        form = self.hut_form[name]
+        if form.transform == "low_rank" and form.offset == 1 and name not in self.hut_gamma:
+            return True
+        if scale != 1:
+            raise ValueError(
+                f"adapter {name!r} has no scale: only the update of low_rank with offset 1 and "
+                f"without scale_shift is proportional to one; got scale={scale}"
+            )
+        return False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters into the base layer's weight (and bias, with `scale_shift`).
@@ -299,8 +347,7 @@ class Linear(nn.Module, HUTLayer):
             return self._adapted(x, active[0])
         y = base = self.base_layer(x, *args, **kwargs)
         if is_watched(self.base_layer):  # hooks may have made it another
-            if matrix(self.base_layer).is_meta:  # or have taken its weight away again
-                check_data(self.base_layer, "weight")
+            _check_left(self.base_layer)
             base = self._base_product(x, y.dtype)
         acc = acc_dtype(y.dtype)
         total = y.to(acc)
@@ -345,6 +392,17 @@ class Linear(nn.Module, HUTLayer):
 
     def __repr__(self) -> str:
         return "hut." + super().__repr__()
+
+
+def _check_left(base: Any) -> None:
+    """Refuse a weight that hooks took away again after the base layer's own call."""
+    if base.weight.is_meta:
+        check_data(base, "weight")
+    if base.weight.is_floating_point() and base.weight.dtype not in FLOATS:
+        raise HUTBackendError(
+            f"the base layer's weight is kept in {base.weight.dtype} between its calls (layerwise "
+            f"casting), where HUT cannot read it: leave adapted layers out of the casting"
+        )
 
 
 def _entry(entries: nn.ParameterDict, name: str) -> Tensor | None:

@@ -92,6 +92,17 @@ class HUTModel(BaseTuner):
         # weight is.
         setattr(parent, child_name, new_module)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what LoRA has: weighted multipliers have no common one of the same rank.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "HUT has no add_weighted_adapter: activate the adapters together by set_adapter, each "
+            "with a weight by its layers' set_scale"
+        )
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: HUTConfig, adapter_name: str, state_dict: Any, **kwargs: Any
