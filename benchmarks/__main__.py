@@ -1,4 +1,4 @@
-"""What HUT costs beside LoRA, HiRA and plain PyTorch, on this machine.
+"""Benchmarks of HUT next to LoRA, HiRA and plain PyTorch, on this machine.
 
 Suites: `layer`, `memory`, `overhead`, `model`, and `cost`, which counts and measures nothing. On
 their records: `compare`, `plot`, `check`, `targets`, and in a checkout `tables`, which writes the
@@ -55,7 +55,7 @@ SEQUENCE = 128  # tokens of a text in the model suite; half of it on a CPU
 
 @dataclass(frozen=True)
 class Size:
-    """What a suite does where the command line does not say otherwise."""
+    """A suite's defaults."""
 
     shapes: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -374,7 +374,7 @@ def _names(options: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def _admit(names: Sequence[str], dtype: torch.dtype, options: argparse.Namespace) -> Admission:
-    """Who may be timed, by proof; compiled providers on a CPU only where they are named."""
+    """Providers that may be timed, by proof; compiled ones on a CPU only if named."""
     device = _device(options)
     slow = [
         name

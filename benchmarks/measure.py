@@ -144,7 +144,7 @@ def survived(name: Key, failed: dict[Key, str]) -> Iterator[None]:
 
 
 def first_line(failure: Exception) -> str:
-    """What went wrong, in a line."""
+    """An exception in a line."""
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
 
@@ -196,7 +196,7 @@ def settle_threads(seconds: float = 0.5) -> tuple[int, int]:
 
 
 class OtherPrograms:
-    """How much of the CPUs other programs take, from when this is made on."""
+    """The share of the CPUs that other programs take, from now on."""
 
     def __init__(self) -> None:
         self.begin, self.before = time.perf_counter(), self._seconds()

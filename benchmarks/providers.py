@@ -61,11 +61,11 @@ class Provider:
 
     @property
     def for_models(self) -> bool:
-        """Whether it can be one of many layers of a model: no graph of its own, nothing forced."""
+        """True if it can be one of many layers: no graph of its own, nothing forced."""
         return self.run == EAGER and not self.force
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot run here, in words; None where it can."""
+        """The reason why it cannot run here; None where it can."""
         if isinstance(self.adapt, _PEFT) and importlib.util.find_spec("peft") is None:
             return "peft is not installed (in the repository: pip install '.[bench]')"
         if self.adapters == "compute" and dtype == torch.float32:
@@ -185,7 +185,7 @@ def named(patterns: Sequence[str]) -> list[str]:
 
 
 def passes(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Call]:
-    """What of a layer can be timed: `forward`, `backward` (but in graphs), `step`.
+    """The passes of a layer to time: `forward`, `backward` (but in graphs), `step`.
 
     Each leaves its gradients in `x` and the layer's parameters; running `step` gives the output.
 
@@ -252,7 +252,7 @@ def _captured(run: Callable[[], Tensor], layer: nn.Module, x: Tensor) -> Call:
 
 @dataclass(frozen=True)
 class Admission:
-    """Which providers may be timed.
+    """The providers that may be timed.
 
     Attributes:
         errors: Of each that proved its formula, the largest relative error.

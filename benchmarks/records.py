@@ -150,7 +150,7 @@ def validate(row: Any) -> None:
 
 
 def busy(environment: Mapping[str, Any]) -> bool:
-    """Whether other programs took so much of the CPUs that times do not count."""
+    """True if other programs took so much of the CPUs that times do not count."""
     share, load = environment.get("other_programs_share"), environment.get("load_average")
     if share is None:  # an older record, or no /proc: by the load at the start
         return load is not None and load > 0.3 * (environment.get("cpu_count") or 1)
@@ -158,7 +158,7 @@ def busy(environment: Mapping[str, Any]) -> bool:
 
 
 def machine(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a machine itself: two records with the same were measured on the same."""
+    """The fields that identify a machine: records that agree on them share one."""
     return {key: environment.get(key) for key in _MACHINE}
 
 

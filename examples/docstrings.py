@@ -189,7 +189,7 @@ def masked(text: str, place: str) -> str:
 
 
 def is_name(word: str, place: str) -> bool:
-    """Whether a word is a family's module or a part of `place`."""
+    """True for a word that is a family's module or a part of `place`."""
     return any(form in MODULES or form in names_of(place) for form in forms(word))
 
 

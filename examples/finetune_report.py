@@ -1,4 +1,4 @@
-"""What the fine-tunes gave, in a table, in a picture and in plain sentences."""
+"""Results of the fine-tunes, in a table, in a picture and in plain sentences."""
 
 import statistics
 from collections.abc import Sequence
@@ -111,7 +111,7 @@ def sweep_of(rows: Sequence[Row], metric: str) -> str:
 def sentences(
     rows: Sequence[Row], metric: str, environment: Row, threads: tuple[int, int]
 ) -> list[str]:
-    """What the numbers say, and what they do not."""
+    """Sentences on the numbers, and on their limits."""
     by = {row["method"]: row for row in rows}
     lora = by["lora"]
     counts = sorted({row["trainable"] for row in rows if row["r"]})

@@ -96,7 +96,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained on what, and for how long.
+    """A model, a dataset, and the length of the training.
 
     Attributes:
         model: A name on the hub or a folder; None for the weights in the package `WEIGHTS`.
@@ -182,7 +182,7 @@ QUICK: Row = {"epochs": 0.6, "tried": 2, "seeds": 1, "scored": 300}
 
 @dataclass(frozen=True)
 class Score:
-    """What the task's metric says of the answers, all right being 1, and the mean loss."""
+    """The task's metric of the answers, 1 if all are right, and the mean loss."""
 
     value: float
     loss: float
@@ -225,7 +225,7 @@ class Study:
 
 
 class Bench:
-    """What all methods have in common: task, recipe, device."""
+    """The task, recipe and device that all methods share."""
 
     def __init__(self, task: texts.Task, recipe: Recipe, device: torch.device) -> None:
         self.task, self.recipe, self.device = task, recipe, device
@@ -365,7 +365,7 @@ class Bench:
         return sacrebleu.corpus_bleu(given, list(itertools.zip_longest(*wanted))).score / 100
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
-        """What the model makes of a batch."""
+        """The model's answers to a batch."""
         with self.autocast():
             return model(**{key: value.to(self.device) for key, value in batch.items()})
 
@@ -549,7 +549,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
 
 
 def model_path(recipe: Recipe) -> str:
-    """What `from_pretrained` takes; the bundled model is found without importing its package."""
+    """The argument of `from_pretrained`; the bundled package is found, not imported."""
     if recipe.model is not None:
         return recipe.model
     spec = importlib.util.find_spec(WEIGHTS)
@@ -559,7 +559,7 @@ def model_path(recipe: Recipe) -> str:
 
 
 def metrics_of(task: texts.Task) -> tuple[str, ...]:
-    """What can score a task, the usual first; a generation's accuracy is that of next tokens."""
+    """Metrics of a task, the usual first; a generation's accuracy is of next tokens."""
     if task.kind == "text":
         return "accuracy", "bleu"
     if task.classes is None:
@@ -573,7 +573,7 @@ def correlation(given: Tensor, wanted: Tensor) -> float:
 
 
 def is_head(name: str) -> bool:
-    """Whether a parameter belongs to the head, which every method trains."""
+    """True for a parameter of the head, which every method trains."""
     return not set(HEADS).isdisjoint(name.split("."))
 
 
@@ -619,7 +619,7 @@ def best_of(tried: Mapping[float, Run]) -> Run:
 
 
 def row_of(name: str, study: Study, metric: str) -> Row:
-    """What the record says of a method."""
+    """A method's entry of the record."""
     best = study.runs[0]
     return {
         "method": name,

@@ -1,4 +1,4 @@
-"""A small GPT over bytes, built from plain `nn.Linear` layers so that any adapter fits into it."""
+"""A small GPT of plain `nn.Linear` layers, so that any adapter fits into it: of all examples."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BYTES = 256
 TARGETS = ["q", "k", "v", "o", "up", "down"]  # every linear layer of every block
 
 
@@ -16,6 +15,7 @@ class GPTConfig:
     depth: int
     heads: int
     context: int
+    vocabulary: int = 256  # bytes
 
 
 class Block(nn.Module):
@@ -24,7 +24,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         width = config.width
-        self.heads = config.heads
+        self.head_size = width // config.heads
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -35,20 +35,21 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, time, size]
+            # [batch, heads, time, size]; under tensor parallelism a rank has some of the heads
+            layer(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for layer in (self.q, self.k, self.v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o(mixed.transpose(1, 2).flatten(2))
 
 
-class ByteGPT(nn.Module):
-    """Decoder-only transformer over bytes with learned positions and a tied output layer."""
+class GPT(nn.Module):
+    """Decoder-only transformer with learned positions and a tied output layer."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.token = nn.Embedding(BYTES, config.width)
+        self.token = nn.Embedding(config.vocabulary, config.width)
         self.position = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
@@ -67,7 +68,7 @@ class ByteGPT(nn.Module):
                 nn.init.normal_(layer.weight, std=0.05 / (2 * self.config.depth) ** 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[batch, time, 256]` of the byte after each of `tokens` `[batch, time]`."""
+        """Logits `[batch, time, vocabulary]` of the token after each of `[batch, time]`."""
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from examples.tiny_gpt import loss_of, make_batch, make_model
+from examples.launch import loss_of, make_batch, make_model
 from hut_kernels import save_adapter
 
 

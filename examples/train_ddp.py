@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from examples.tiny_gpt import loss_of, make_batch, make_model, report, start
+from examples.launch import loss_of, make_batch, make_model, report, start
 from hut_kernels import save_adapter
 
 

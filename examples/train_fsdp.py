@@ -17,7 +17,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from examples.tiny_gpt import loss_of, make_batch, make_model, report, start
+from examples.launch import loss_of, make_batch, make_model, report, start
 from hut_kernels import save_adapter
 
 

@@ -15,17 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from examples.tiny_gpt import loss_of, make_batch, make_model, report, start
+from examples.launch import loss_of, make_batch, make_model, report, start
 from hut_kernels import save_adapter
 from hut_kernels.distributed import HUTColwiseParallel, HUTRowwiseParallel
 
 PLAN = {
-    "blocks.*.attention.q": HUTColwiseParallel(),
-    "blocks.*.attention.k": HUTColwiseParallel(),
-    "blocks.*.attention.v": HUTColwiseParallel(),
-    "blocks.*.attention.o": HUTRowwiseParallel(),
-    "blocks.*.mlp.up": HUTColwiseParallel(),
-    "blocks.*.mlp.down": HUTRowwiseParallel(),
+    "blocks.*.q": HUTColwiseParallel(),
+    "blocks.*.k": HUTColwiseParallel(),
+    "blocks.*.v": HUTColwiseParallel(),
+    "blocks.*.o": HUTRowwiseParallel(),
+    "blocks.*.up": HUTColwiseParallel(),
+    "blocks.*.down": HUTRowwiseParallel(),
 }
 
 

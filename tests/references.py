@@ -339,7 +339,7 @@ def update_of(case: Case) -> np.ndarray:
 
 
 def gain(out: Tensor, update: np.ndarray) -> float:
-    """How much of the update arrives: `<y, d> / ||d||^2`."""
+    """The share of the update that arrives: `<y, d> / ||d||^2`."""
     return float((_np(out) * update).sum() / (update * update).sum())
 
 
@@ -380,7 +380,7 @@ GRADIENTS = ("x", "hut_A", "hut_B", "WG")
 def operators(
     case: Case, backend: str, needs: tuple[bool, bool, bool, bool] = (True,) * 4
 ) -> dict[str, Tensor]:
-    """What the operators give: `y`, and those needed of dx and the factor gradients."""
+    """Results of the operators: `y`, and those needed of dx and the factor gradients."""
     from hut_kernels import ops
 
     factors = case.weight, case.hut_A, case.hut_B

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _no_gpu() -> str | None:
-    """Why nothing can run on a GPU here, or None."""
+    """The reason why nothing can run on a GPU here, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     triton = backends()["triton"]
@@ -123,7 +123,7 @@ def _no_triton() -> bool:
 
 
 def interpreted(quick: bool) -> bool:
-    """Whether a tiny case failed."""
+    """Checks tiny cases in Triton's interpreter; True if one failed."""
     cases = lists.tiny_cases(quick)
     env = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     results = list(workers.check_all(cases, "cpu", 1, time.monotonic() + 240, env))
@@ -134,7 +134,7 @@ def interpreted(quick: bool) -> bool:
 
 
 def plans_text() -> str:
-    """What the planner chooses on known devices, and whether that is measured."""
+    """The planner's break-evens on known devices, and their sources."""
     lines = []
     for device in planner.DEVICES:
         even = planner.break_even(device)
@@ -160,7 +160,7 @@ class Run:
         self.broken = False
 
     def until(self, phase: str) -> float:
-        """When a phase must end, by `time.monotonic()`."""
+        """The end of a phase, by `time.monotonic()`."""
         return self.begin + self.seconds * self.ends[phase]
 
     def left(self, phase: str) -> float:
@@ -226,7 +226,7 @@ def on_device(options: argparse.Namespace) -> int:
 
 
 def _blocking(failures: Sequence[Row]) -> bool:
-    """Whether times would mean nothing: not so for a hazard that no result shows.
+    """True if times would mean nothing: not for a hazard that no result shows.
 
     The race checker does not know every way in which asynchronous copies are waited for.
     """
@@ -268,7 +268,7 @@ def record_file(out: Path, name: str, quick: bool) -> Path:
 
 
 def bench_of(device: torch.device, limits: planner.Device, quick: bool) -> Bench:
-    """How to time on a CUDA device."""
+    """Timers and limits of a CUDA device."""
     gc.collect()
     gc.freeze()  # every capture of a graph collects garbage first
     return Bench(
@@ -445,7 +445,7 @@ def _measure(run: Run, phase: str, entry: Row, layer: Subject, rows: Iterator[Ro
 
 
 def conclude(record: Row, limits: planner.Device, name: str) -> None:
-    """What follows from the rows, into the record."""
+    """Adds the conclusions from the rows to the record."""
     rows = record["rows"]
     record["break_evens"] = findings.crossings(rows)
     record["proposal"] = findings.proposal(record["break_evens"], limits, name)

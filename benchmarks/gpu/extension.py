@@ -26,7 +26,7 @@ PROVIDERS = ("cuda", "triton", "peft_lora")
 
 
 def missing() -> str | None:
-    """Why the extension does not run here."""
+    """The reason why the extension does not run here; None where it does."""
     state = backends()["cuda"]
     return None if state["available"] else str(state["reason"])
 

@@ -1,4 +1,4 @@
-"""What the figures say: break-evens, verdicts, changes of table and planner. Pure."""
+"""Conclusions from figures: break-evens, verdicts, changes of table and planner. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: ceilings, each part over the number of tokens beside its peers, steps, tiles.
+"""Measurements of the kernels: ceilings, each part over tokens, steps, tiles.
 
 Every suite takes its timer as an argument and yields plain rows for the record, the times in
 seconds. None needs CUDA by itself: the tests run them on a CPU.
@@ -35,7 +35,7 @@ FORMS: dict[str, tuple[str, float, float]] = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a shape, a rank, a transform, a type, with float32 factors."""
+    """A layer to time: shape, rank, transform and type, with float32 factors."""
 
     K: int
     O: int
@@ -49,7 +49,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how to time.
+    """A device, and the timers to use on it.
 
     Attributes:
         device: The device.
@@ -307,7 +307,7 @@ TILE_TOKENS = {
 
 
 def alternatives(row: Any, kernel: str, capacity: int = 1 << 16) -> list[dict[str, Any]]:
-    """What to change in a table row, one field or a pair at a time, nearest first.
+    """Changes of a table row, one field or a pair at a time, nearest first.
 
     Args:
         row: The row: a dataclass.
@@ -341,7 +341,7 @@ def alternatives(row: Any, kernel: str, capacity: int = 1 << 16) -> list[dict[st
 
 
 def _switches(row: Any, kernel: str) -> Iterator[dict[str, Any]]:
-    """What a row has beyond tiles, warps and stages, whatever later tables add."""
+    """Changes beyond tiles, warps and stages, of whatever fields later tables add."""
     for one in dataclasses.fields(row):
         value = getattr(row, one.name)
         if one.name in ("BN", "BO", "BK", "warps", "stages", "GROUP"):

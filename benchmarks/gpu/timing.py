@@ -87,7 +87,7 @@ class HostTimer:
 
 
 def sets_for(bytes_each: int, cache: int, free: int, most: int = 64) -> int:
-    """How many sets of inputs let each call find a cold cache: four caches' worth of them."""
+    """The number of input sets that keeps the cache cold: four caches' worth."""
     wanted = -(-4 * cache // max(1, bytes_each)) + 1
     return max(1, min(wanted, most, int(0.4 * free) // max(1, bytes_each)))
 

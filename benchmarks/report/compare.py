@@ -98,7 +98,7 @@ def report(first: Sequence[Row], second: Sequence[Row], names: tuple[str, str]) 
 
 
 def notes(both: Sequence[tuple[Row, Row]]) -> list[str]:
-    """Whether one machine measured both, how idle it was, and in which versions they differ."""
+    """Sentences on the machines of both records, their load, and differing versions."""
     lines = (
         line for row, other in both for line in _notes(row["environment"], other["environment"])
     )
@@ -128,7 +128,7 @@ def _notes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def verdict(first: Mapping[str, float], second: Mapping[str, float]) -> str:
-    """Whether the middles of two samples, p20 to p80, lie apart."""
+    """A verdict: samples differ if their middles, p20 to p80, lie apart."""
     if min(first["samples"], second["samples"]) < FEWEST:
         return FEW
     if first["p80"] < second["p20"]:

@@ -116,7 +116,7 @@ def time_over_tokens(rows: Sequence[Row]) -> Figure:
 
 
 def share_of_floor(rows: Sequence[Row]) -> Figure:
-    """How near a step comes to the plain products that its formula cannot do without."""
+    """The time of the plain products that a formula needs, as a share of its step's."""
     figure, panels = _layer_panels(rows)
     for axes, some in panels:
         for name, own in _over(some, "case.tokens"):
@@ -131,7 +131,7 @@ def share_of_floor(rows: Sequence[Row]) -> Figure:
 
 
 def memory_over_depth(rows: Sequence[Row]) -> Figure:
-    """What the deepest stack keeps for backward, and each stack's peak, over the layers."""
+    """Bytes that the deepest stack keeps for backward, and each stack's peak."""
     stacks = _grouped(rows, "case.tokens", "case.width", "case.r", "types.compute")
     figure, grid = plt.subplots(
         len(stacks), 2, figsize=(13, 4.4 * len(stacks)), squeeze=False, layout="constrained"
@@ -151,7 +151,7 @@ def memory_over_depth(rows: Sequence[Row]) -> Figure:
 
 
 def _kept_bars(axes: Axes, rows: Sequence[Row]) -> None:
-    """What is kept after a forward, and where theory puts it."""
+    """Bars of the bytes kept after a forward, and marks where theory puts them."""
     sizes = [row["bytes"]["saved"] / 2**20 for row in rows]
     bars(axes, rows, [{"p20": s, "median": s, "p80": s} for s in sizes], "{:.1f}")
     theory = [row["bytes"]["saved_by_theory"] for row in rows]

@@ -55,7 +55,7 @@ def grouped(rows: Iterable[Row], *paths: str) -> list[tuple[Any, list[Row]]]:
 
 
 def at(row: Mapping[str, Any], path: str) -> Any:
-    """What stands at a dotted path; None where it leads nowhere."""
+    """The value at a dotted path; None where it leads nowhere."""
     value: Any = row
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -98,7 +98,7 @@ def where_of(case: Mapping[str, Any]) -> str:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """What rows of one run were measured on, in a sentence."""
+    """The machine, versions and commit of one run's rows, in a sentence."""
     found = rows[0]["environment"]
     versions = found["versions"]
     names = [name for name in ("torch", "triton", "peft") if versions.get(name)]
@@ -508,7 +508,7 @@ def _types(rows: Sequence[Row]) -> str:
 
 
 def _graph_note(rows: Sequence[Row]) -> list[str]:
-    """How graphs are compared, where there are any."""
+    """A note on graphs, where there are any."""
     if not any(name.endswith("_graph") for row in rows for name in row.get("versus", {})):
         return []
     return ["The ratios of a graph are to the other method's graph, not to its eager step."]

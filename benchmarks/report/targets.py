@@ -65,7 +65,7 @@ class Target:
         return f"{'>=' if self.least else '<='} {self.limit:g}"
 
     def meant_for(self, row: Row) -> bool:
-        """Whether a row is one of its cases, whoever provides it."""
+        """True for a row of one of its cases, whoever provides it."""
         case = {**row["case"], "dtype": at(row, "types.compute")}
         return (
             row["suite"] == self.suite
@@ -101,7 +101,7 @@ class Target:
         return {"p20": value, "median": value, "p80": value, "samples": FEWEST}  # it has no spread
 
     def verdict(self, q: Mapping[str, float]) -> str:
-        """Which side of the limit the ratio is on, if its spread and its samples can tell."""
+        """The side of the limit that the ratio is on, if spread and samples can tell."""
         if q["samples"] < FEWEST:
             return f"{UNDECIDED}: {q['samples']} samples"
         low, high = q["p20"], q["p80"]

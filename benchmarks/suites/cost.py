@@ -1,4 +1,4 @@
-"""What each method costs by count: of a layer operations, bytes and trainable numbers.
+"""Costs of each method by count: operations, bytes and trainable parameters of a layer.
 
 Of a model, operations of the linear layers of its blocks: what else it does is the same for every
 method. Bytes are the fewest that the formula allows: of HUT, those of fused kernels, which store

@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to build a model, and which of its layers to adapt.
+    """A model to build, and its layers to adapt.
 
     Attributes:
         build: Makes it with so many blocks.
@@ -117,7 +117,7 @@ class Setting:
         return self.batch * self.sequence
 
     def case(self) -> Row:
-        """What a record says of it."""
+        """The setting as a record holds it."""
         few = "+".join(MODELS[self.model].few)
         return {
             "model": self.model,
@@ -230,7 +230,7 @@ def adapted_share(model: nn.Module, targets: str) -> float:
 
 
 def _counts(name: str, model: nn.Module, share: float, checkpointing: bool) -> Row:
-    """What theory says of a step beside a LoRA's, in full products alone."""
+    """Counts of a step, and its full products over those of a LoRA step."""
     third = cost.METHODS[PROVIDERS[name].method].products == (1, 2)
     return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

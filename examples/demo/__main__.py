@@ -23,7 +23,7 @@ from benchmarks.report import tables
 from benchmarks.report.text import load_sentences, thread_sentences
 from benchmarks.shapes import Shape
 from benchmarks.suites import layer
-from examples.gpt import ByteGPT, GPTConfig
+from examples.gpt import GPT, GPTConfig
 
 from . import adaptation, corpora, plots, report
 from .adaptation import Batches, Course
@@ -37,7 +37,7 @@ BASELINES = ("frozen", "lora", "hira", "hut_low_rank_eager")
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does."""
+    """The amount of work of a demo."""
 
     gpt: GPTConfig
     batch: int
@@ -213,11 +213,11 @@ def bench_layers(size: Size, r: int, dtype: torch.dtype, device: torch.device) -
     return found
 
 
-def pretrain(size: Size, device: torch.device, seed: int) -> tuple[ByteGPT, Row]:
+def pretrain(size: Size, device: torch.device, seed: int) -> tuple[GPT, Row]:
     """A GPT that has learnt Python sources, frozen, and the record of how."""
     text = corpora.python_sources(size.source_bytes)
     torch.manual_seed(seed)
-    model = ByteGPT(size.gpt).to(device)
+    model = GPT(size.gpt).to(device)
     batches = Batches(text.train, size.gpt.context, size.batch, device, seed)
     with Progress("pre-training", 1) as progress:
         course = Course(size.pretrain_steps, size.pretrain_seconds)
@@ -239,7 +239,7 @@ def pretrain(size: Size, device: torch.device, seed: int) -> tuple[ByteGPT, Row]
     return model, record
 
 
-def adapt(base: ByteGPT, options: argparse.Namespace) -> tuple[Row, list[Row]]:
+def adapt(base: GPT, options: argparse.Namespace) -> tuple[Row, list[Row]]:
     """Adapts the frozen model to English with every method; records before and after."""
     size, device, seed = options.size, options.device, options.seed
     text = corpora.english()

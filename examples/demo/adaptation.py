@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Call, Quantiles, host_time, peak_bytes, ratios
 from benchmarks.methods import LoRALinear
-from examples.gpt import TARGETS, ByteGPT, windows
+from examples.gpt import GPT, TARGETS, windows
 from hut_kernels import PAPER, adapter_options, inject, load_adapter, merge, save_adapter
 
 from .corpora import Split
@@ -47,7 +47,7 @@ class Method:
     rates: tuple[float, ...]
     options: Mapping[str, Any] | None = None
 
-    def matched_rank(self, model: ByteGPT, r: int) -> int:
+    def matched_rank(self, model: GPT, r: int) -> int:
         """The rank whose number of trainable parameters is nearest to that of factors of rank r."""
         layers = _targets(model)
         per_rank = sum(layer.in_features + layer.out_features for layer in layers)
@@ -55,7 +55,7 @@ class Method:
         extra = scale_and_shift if (self.options or {}).get("scale_shift") else 0
         return max(1, round(r - extra / per_rank))
 
-    def adapt(self, model: ByteGPT, r: int) -> None:
+    def adapt(self, model: GPT, r: int) -> None:
         """Puts adapters into `model` and freezes everything else."""
         if self.options is not None:
             inject(model, TARGETS, r=r, **self.options)
@@ -63,7 +63,7 @@ class Method:
         model.requires_grad_(False)
         _replace(model, lambda layer: LoRALinear(layer, r))
 
-    def merged(self, model: ByteGPT, base: ByteGPT, file: Path) -> ByteGPT:
+    def merged(self, model: GPT, base: GPT, file: Path) -> GPT:
         """The adapted `model` as plain layers; HUT's goes through an adapter file on the way."""
         if self.options is None:
             return _replace(copy.deepcopy(model), LoRALinear.to_linear)
@@ -82,7 +82,7 @@ METHODS = {
 
 
 class Course:
-    """How far a training is: by its steps, or by the clock where the machine is too slow for them.
+    """Progress of a training: by steps, or by the clock on a machine too slow for them.
 
     The clock counts from a grace period on, so that it never leads where the steps fit into the
     time: there a training is the same every time. Where it leads, the learning rate falls with it.
@@ -113,7 +113,7 @@ class Course:
 class Run:
     """A model in training, at one learning rate, and what has been seen of it."""
 
-    model: ByteGPT
+    model: GPT
     rate: float
     r: int | None = None
     weight_decay: float = 0.0
@@ -166,7 +166,7 @@ class Batches:
 
 
 @torch.no_grad()
-def window_losses(model: ByteGPT, data: Tensor) -> Tensor:
+def window_losses(model: GPT, data: Tensor) -> Tensor:
     """The loss of each window of a text cut into windows side by side, in fp32, on the CPU."""
     data = data.to(model.token.weight.device)
     context = model.config.context
@@ -176,12 +176,12 @@ def window_losses(model: ByteGPT, data: Tensor) -> Tensor:
     return torch.cat(parts).double().cpu()
 
 
-def mean_loss(model: ByteGPT, data: Tensor) -> float:
+def mean_loss(model: GPT, data: Tensor) -> float:
     """Nats per byte over a whole text."""
     return window_losses(model, data).mean().item()
 
 
-def pretrain(model: ByteGPT, rate: float, batches: Batches, course: Course, show: Show) -> Run:
+def pretrain(model: GPT, rate: float, batches: Batches, course: Course, show: Show) -> Run:
     """Trains every parameter of `model`; the run's curve is the training loss, a mean per point."""
     run, recent = Run(model, rate, weight_decay=0.1), []
     while (share := course.share()) < 1:
@@ -194,7 +194,7 @@ def pretrain(model: ByteGPT, rate: float, batches: Batches, course: Course, show
     return run
 
 
-def start_runs(base: ByteGPT, r: int, rate_scale: float, seed: int) -> dict[str, list[Run]]:
+def start_runs(base: GPT, r: int, rate_scale: float, seed: int) -> dict[str, list[Run]]:
     """For every method a copy of the frozen model at each of its learning rates, times a scale."""
     runs: dict[str, list[Run]] = {}
     for name, method in METHODS.items():
@@ -227,7 +227,7 @@ def train(
 
 
 def assess(
-    runs: dict[str, list[Run]], base: ByteGPT, text: Split, window: Tensor, folder: Path
+    runs: dict[str, list[Run]], base: GPT, text: Split, window: Tensor, folder: Path
 ) -> list[dict[str, Any]]:
     """Chooses each method's best rate on the validation text, and reports the held-out one.
 
@@ -279,9 +279,7 @@ def assess(
     ]
 
 
-def _merging(
-    method: Method, model: ByteGPT, base: ByteGPT, text: Split, file: Path
-) -> dict[str, float]:
+def _merging(method: Method, model: GPT, base: GPT, text: Split, file: Path) -> dict[str, float]:
     """The merged model's held-out loss, and the largest difference of a single window's."""
     adapted = window_losses(model, text.held_out)
     merged = window_losses(method.merged(model, base, file), text.held_out)
@@ -298,11 +296,11 @@ def _paired(losses: Tensor, others: Tensor) -> dict[str, float]:
     return {"mean": difference.mean().item(), "standard_error": error.item()}
 
 
-def _targets(model: ByteGPT) -> list[nn.Linear]:
+def _targets(model: GPT) -> list[nn.Linear]:
     return [getattr(block, name) for block in model.blocks for name in TARGETS]
 
 
-def _replace(model: ByteGPT, make: Callable[[Any], nn.Module]) -> ByteGPT:
+def _replace(model: GPT, make: Callable[[Any], nn.Module]) -> GPT:
     for block in model.blocks:
         for name in TARGETS:
             setattr(block, name, make(getattr(block, name)))

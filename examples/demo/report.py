@@ -52,7 +52,7 @@ def sweep_table(rows: Sequence[Row]) -> str:
 
 
 def layer_sentences(rows: Sequence[Row]) -> list[str]:
-    """What one shape's numbers say; every row is compared with all that stands beside HUT's."""
+    """Sentences on one shape: HUT's rows compared with all others."""
     by = {row["provider"]: row for row in rows}
     case = rows[0]["case"]
     where = f"{case['tokens']}x{case['in_features']}x{case['out_features']}"
@@ -80,7 +80,7 @@ def _peak(row: Row) -> str:
 
 
 def _versus(row: Row, other: Row) -> str:
-    """How one step's time stands to another's; level where the middle of the ratio holds 1."""
+    """A comparison of two steps; level where p20 to p80 of the ratio holds 1."""
     q, label = row["versus"][other["provider"]]["step"], other["label"]
     if q["p20"] <= 1 <= q["p80"]:
         return f"level with {label} within the spread ({q['p20']:.2f}–{q['p80']:.2f}x its time)"
@@ -89,7 +89,7 @@ def _versus(row: Row, other: Row) -> str:
 
 
 def adaptation_sentences(rows: Sequence[Row], frozen: float) -> list[str]:
-    """What the training's numbers say."""
+    """Sentences on the training."""
     by = {row["method"]: row for row in rows}
     ends = ", ".join(f"{row['label']} at {row['held_out']:.4f}" for row in rows)
     counts = sorted({row["trainable"] for row in rows})

@@ -184,7 +184,7 @@ def test_graph_times_are_per_call(monkeypatch):
 
 
 def test_the_cuda_names_exist_with_the_arguments_used():
-    """What the fakes stand for, in the installed torch."""
+    """The names that the fakes replace exist in the installed torch."""
     import inspect
 
     assert {"stream"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)

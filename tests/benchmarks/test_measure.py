@@ -1,4 +1,4 @@
-"""What the benchmarks and the demo stand on: timing, memory counts, texts, verdicts, records."""
+"""Timing, memory counts, text tables and records."""
 
 import contextlib
 import json

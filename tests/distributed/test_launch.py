@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.tiny_gpt import loss_of, make_batch, make_model
+from examples.launch import loss_of, make_batch, make_model
 from hut_kernels import load_adapter
 from tests.distributed.pool import environment
 

@@ -12,7 +12,7 @@ pytest.importorskip("tqdm")
 
 from examples.demo import __main__ as demo
 from examples.demo import adaptation, corpora, report
-from examples.gpt import ByteGPT, GPTConfig
+from examples.gpt import GPT, GPTConfig
 
 ARGUMENTS = "--size tiny --width 32 --depth 1 --rank 4 --pretrain-steps 30 --steps 8 --seconds 0.1"
 
@@ -114,20 +114,20 @@ class TestTraining:
     CONFIG = GPTConfig(width=16, depth=2, heads=2, context=8)
 
     def test_the_model_does_not_look_ahead(self):
-        model, tokens = ByteGPT(self.CONFIG), torch.randint(256, (1, 8))
+        model, tokens = GPT(self.CONFIG), torch.randint(256, (1, 8))
         changed = tokens.clone()
         changed[0, -1] = (tokens[0, -1] + 1) % 256
         torch.testing.assert_close(model(tokens)[:, :-1], model(changed)[:, :-1])
 
     @pytest.mark.parametrize("r", [2, 4, 8])
     def test_all_methods_train_as_many_parameters(self, r):
-        runs = adaptation.start_runs(ByteGPT(self.CONFIG), r, rate_scale=1, seed=0)
+        runs = adaptation.start_runs(GPT(self.CONFIG), r, rate_scale=1, seed=0)
         counts = {sum(p.numel() for p in some[0].parameters) for some in runs.values()}
         assert len(runs) == 3
         assert len(counts) == 1
 
     def test_an_adapted_model_begins_as_the_frozen_one(self):
-        base, tokens = ByteGPT(self.CONFIG), torch.randint(256, (2, 8))
+        base, tokens = GPT(self.CONFIG), torch.randint(256, (2, 8))
         for some in adaptation.start_runs(base, 4, rate_scale=1, seed=0).values():
             torch.testing.assert_close(some[0].model(tokens), base(tokens))
 

@@ -1,1 +1,1 @@
-"""What runs on a CUDA device only."""
+"""Checks of the kernels on a CUDA device."""

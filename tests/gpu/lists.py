@@ -1,4 +1,4 @@
-"""Which cases are checked: every table row, every strategy, odd shapes, more than 2^31 elements."""
+"""Lists of checks: every table row, every strategy, odd shapes, beyond 2^31 elements."""
 
 from __future__ import annotations
 
