@@ -22,7 +22,7 @@ endif
 
 # Two pip calls at once would spoil the environment.
 .NOTPARALLEL:
-.PHONY: help venv demo finetune test test-cpu test-kernels dist lint types mutants bench fuzz matrix bench-cpu gate ext gpu peft-suite docs clean
+.PHONY: help venv demo finetune test test-cpu test-kernels dist lint types mutants ptx bench fuzz matrix bench-cpu gate ext gpu peft-suite docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -79,6 +79,9 @@ bench-cpu: $(call ready,bench) ## times of the CPU fallback as ratios to its pla
 
 gate: $(call ready,test) ## compile every kernel for every architecture, and check the machine code
 	$(PY) -m tools.gate $(ARGS)
+
+ptx: $(call ready,test) ## run the PTX of every compiled kernel on the CPU: numbers, races, bounds
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/ptx -m ptx -n $(JOBS) --benchmark-disable $(ARGS)
 
 ext: $(call ready,dev) ## compile the CUDA extension in place (nvcc, no GPU; TORCH_CUDA_ARCH_LIST)
 	HUT_KERNELS_CUDA=1 $(PY) setup.py -q build_ext --inplace --build-temp build/ext

@@ -14,18 +14,45 @@ from .layer import Spec, acc_dtype, as_rows
 
 
 class _Function(torch.autograd.Function):
+    """A function in three forms: Dynamo sees the class itself, all calls go to one of two others.
+
+    Outside functorch that is a `forward(ctx, ...)`: torch binds the arguments of a function with a
+    `setup_context`, which functorch and Dynamo need, to forward's signature in every call, at a
+    quarter of a small layer's forward. Both have the rule of `forward_mode`, as a `jvp`, which
+    Dynamo refuses in a function that it compiles.
+    """
+
+    _plain: type[torch.autograd.Function]
+    _transformed: type[torch.autograd.Function]
+
+    def __init_subclass__(cls) -> None:
+        compute, keep = cls.forward, cls.setup_context
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = compute(*args)
+            keep(ctx, args, output)
+            return output
+
+        def form(**methods: Any) -> type[torch.autograd.Function]:
+            methods |= {"backward": cls.backward, "jvp": cls.forward_mode}
+            static: dict[str, Any] = {
+                name: staticmethod(method) for name, method in methods.items()
+            }
+            static["generate_vmap_rule"] = cls.generate_vmap_rule
+            return type(cls.__name__, (torch.autograd.Function,), static)
+
+        cls._plain = form(forward=forward)
+        cls._transformed = form(forward=compute, setup_context=keep, vmap=cls.vmap)
+
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Applies the function to all of forward's arguments, by position.
-
-        Outside functorch's transforms, which alone need it, torch's own `apply` is passed over: it
-        binds the arguments to forward's signature, at a quarter of a small layer's forward.
-        """
+        """Applies the function to all of forward's arguments, by position."""
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+            return cls._transformed.apply(*args)
+        return super(torch.autograd.Function, cls._plain).apply(*args)  # type: ignore[misc]
 
     vmap = staticmethod(ops.refuse_vmap)
+    forward_mode = staticmethod(ops.refuse_forward_mode)
 
 
 class _Once(_Function):
@@ -51,18 +78,6 @@ class _Once(_Function):
         )
 
 
-def _check_seen() -> None:
-    """Refuses a forward that a transform of torch.func reaches; it ends at the function's `apply`.
-
-    Within such a transform torch.compile looks at forward alone: the gradient would be zero.
-    """
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "torch.compile does not see the fused hut_linear's gradients within a transform of "
-            "torch.func: use fused=False, or do not compile the transform"
-        )
-
-
 class HUTLinearFunction(_Function):
     """`y = gamma * (x (W0 * T)^T + bias) + beta` with the exact gradients of docs/definition.md.
 
@@ -82,8 +97,7 @@ class HUTLinearFunction(_Function):
         spec: Spec,
         backend: str,
     ) -> Tensor:
-        _check_seen()
-        return ops.forward(x, weight, hut_A, hut_B, bias, gamma, beta, *spec, backend)
+        return ops.call(ops.forward, x, weight, hut_A, hut_B, bias, gamma, beta, *spec, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -115,8 +129,8 @@ def _gradients(
     need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
     d_x = d_A = d_B = d_gamma = None
     if need_x or need_A or need_B or need_gamma:
-        grads = iter(ops.backward(
-            grad, x, weight, hut_A, hut_B, gamma,
+        grads = iter(ops.call(
+            ops.backward, grad, x, weight, hut_A, hut_B, gamma,
             *ctx.spec, need_x, need_A, need_B, need_gamma, ctx.backend,
         ))  # fmt: skip
         d_x = next(grads) if need_x else None
@@ -152,8 +166,18 @@ def _vector_gradients(
     return d_bias, d_gamma, d_beta
 
 
-class FrozenLinearFunction(torch.autograd.Function):
+def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x weight^T` with the weight cast to x's type in each pass, so that no copy is kept."""
+    if torch.compiler.is_exporting():  # see hut_linear
+        return F.linear(x, weight.to(x.dtype))
+    return FrozenLinearFunction.apply(x, weight)
+
+
+class FrozenLinearFunction(_Function):
+    """`frozen_linear` with every derivative, for the eager layer has it too."""
+
+    generate_vmap_rule = True
+    vmap = staticmethod(torch.autograd.Function.vmap)
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -162,11 +186,17 @@ class FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return grad @ weight.to(grad.dtype), None
+
+    @staticmethod
+    def forward_mode(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (weight,) = ctx.saved_tensors
+        return F.linear(tangent, weight.to(tangent.dtype))
 
 
 class HUTGroupedFunction(_Function):
@@ -188,9 +218,9 @@ class HUTGroupedFunction(_Function):
         spec: Spec,
         backend: str,
     ) -> Tensor:
-        _check_seen()
-        return ops.grouped_forward(
-            x, weight, hut_A, hut_B, offsets, bias, gamma, beta, *spec[:3], backend
+        return ops.call(
+            ops.grouped_forward,
+            *(x, weight, hut_A, hut_B, offsets, bias, gamma, beta, *spec[:3], backend),
         )
 
     @staticmethod
@@ -222,8 +252,8 @@ def _grouped_gradients(
     """The gradients that are asked for, one for each argument of forward."""
     need_x, _, need_A, need_B, _, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
     need_sums = need_bias or need_beta or (need_gamma and bias is not None)
-    made = iter(ops.grouped_backward(
-        grad, x, weight, hut_A, hut_B, offsets, gamma, *ctx.spec[:3],
+    made = iter(ops.call(
+        ops.grouped_backward, grad, x, weight, hut_A, hut_B, offsets, gamma, *ctx.spec[:3],
         need_x, need_A, need_B, need_gamma, need_sums, ctx.backend,
     ))  # fmt: skip
     d_x, d_A, d_B, d_gamma, sums = (

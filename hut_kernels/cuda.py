@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import planner
+from . import ops, planner
 from .dispatch import gpu
 from .layer import Layer, Needs
 
 # Importing it defines torch.ops.hut_cuda; ImportError is for dispatch.py to tell about.
 importlib.import_module("hut_kernels._C")
 _operators = torch.ops.hut_cuda
-# As in ops.py: not differentiable by themselves, and cheaper without autograd's detour.
 _library = torch.library.Library("hut_cuda", "IMPL")
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda *args: getattr(_operators, name).default(*args)
+
+
+# As ops.py's, which call these from below autograd's key: differentiated by themselves they raise.
 for _name in ("forward", "backward", "weight"):
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _library.impl(_name, ops.undifferentiated(_operator(_name)), "Autograd")
 
 
 def linear_forward(x: Tensor, layer: Layer) -> Tensor:

@@ -80,6 +80,8 @@ def hut_linear(
     x, autocast = autocast_input(x)
     if fused:
         chosen = dispatch.choose(backend, (x, weight, hut_A, hut_B))
+        if torch.compiler.is_exporting():  # which keeps a function's forward alone, under no_grad
+            return ops.forward(x, weight, hut_A, hut_B, bias, gamma, beta, *spec, chosen)
         return HUTLinearFunction.apply(x, weight, hut_A, hut_B, bias, gamma, beta, spec, chosen)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         return definition.linear(x, Layer(weight, hut_A, hut_B, bias, gamma, beta, spec))
@@ -123,7 +125,7 @@ def hut_weight(
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {_FLOAT_NAMES}; got {dtype}")
     chosen = dispatch.choose("auto", (weight, hut_A, hut_B))
-    return ops.weight(weight, hut_A, hut_B, gamma, *spec[:3], dtype, chosen)
+    return ops.call(ops.weight, weight, hut_A, hut_B, gamma, *spec[:3], dtype, chosen)
 
 
 def autocast_input(x: Tensor) -> tuple[Tensor, bool]:

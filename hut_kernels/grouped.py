@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import definition, dispatch, grouped_backend
+from . import definition, dispatch, grouped_backend, ops
 from .autograd import HUTGroupedFunction
 from .functional import (
     _check_options,
@@ -92,9 +92,10 @@ def hut_grouped_linear(
     x, autocast = autocast_input(x)
     if fused:
         chosen = dispatch.choose(backend, (x, weight, hut_A, hut_B))
-        return HUTGroupedFunction.apply(
-            x, weight, hut_A, hut_B, offsets, bias, gamma, beta, spec, chosen
-        )
+        operands = x, weight, hut_A, hut_B, offsets, bias, gamma, beta
+        if torch.compiler.is_exporting():  # see hut_linear
+            return ops.grouped_forward(*operands, *spec[:3], chosen)
+        return HUTGroupedFunction.apply(*operands, spec, chosen)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         return _eager(x, weight, hut_A, hut_B, offsets, bias, gamma, beta, spec)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .autograd import FrozenLinearFunction
+from .autograd import frozen_linear
 from .errors import HUTBackendError, check_choice
 from .functional import check_number, hut_linear, hut_weight
 from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS, effective_bias
@@ -384,7 +384,7 @@ def dropout_forward(
         `[..., out_features]`, in the layer's output type.
     """
     y = layer(d)
-    rest = FrozenLinearFunction.apply((x - d).to(y.dtype), matrix)
+    rest = frozen_linear((x - d).to(y.dtype), matrix)
     return y + (rest if gamma is None else (gamma * rest).to(y.dtype))
 
 

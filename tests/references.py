@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 TRAINABLE = ("x", "hut_A", "hut_B", "gamma", "beta", "bias")
 
+TF32_LIMIT = 2e-3  # of float32 where tf32 is allowed
 _LIMITS = {torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 # The update on its own: (merged, split). bfloat16's first is for low_rank; two_sided has 6e-2.
 _UPDATE_LIMITS = {

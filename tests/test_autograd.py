@@ -1,13 +1,16 @@
 """HUTLinearFunction: exact gradients, what it saves, what it computes, and what it refuses."""
 
 import concurrent.futures
+import inspect
 import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 
-from hut_kernels import HUTLinearFunction, hut_linear, hut_weight, torch_backend
+from hut_kernels import HUTLinear, HUTLinearFunction, hut_linear, hut_weight, torch_backend
+from hut_kernels.autograd import frozen_linear
 
 from .references import TRAINABLE, Recorder, check, error, limit, make, make_normal, run
 
@@ -344,6 +347,84 @@ def test_eager_is_differentiable_twice():
     )
     grad.sum().backward()
     assert case.hut_B.grad.norm() > 0
+
+
+# Forward mode
+
+
+def by_dual_numbers(f, v):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(v, torch.ones_like(v)))).tangent
+
+
+FORWARD_MODE = {
+    "dual numbers": by_dual_numbers,
+    "jvp": lambda f, v: torch.func.jvp(f, (v,), (torch.ones_like(v),))[1],
+    "jacfwd": lambda f, v: torch.func.jacfwd(f)(v).flatten(2).sum(-1),
+    "linearize": lambda f, v: torch.func.linearize(f, v)[1](torch.ones_like(v)),
+}
+
+
+@every_form
+@pytest.mark.parametrize("name", ["x", "hut_A", "gamma"])
+@pytest.mark.parametrize("derive", FORWARD_MODE.values(), ids=FORWARD_MODE)
+def test_forward_mode_is_refused_and_eager_has_it(form, name, derive):
+    case = make(3, 8, 6, 2, vectors=ALL, **DOUBLE, **form)
+
+    def call(value, fused=True):
+        return linear(case.replace(**{name: value}), fused=fused)
+
+    value = getattr(case, name)
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative .* fused=False"):
+        derive(call, value)
+    step = 1e-6
+    expected = (call(value + step) - call(value - step)) / (2 * step)
+    tangent = derive(lambda value: call(value, fused=False), value)
+    torch.testing.assert_close(tangent, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_forward_over_reverse_is_refused_too():
+    case = make(3, 8, 6, 2)
+    loss = lambda x: linear(case.replace(x=x)).square().sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative .* fused=False"):
+        torch.func.hessian(loss)(case.x)
+
+
+def test_what_forward_mode_does_not_reach_is_not_refused():
+    case = make(3, 8, 6, 2)
+    scale = torch.tensor(2.0)
+    y, tangent = torch.func.jvp(lambda s: s * linear(case), (scale,), (torch.ones(()),))
+    torch.testing.assert_close(y, scale * tangent)
+
+
+def test_the_frozen_linear_of_dropout_has_every_derivative():
+    """It is in the eager layer too, whose every derivative is promised."""
+    x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    inputs = (x.requires_grad_(),)
+    product = lambda x: frozen_linear(x, weight)  # noqa: E731
+    torch.autograd.gradcheck(product, inputs, check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(product, inputs)
+    torch.testing.assert_close(torch.vmap(product)(x), x @ weight.t())
+    torch.testing.assert_close(torch.func.jacfwd(product)(x), torch.func.jacrev(product)(x))
+
+
+# Host time
+
+
+@pytest.mark.parametrize("name", ["step", "dropout", "inference", "second backward"])
+def test_no_call_looks_at_a_signature(name, monkeypatch):
+    """Which would cost more than a small layer's forward."""
+
+    def signature(*args, **kwargs):
+        raise AssertionError("inspect.signature was called")
+
+    layer = HUTLinear(8, 6, 2, scale_shift=True, dropout=0.5 if name == "dropout" else 0.0)
+    x = torch.randn(3, 8, requires_grad=True)
+    monkeypatch.setattr(inspect, "signature", signature)
+    with torch.set_grad_enabled(name != "inference"):
+        y = layer(x)
+    if name != "inference":
+        torch.autograd.grad(y.sum(), x, create_graph=name == "second backward")
 
 
 # Autocast

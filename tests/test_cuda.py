@@ -67,6 +67,24 @@ def emulation(tmp_path_factory):
 
 
 @compiled
+def test_by_itself_an_operator_refuses_its_backward(emulation):
+    """Its rule under the emulated operators' name; under its own the rule is registered."""
+    rules = torch._C._dispatch_get_registrations_for_dispatch_key("Autograd")
+    case = make(3, 6, 5, 2)
+    leaf = case.hut_A.detach().requires_grad_()
+    args = case.x, case.weight, leaf, case.hut_B, None, None, None, False, 1.0, 1.0, False
+    with torch.library._scoped_library("hut_emulated", "IMPL") as library:
+        for name in ("forward", "backward", "weight"):
+            assert f"hut_cuda::{name}" in rules
+            library.impl(name, ops.undifferentiated(emulation._operator(name)), "Autograd")
+        y = torch.ops.hut_emulated.forward(*args)
+        with torch.no_grad():
+            assert torch.equal(y, torch.ops.hut_emulated.forward(*args))
+        with pytest.raises(RuntimeError, match=r"no gradients: .* fused=False"):
+            torch.autograd.grad(y.sum() + leaf.sum(), leaf)
+
+
+@compiled
 def test_the_program_of_index_and_reduction_logic(tmp_path):
     done = subprocess.run([csrc.build_check(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

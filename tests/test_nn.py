@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from hut_kernels.errors import HUTBackendError
 from hut_kernels.nn import PAPER, HUTLinear
@@ -563,7 +563,7 @@ class PackedLinear(nn.Module):
         (with_weight(nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), False)), "int8"),
         (with_weight(nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), False)), "float8"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "parametrisation"),
-        (nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "bias", 0.5), "the bias of Linear"),
+        (prune.l1_unstructured(nn.Linear(4, 4), "bias", 0.5), "the bias of Linear"),
         (nn.LazyLinear(4), "UninitializedParameter"),
         (QuantLinear(), "QuantLinear"),
         (PackedLinear(), "PackedLinear"),

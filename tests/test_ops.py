@@ -1,10 +1,11 @@
-"""The operators hut::*: opcheck, new and detached outputs, only what is asked for."""
+"""The operators hut::*: opcheck, new outputs, no gradients, only what is asked for."""
 
 import itertools
 
 import pytest
 import torch
 from hypothesis import given
+from torch.autograd import forward_ad
 
 from hut_kernels import ops
 
@@ -72,7 +73,82 @@ def test_the_operators_match_the_reference(case):
 def test_opcheck(name, layout, requires_grad, kind):
     case = laid_out(make((2, 3), 6, 5, 2, vectors="bias gamma beta", **form(kind)), layout)
     case = requiring_grad(case) if requires_grad else case
-    torch.library.opcheck(getattr(torch.ops.hut, name).default, arguments(name, case))
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not requires_grad:  # it takes gradients where it can
+        checks.append("test_aot_dispatch_dynamic")
+    operator = getattr(torch.ops.hut, name).default
+    torch.library.opcheck(operator, arguments(name, case), test_utils=checks)
+
+
+def direct(name, case):
+    """Calls the operator itself, on one of the case's tensors that requires grad."""
+    leaf = case.hut_A.detach().requires_grad_()
+    op, args = getattr(torch.ops.hut, name), arguments(name, case.replace(hut_A=leaf))
+    return leaf, lambda A: op(*(A if arg is leaf else arg for arg in args))
+
+
+def total(outputs):
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    return sum(out.sum() for out in outputs)
+
+
+NO_FORWARD_MODE = pytest.raises(RuntimeError, match=r"no forward-mode derivative .* fused=False")
+NO_GRADIENTS = pytest.raises(RuntimeError, match=r"no gradients: .* fused=False")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_by_itself_an_operator_refuses_its_backward(name, kind, compiled):
+    """Whichever of its inputs is asked about, and also where another way leads to it."""
+    torch.compiler.reset()
+    leaf, op = direct(name, make(4, 6, 5, 2, vectors="gamma", **form(kind)))
+    run = torch.compile(op, backend="aot_eager", fullgraph=True) if compiled else op
+    with torch.no_grad():
+        without = total(run(leaf))
+    with_gradients = total(run(leaf))
+    assert torch.equal(without, with_gradients)
+    with NO_GRADIENTS:
+        torch.autograd.grad(with_gradients + leaf.sum(), leaf)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda op, A: torch.func.grad(lambda A: total(op(A)))(A),
+        lambda op, A: torch.func.vjp(lambda A: total(op(A)), A)[1](torch.ones(())),
+        lambda op, A: torch.func.jacrev(lambda A: total(op(A)))(A),
+    ],
+    ids=["grad", "vjp", "jacrev"],
+)
+def test_nor_has_it_any_within_a_transform_of_torch_func(name, derive):
+    leaf, op = direct(name, make(4, 6, 5, 2, vectors="gamma"))
+    with NO_GRADIENTS:
+        derive(op, leaf)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transform_of_something_else_leaves_an_operator_alone(name):
+    leaf, op = direct(name, make(4, 6, 5, 2, vectors="gamma"))
+    plain = total(op(leaf.detach()))
+    _, scaled = torch.func.vjp(lambda s: s * total(op(leaf.detach())), torch.ones(()))
+    assert torch.equal(scaled(torch.ones(()))[0], plain)
+    _, tangent = torch.func.jvp(
+        lambda s: s * total(op(leaf.detach())), (torch.ones(()),), (torch.ones(()),)
+    )
+    assert torch.equal(tangent, plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_nor_a_forward_mode_derivative(name, mode):
+    leaf, op = direct(name, make(4, 6, 5, 2, vectors="gamma"))
+    leaf = leaf.detach()
+    with mode(), NO_FORWARD_MODE:
+        torch.func.jvp(op, (leaf,), (leaf,))
+    with mode(), forward_ad.dual_level(), NO_FORWARD_MODE:
+        op(forward_ad.make_dual(leaf, leaf))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,9 +176,7 @@ def test_the_fake_has_the_real_shapes_types_and_strides(name, kind, types):
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("precision", ["merged", "split"])
-def test_outputs_are_new_and_detached_and_inputs_unchanged(
-    name, layout, requires_grad, dtype, precision
-):
+def test_outputs_are_new_and_inputs_unchanged(name, layout, requires_grad, dtype, precision):
     case = make(4, 6, 5, 2, dtype=dtype, vectors="bias gamma beta", precision=precision)
     case = laid_out(case, layout)
     case = requiring_grad(case) if requires_grad else case
@@ -115,7 +189,7 @@ def test_outputs_are_new_and_detached_and_inputs_unchanged(
     storages = [tensor.untyped_storage().data_ptr() for tensor in (*inputs, *outputs)]
     assert len(set(storages)) == len(storages)
     for out in outputs:
-        assert not out.requires_grad
+        assert out.requires_grad == requires_grad  # so that a backward is refused
         assert not out._is_view()
 
 

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...autograd import FrozenLinearFunction
+from ...autograd import frozen_linear
 from ...errors import HUTBackendError
 from ...functional import check_number, hut_linear, hut_weight
 from ...layer import FLOATS, acc_dtype, effective_bias
@@ -386,7 +386,7 @@ class Linear(nn.Module, HUTLayer):
         )
 
     def _base_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = FrozenLinearFunction.apply(x.to(dtype), matrix(self.base_layer))
+        y = frozen_linear(x.to(dtype), matrix(self.base_layer))
         shift = bias(self.base_layer)
         return y if shift is None else y + shift.to(dtype)
 

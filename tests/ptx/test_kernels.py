@@ -1,0 +1,58 @@
+"""Every kernel of the product, compiled for every architecture, its PTX executed: `make ptx`."""
+
+import re
+
+import pytest
+import torch
+import triton
+
+from hut_kernels import versions
+
+from . import Fault, cases
+
+pytestmark = pytest.mark.ptx
+
+
+def parameter(arch, call):
+    marks = () if call.quick and arch in (80, 90, 100) else pytest.mark.slow
+    return pytest.param(arch, call, id=f"sm_{arch}-{call.name}", marks=marks)
+
+
+ALL = [parameter(arch, call) for arch in cases.ARCHITECTURES for call in cases.calls()]
+
+
+@pytest.mark.parametrize(("arch", "call"), ALL)
+def test_a_kernel_runs_without_fault_and_within_the_limits(arch, call):
+    case = call.make()
+    given = {name: value.clone() for name, value in vars(case).items() if torch.is_tensor(value)}
+    try:
+        results, log = cases.run(call, arch, case)
+    except Fault as fault:
+        if kernel_of(fault) in denied(arch):  # `planner.force` runs it all the same
+            pytest.xfail(f"the planner avoids it here: {fault}")
+        raise
+    assert log.launches
+    for name, (error, limit) in cases.errors(call, case, results).items():
+        assert error <= limit, f"{name}: error {error:.3e} is above {limit:.1e}"
+    for name, before in given.items():
+        assert torch.equal(getattr(case, name).nan_to_num(), before.nan_to_num()), name
+
+
+def kernel_of(fault):
+    return re.search(r"hut_(\w+)_kernel", str(fault))[1]
+
+
+def denied(arch):
+    """The kernels that the planner avoids with this Triton."""
+    known = versions.miscompiled(triton.__version__, f"sm_{arch}")
+    return {kernel for one in known for kernel in one.kernels}
+
+
+@pytest.mark.parametrize(("N", "K", "O"), [(0, 48, 32), (3, 0, 32), (3, 48, 0)])
+@pytest.mark.parametrize("what", ["fused", "staged"])
+def test_an_empty_layer_launches_nothing(what, N, K, O):
+    call = cases.Call(what, "bf16", N, K, O, 3, layout="contiguous")
+    case = call.make()
+    results, log = cases.run(call, 80, case)
+    assert not log.launches
+    assert all(error <= limit for error, limit in cases.errors(call, case, results).values())
