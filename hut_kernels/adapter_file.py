@@ -35,7 +35,7 @@ _OPTIONS = (
     "factor_dtype",
 )
 _MAY_DIFFER = ("dropout", "precision")
-_FACTOR_DTYPES = dict(zip(FLOAT_NAMES, FLOATS, strict=True))
+FACTOR_DTYPES = dict(zip(FLOAT_NAMES, FLOATS, strict=True))
 
 # What torch.compile and checkpoint_wrapper put into the names of what they wrap; replicas put in
 # "module", which a model may well have for a name of its own.
@@ -81,18 +81,27 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
         ValueError: the model has no HUT layer.
         HUTBackendError: as for `adapter_state_dict`.
     """
-    from safetensors.torch import save
-
     factors = {name: _whole(factor) for name, factor in adapter_state_dict(model).items()}
     # A copy each, since safetensors refuses tensors that share storage.
     tensors = {name: f.to("cpu", copy=True).contiguous() for name, f in factors.items()}
     _warn_of_untrained(model, tensors)
-    layers = json.dumps({name: _options(layer) for name, layer in _hut_layers(model).items()})
+    write(file, {name: _options(layer) for name, layer in _hut_layers(model).items()}, tensors)
+
+
+def write(
+    file: str | os.PathLike[str],
+    layers: Mapping[str, dict[str, Any]],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write every layer's options and the factors, on the CPU, to an adapter file."""
+    from safetensors.torch import save
+
+    described = json.dumps(layers)
     metadata = {
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
-        "layers": layers,
-        "sha256": _checksum(layers, tensors),
+        "layers": described,
+        "sha256": _checksum(described, tensors),
     }
     path = Path(file)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -101,6 +110,13 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def read(file: str | os.PathLike[str]) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Read every layer's options and the factors from an adapter file (ValueError: damaged)."""
+    layers, tensors, metadata = _read(file)
+    _check_undamaged(file, layers, tensors, metadata)
+    return layers, tensors
 
 
 def _warn_of_untrained(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
@@ -151,8 +167,7 @@ def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is damaged or is no adapter, or its layers differ in their options, so
             that one call of `inject` cannot make them.
     """
-    layers, tensors, metadata = _read(file)
-    _check_undamaged(file, layers, tensors, metadata)
+    layers, _ = read(file)
     (first, options), *others = layers.items()
     for name, other in others:
         if other != options:
@@ -160,7 +175,7 @@ def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
                 f"the layers of {file} differ in their options, so each group needs an inject call "
                 f"of its own: {first or 'the model'} has {options}, but {name} has {other}"
             )
-    return options | {"factor_dtype": _FACTOR_DTYPES[options["factor_dtype"]]}
+    return options | {"factor_dtype": FACTOR_DTYPES[options["factor_dtype"]]}
 
 
 def _hut_layers(model: nn.Module) -> dict[str, HUTLinear]:
@@ -202,11 +217,13 @@ def _read(
     from safetensors import SafetensorError, safe_open
 
     if Path(file).exists() and not Path(file).is_file():
-        raise ValueError(f"{file} is not a file")  # a folder; a pipe would keep its reader waiting
+        # A folder; a pipe would keep its reader waiting.
+        peft = (Path(file) / "adapter_config.json").exists()
+        raise ValueError(f"{file} is not a file{_TO_NATIVE if peft else ''}")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            layers = _parse_metadata(file, metadata)
+            layers = _parse_metadata(file, metadata, opened.keys())
             # An opened file is no mapping: its keys can't be had by iterating over it.
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
@@ -216,12 +233,31 @@ def _read(
     return layers, tensors, metadata
 
 
+_TO_NATIVE = (
+    "; it is an adapter of PEFT: hut_kernels.integrations.peft.to_native(directory, file) makes an "
+    "adapter file of one of HUT (of one of HiRA, after from_hira)"
+)
+
+
+def _hint(keys: Collection[str]) -> str:
+    """A half-sentence on what to do with the file of another library, told by its tensors."""
+    if any(".hut_" in key or ".hira_" in key for key in keys):
+        return _TO_NATIVE
+    if any(".lora_" in key for key in keys):
+        return (
+            "; it is a LoRA adapter, which adds to weights what HUT cannot express: load it with "
+            "PEFT, and adapt the model that merge_and_unload gives"
+        )
+    return ""
+
+
 def _parse_metadata(
-    file: str | os.PathLike[str], metadata: Mapping[str, str]
+    file: str | os.PathLike[str], metadata: Mapping[str, str], keys: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """The options of every layer."""
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{file} is not a hut_kernels adapter: format={metadata.get('format')!r}")
+        found = f"{file} is not a hut_kernels adapter: format={metadata.get('format')!r}"
+        raise ValueError(found + _hint(keys))
     version = metadata.get("format_version")
     if version != _FORMAT_VERSION:
         raise ValueError(
@@ -251,7 +287,7 @@ def _well_formed(options: dict[str, Any]) -> bool:
         and 0 <= options["dropout"] < 1
         and type(options["scale_shift"]) is bool
         and options["precision"] in PRECISIONS
-        and options["factor_dtype"] in _FACTOR_DTYPES
+        and options["factor_dtype"] in FACTOR_DTYPES
     )
 
 
@@ -272,7 +308,7 @@ def _describes(options: dict[str, Any], name: str, tensors: Mapping[str, Tensor]
     """Whether a layer's factors are there, and of the rank and type that its options say."""
     keys = ("hut_A", "hut_B", *(("gamma", "beta") if options["scale_shift"] else ()))
     factors = [tensors.get(_join(name, key)) for key in keys]
-    dtype, r = _FACTOR_DTYPES[options["factor_dtype"]], options["r"]
+    dtype, r = FACTOR_DTYPES[options["factor_dtype"]], options["r"]
     fitting = [factor for factor in factors if factor is not None and factor.dtype == dtype]
     if len(fitting) < len(factors):
         return False

@@ -139,6 +139,13 @@ def autocast_input(x: Tensor) -> tuple[Tensor, bool]:
 
 def check_frozen(weight: Tensor) -> None:
     """Refuses a base weight that is trained (ValueError)."""
+    if weight.requires_grad and weight.grad_fn is not None:
+        raise ValueError(
+            "weight is computed from what requires grad, as FSDP1 (FullyShardedDataParallel with "
+            "use_orig_params=True) hands out frozen weights too, but a HUT layer's base weight is "
+            "frozen: shard with FSDP2 (fully_shard; fsdp_version: 2 in accelerate), or pass "
+            "weight.detach()"
+        )
     if weight.requires_grad:
         raise ValueError(
             "weight requires grad, but a HUT layer's base weight is frozen: "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import numbers
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +42,52 @@ HOOKS = (
 )
 
 
+T = TypeVar("T", bound=type)
+
+
+def naming_own_options(alpha: str, dropout: str, init: str) -> Callable[[T], T]:
+    """Make a class that is given one of LoRA's options name its own (TypeError).
+
+    Args:
+        alpha: the class's name of `lora_alpha`.
+        dropout: the class's name of `lora_dropout`.
+        init: what stands for `init_lora_weights`.
+    """
+    own = {
+        "lora_alpha": alpha,
+        "hut_alpha": alpha,
+        "alpha": alpha,
+        "use_rslora": f"{alpha}, with scaling = {alpha} / r",
+        "lora_dropout": dropout,
+        "hira_dropout": dropout,
+        "hut_dropout": dropout,
+        "dropout": dropout,
+        "bias": "scale_shift=True, whose beta is a trained bias",
+        "use_dora": "scale_shift=True, a trained scale and shift of each output",
+        "init_lora_weights": init,
+    }
+
+    def decorate(cls: T) -> T:
+        init_: Any = cls.__init__  # type: ignore[misc]
+        known = inspect.signature(init_).parameters
+
+        @functools.wraps(init_)
+        def checked(self: Any, *args: Any, **options: Any) -> None:
+            for name in options:
+                if name not in known and name in own:
+                    raise TypeError(
+                        f"{cls.__name__} got an unexpected keyword argument {name!r}: HUT's own is "
+                        f"{own[name]}"
+                    )
+            init_(self, *args, **options)
+
+        cls.__init__ = checked  # type: ignore[misc]
+        return cls
+
+    return decorate
+
+
+@naming_own_options("alpha", "dropout", "reset_factors(), which a new layer has had")
 class HUTLinear(nn.Module):
     """A linear layer whose frozen weight is multiplied, element by element, by a trainable `T`.
 
@@ -158,6 +206,11 @@ class HUTLinear(nn.Module):
             HUTBackendError: a quantised, sharded or computed weight.
             ValueError: as for `HUTLinear`.
         """
+        for name in {"bias", "device", "dtype"} & {*options}:
+            raise TypeError(
+                f"{name} is the linear layer's own, and stays as it is; got {options[name]!r} "
+                f"(scale_shift=True trains a scale and a shift of the outputs)"
+            )
         check_linear(linear)
         conv1d = is_conv1d(linear)
         weight = linear.get_parameter("weight").detach()

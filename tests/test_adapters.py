@@ -242,6 +242,30 @@ def test_a_wrong_option_leaves_the_model_unchanged(model, options, error, messag
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    ("option", "own"),
+    [
+        ("lora_alpha", "HUT's own is alpha"),
+        ("hut_alpha", "HUT's own is alpha"),
+        ("lora_dropout", "HUT's own is dropout"),
+        ("use_rslora", "HUT's own is alpha, with scaling = alpha / r"),
+        ("use_dora", "HUT's own is scale_shift=True"),
+        ("init_lora_weights", "HUT's own is reset_factors"),
+        ("bias", "bias is the linear layer's own.*scale_shift=True"),
+        ("dtype", "dtype is the linear layer's own"),
+        ("nonsense", "unexpected keyword argument 'nonsense'"),
+    ],
+)
+def test_loras_options_name_huts_own(model, option, own):
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=rf"layers\.0\.q_proj: .*{own}"):
+        inject(model, ["q_proj"], **{option: 1})
+    assert_unchanged(model, before)
+    if option not in ("bias", "dtype"):
+        with pytest.raises(TypeError, match=own):
+            HUTLinear(4, 4, **{option: 1})
+
+
 class OwnForward(nn.Linear):
     def forward(self, x):
         return super().forward(x).relu()

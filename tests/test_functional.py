@@ -370,6 +370,8 @@ def test_x_on_another_device():
 def test_a_weight_that_requires_grad(fused):
     weight = torch.randn(6, 8, requires_grad=True)
     raises(ValueError, arguments(weight=weight, fused=fused), "requires grad", "frozen", "detach")
+    view = torch.randn(48, requires_grad=True).view(6, 8)  # FSDP1 makes frozen weights such views
+    raises(ValueError, arguments(weight=view, fused=fused), "FSDP1", "fully_shard", "fsdp_version")
 
 
 @both_ways

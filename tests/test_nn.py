@@ -591,6 +591,23 @@ def test_a_sharded_weight_is_refused_by_name():
         distributed.destroy_process_group()
 
 
+def test_fsdp1_is_refused_by_name():
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("this PyTorch is built without torch.distributed")
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer = HUTLinear(8, 8, 2)
+        cpu = torch.device("cpu")
+        model = FullyShardedDataParallel(layer, device_id=cpu, use_orig_params=True)
+        with pytest.raises(ValueError, match=r"FSDP1 .*fully_shard; fsdp_version: 2"):
+            model(torch.randn(3, 8))
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_calls_that_hut_linear_refuses(training):
     layer = HUTLinear(8, 6, 2, dropout=0.5).train(training)

@@ -1,4 +1,4 @@
-"""from_hira and to_hira: the same factors under the other method's names."""
+"""Adapters of HiRA and adapter files made PEFT's of HUT, and back: the same factors."""
 
 import copy
 import warnings
@@ -11,7 +11,14 @@ pytest.importorskip("transformers")
 
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
 
-from hut_kernels.integrations.peft import HUTConfig, from_hira, to_hira
+from hut_kernels import adapter_options, inject, load_adapter, save_adapter
+from hut_kernels.integrations.peft import (
+    HUTConfig,
+    from_hira,
+    from_native,
+    to_hira,
+    to_native,
+)
 
 from ..references import error
 from .peft_models import LAYERS, Net, bert, llama
@@ -181,3 +188,82 @@ def test_a_model_that_does_not_fit(net, tmp_path):
     assert list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="not found"):
         adapter.apply(llama())
+
+
+NATIVE = {
+    "residual": {"r": 3},
+    "alpha": {"r": 3, "alpha": 5, "dropout": 0.25, "precision": "split"},
+    "direct": {"r": 2, "offset": 0, "factor_dtype": torch.bfloat16},
+    "paper": {"r": 4, "transform": "two_sided", "scale_shift": True},
+}
+
+
+@pytest.mark.parametrize("options", NATIVE.values(), ids=NATIVE)
+def test_adapter_files_become_pefts_and_files_again(net, options, tmp_path):
+    native, x = copy.deepcopy(net), torch.randn(5, 24)
+    inject(native, LAYERS, **options)
+    with torch.no_grad():
+        for parameter in native.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    save_adapter(native, tmp_path / "file")
+    from_native(tmp_path / "file").save_pretrained(tmp_path / "peft")
+    adapted = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "peft").eval()
+    y = native.eval()(x)
+    assert torch.equal(adapted(x), y)
+    adapted.save_pretrained(tmp_path / "again")
+    to_native(tmp_path / "again", tmp_path / "back")
+    # PEFT holds factors in the base layer's type, or in float32.
+    expected = adapter_options(tmp_path / "file") | {"factor_dtype": torch.float32}
+    assert adapter_options(tmp_path / "back") == expected
+    loaded = copy.deepcopy(net)
+    inject(loaded, LAYERS, **adapter_options(tmp_path / "back"))
+    load_adapter(loaded, tmp_path / "back")
+    assert torch.equal(loaded.eval()(x), y)
+
+
+def test_layers_of_several_ranks_become_patterns(net, tmp_path):
+    inject(net, ["first"], r=3, alpha=6)
+    inject(net, ["last"], r=5)
+    save_adapter(net, tmp_path / "file")
+    config = from_native(tmp_path / "file").config
+    assert (config.r, config.rank_pattern) == (5, {"^first": 3})
+    to_native_of = tmp_path / "peft"
+    from_native(tmp_path / "file").save_pretrained(to_native_of)
+    to_native(to_native_of, tmp_path / "back")
+    load_adapter(net, tmp_path / "back")
+    inject(net, ["middle"], offset=0)
+    save_adapter(net, tmp_path / "file")
+    with pytest.raises(ValueError, match="one HUTConfig has one offset"):
+        from_native(tmp_path / "file")
+
+
+def test_an_adapter_at_the_wrong_door_is_sent_to_the_right_one(net, tmp_path):
+    saved(net, LoraConfig(target_modules=["first"]), tmp_path / "lora")
+    saved(net, HUTConfig(target_modules=["first"]), tmp_path / "hut")
+    saved(net, hira_config(target_modules=["first"]), tmp_path / "hira")
+    inject(net, ["first"])
+    save_adapter(net, tmp_path / "file")
+    weights = "adapter_model.safetensors"
+    for use in (adapter_options, lambda file: load_adapter(net, file)):
+        with pytest.raises(ValueError, match="it is a LoRA adapter, which adds to weights"):
+            use(tmp_path / "lora" / weights)
+        for folder in ("hut", "hira"):
+            for given in (tmp_path / folder, tmp_path / folder / weights):
+                with pytest.raises(ValueError, match=r"peft\.to_native\(directory, file\) makes"):
+                    use(given)
+    for convert in (from_hira, to_hira, lambda file: to_native(file, tmp_path / "x")):
+        with pytest.raises(ValueError, match=r"from_native\(file\) makes one"):
+            convert(tmp_path / "file")
+    with pytest.raises(ValueError, match="to_hira and to_native take it"):
+        from_hira(tmp_path / "hut")
+    with pytest.raises(ValueError, match="from_hira takes it"):
+        to_native(tmp_path / "hira", tmp_path / "x")
+    with pytest.raises(ValueError, match="it cannot be converted"):
+        to_native(tmp_path / "lora", tmp_path / "x")
+
+
+def test_modules_trained_as_a_whole_have_no_place_in_an_adapter_file(net, tmp_path):
+    saved(net, HUTConfig(target_modules=["first"], modules_to_save=["conv"]), tmp_path / "peft")
+    with pytest.raises(ValueError, match=r"holds base_model\.model\.conv\."):
+        to_native(tmp_path / "peft", tmp_path / "file")

@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -40,7 +42,7 @@ from hut_kernels.integrations.peft.layer import Form, Linear
 from hut_kernels.integrations.peft.registration import peft_type, register
 
 from ..references import error, limit
-from .peft_models import LAYERS, Net, bert, gpt2, llama, weight_and_bias
+from .peft_models import LAYERS, Net, bert, gpt2, llama, needs_add_adapter, weight_and_bias
 
 FORMS = {
     "residual": {},
@@ -410,6 +412,60 @@ def test_config_survives_its_file(tmp_path):
 def test_config_errors(options, message):
     with pytest.raises(ValueError, match=message):
         HUTConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("option", "own"),
+    [
+        ("lora_alpha", "hut_alpha"),
+        ("alpha", "hut_alpha"),
+        ("lora_dropout", "hut_dropout"),
+        ("use_rslora", "hut_alpha, with scaling = hut_alpha / r"),
+        ("use_dora", "scale_shift=True"),
+        ("bias", "scale_shift=True"),
+        ("init_lora_weights", "init_weights"),
+    ],
+)
+def test_loras_options_name_huts_own(option, own, tmp_path):
+    with pytest.raises(TypeError, match=f"HUTConfig got an unexpected .*HUT's own is {own}"):
+        HUTConfig(**{option: 1})
+    # In a file they are what PEFT takes for options of a later version.
+    HUTConfig(r=3).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: 1}))
+    with pytest.warns(UserWarning, match=f"Unexpected keyword arguments.*{option}"):
+        assert PeftConfig.from_pretrained(tmp_path).r == 3
+
+
+LOAD = """
+from peft import PeftModel
+from torch import nn
+PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 8)), "adapter")
+"""
+
+
+def test_a_saved_adapter_says_what_loading_it_takes(tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), HUTConfig(r=2, target_modules=["0"]))
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "adapter")
+    needed = "import hut_kernels.integrations.peft"
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["requires"] == needed
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert card.startswith("---")  # PEFT's own card is still one
+    assert card.count(needed) == 1
+    assert "KeyError: 'HUT'" in card
+    command = [sys.executable, "-c", LOAD]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stderr.strip().endswith("KeyError: 'HUT'")
+
+
+@needs_add_adapter
+def test_what_transformers_saves_says_so_too(tmp_path):
+    base = llama()
+    base.add_adapter(HUTConfig(r=2))
+    base.save_pretrained(tmp_path)
+    assert "import hut_kernels.integrations.peft" in (tmp_path / "README.md").read_text()
 
 
 def test_refused_layers_are_named():
@@ -888,6 +944,7 @@ def test_auto_peft_model(tmp_path):
     assert isinstance(loaded.peft_config["default"], HUTConfig)
 
 
+@needs_add_adapter
 def test_transformers_own_adapters(tmp_path):
     base = llama().eval()
     ids = torch.randint(3, 60, (2, 5))

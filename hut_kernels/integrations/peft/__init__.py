@@ -17,7 +17,7 @@ if release(peft.__version__) < (0, 20):
 # isort: split
 
 from .config import HUTConfig
-from .convert import ConvertedAdapter, from_hira, to_hira
+from .convert import ConvertedAdapter, from_hira, from_native, to_hira, to_native
 from .hira import HiraReport, accelerate_hira, restore_hira
 from .layer import HUTLayer
 from .model import HUTModel
@@ -33,6 +33,8 @@ __all__ = [
     "HiraReport",
     "accelerate_hira",
     "from_hira",
+    "from_native",
     "restore_hira",
     "to_hira",
+    "to_native",
 ]

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 
-from ...nn import check_form, check_run_options
+from ...nn import check_form, check_run_options, naming_own_options
 from .registration import peft_type
 
+_IMPORT = "hut_kernels.integrations.peft"
 
+# What a directory with an adapter says to a program that does not know the method.
+_NOTE = f"""
+## Loading this adapter
+
+HUT is a method of the package `hut_kernels`, which has to be imported first. Without it, PEFT
+raises `KeyError: 'HUT'`.
+
+```python
+import {_IMPORT}  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this directory or repository")
+```
+"""
+
+
+@naming_own_options("hut_alpha", "hut_dropout", "init_weights")
 @dataclass
 class HUTConfig(PeftConfig):
     """The options of a HUT adapter.
@@ -42,6 +61,7 @@ class HUTConfig(PeftConfig):
         precision: `"merged"` rounds `W0 * T` once; `"split"` keeps the update apart, for a second
             product.
         fused: whether to recompute T tile by tile; False builds it under ordinary autograd.
+        requires: the import that a program needs to load the adapter; for whoever reads the file.
 
     Raises:
         ValueError: an option out of range, or where it has no part; names the option.
@@ -88,6 +108,9 @@ class HUTConfig(PeftConfig):
     )
     precision: str = field(default="merged", metadata={"help": "'merged' or 'split'"})
     fused: bool = field(default=True, metadata={"help": "Whether to run the fused layer"})
+    requires: str = field(
+        default=f"import {_IMPORT}", metadata={"help": "What a program must do to load the adapter"}
+    )
 
     def __post_init__(self) -> None:
         """Fills in the type and refuses options that contradict each other."""
@@ -105,6 +128,14 @@ class HUTConfig(PeftConfig):
             check_form(self.transform, self.offset, alpha)
         check_run_options(self.precision, self.hut_dropout)
         self._check_layer_options()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration, as PEFT does, and tell in README.md what loading it takes."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+        if _IMPORT not in text:
+            card.write_text(text.rstrip("\n") + "\n" + _NOTE, encoding="utf-8")
 
     def _check_types(self) -> None:
         for name in ("init_weights", "scale_shift", "fused"):

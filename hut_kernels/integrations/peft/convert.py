@@ -1,4 +1,4 @@
-"""HiRA adapters as HUT adapters, and back: the same factors under the other method's names."""
+"""PEFT's HUT adapters made of HiRA adapters or of adapter files, and back: the same factors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from ... import adapter_file
 from ...layer import acc_dtype
 from .config import HUTConfig
 
 _PREFIX = "base_model.model."
+_NATIVE_NAMES = {"hut_A": "hut_A", "hut_B": "hut_B", "hut_gamma": "gamma", "hut_beta": "beta"}
 _SHARED = (
     "task_type",
     "auto_mapping",
@@ -170,12 +172,107 @@ def to_hira(path: str | os.PathLike[str]) -> ConvertedAdapter:
     return ConvertedAdapter(hira_config, folded)
 
 
+def from_native(file: str | os.PathLike[str]) -> ConvertedAdapter:
+    """Convert an adapter file of `save_adapter` to a PEFT adapter.
+
+    Args:
+        file: the adapter file.
+
+    Returns:
+        The adapter; what it computes is the file's to the bit, if PEFT keeps the factors' type
+        (`autocast_adapter_dtype` makes 16-bit factors float32, which changes no value).
+
+    Raises:
+        ValueError: the file is damaged or is no adapter file, its layers differ in other options
+            than rank and alpha, or it is of a layer by itself.
+    """
+    layers, tensors = adapter_file.read(file)
+    first = next(iter(layers.values()))
+    for name, options in layers.items():
+        for key in {*options} - {"r", "alpha", "factor_dtype"}:
+            if options[key] != first[key]:
+                raise ValueError(
+                    f"one HUTConfig has one {key}, but the layers of {file} have "
+                    f"{first[key]!r} and {options[key]!r} ({name})"
+                )
+    if "" in layers:
+        raise ValueError(f"{file} is of a layer by itself, and PEFT adapts layers of a model")
+    r = max(options["r"] for options in layers.values())
+    alpha = first["alpha"]
+    config = HUTConfig(
+        target_modules=sorted(layers),
+        r=r,
+        hut_alpha=alpha,
+        rank_pattern=_pattern(layers, "r", r),
+        alpha_pattern=_pattern(layers, "alpha", alpha),
+        hut_dropout=first["dropout"],
+        **{key: first[key] for key in ("transform", "offset", "scale_shift", "precision")},
+    )
+    peft_names = {native: peft for peft, native in _NATIVE_NAMES.items()}
+    renamed = {}
+    for key, value in tensors.items():
+        name, _, factor = key.rpartition(".")
+        renamed[f"{_PREFIX}{name}.{peft_names[factor]}"] = value
+    return ConvertedAdapter(config, renamed)
+
+
+def to_native(path: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
+    """Convert a HUT adapter of PEFT to an adapter file, for `load_adapter`.
+
+    Args:
+        path: a directory with a HUT adapter, or its name on the hub.
+        file: where to write the adapter file.
+
+    Raises:
+        ValueError: it is another kind of adapter, or holds modules that were trained as a whole
+            (`modules_to_save`), which an adapter file cannot.
+    """
+    config = _load_config(path, HUTConfig)
+    tensors, layers = {}, {}
+    for key, value in load_peft_weights(str(path), "cpu").items():
+        name, factor = _module(key), key.rpartition(".")[2]
+        if factor not in _NATIVE_NAMES:
+            raise ValueError(f"{path} holds {key}, and an adapter file holds factors of HUT only")
+        tensors[f"{name}.{_NATIVE_NAMES[factor]}"] = value.contiguous()
+        if factor == "hut_A":
+            layers[name] = _native_options(config, name, value)
+    adapter_file.write(file, layers, tensors)
+
+
+def _native_options(config: HUTConfig, name: str, hut_A: Tensor) -> dict[str, Any]:
+    r = len(hut_A)
+    alpha_key = get_pattern_key(list(config.alpha_pattern), name)
+    alpha = config.alpha_pattern.get(alpha_key, config.hut_alpha)
+    residual = config.transform == "low_rank" and config.offset == 1
+    return {
+        "r": r,
+        "alpha": r if alpha is None and residual else alpha,
+        "transform": config.transform,
+        "offset": float(config.offset),
+        "dropout": config.hut_dropout,
+        "scale_shift": config.scale_shift,
+        "precision": config.precision,
+        "factor_dtype": str(hut_A.dtype).removeprefix("torch."),
+    }
+
+
+def _pattern(layers: dict[str, dict[str, Any]], key: str, usual: Any) -> dict[str, Any]:
+    """The layers whose option is not the usual one, by a pattern for each."""
+    return {f"^{re.escape(n)}": o[key] for n, o in layers.items() if o[key] != usual}
+
+
 def _load_config(path: str | os.PathLike[str], kind: type[Any]) -> Any:
+    if Path(path).is_file():
+        raise ValueError(
+            f"{path} is a file, but an adapter of PEFT is a directory: from_native(file) makes one "
+            f"of an adapter file"
+        )
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, kind):
-        raise ValueError(
-            f"{path} is not an adapter of {kind.__name__}: peft_type={config.peft_type.value}"
-        )
+        name = config.peft_type.value
+        others = {"HUT": "to_hira and to_native take it", "HIRA": "from_hira takes it"}
+        door = others.get(name, "it cannot be converted, for its update is not a product with W0")
+        raise ValueError(f"{path} is not an adapter of {kind.__name__}: peft_type={name}; {door}")
     return config
 
 
