@@ -10,6 +10,7 @@ from .adapters import inject, merge
 from .autograd import HUTLinearFunction
 from .dispatch import backends, explain
 from .errors import HUTBackendError
+from .experts import HUTExperts
 from .functional import hut_linear, hut_weight
 from .grouped import hut_grouped_linear
 from .nn import PAPER, HUTLinear
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PAPER",
     "HUTBackendError",
+    "HUTExperts",
     "HUTLinear",
     "HUTLinearFunction",
     "adapter_options",

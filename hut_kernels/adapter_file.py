@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .bypassed import is_untrained, untrained_message
+from .experts import HUTExperts
 from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
 from .nn import HUTLinear, check_data, fill, named
 
@@ -178,12 +179,12 @@ def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
     return options | {"factor_dtype": FACTOR_DTYPES[options["factor_dtype"]]}
 
 
-def _hut_layers(model: nn.Module) -> dict[str, HUTLinear]:
+def _hut_layers(model: nn.Module) -> dict[str, HUTLinear | HUTExperts]:
     """The HUT layers by name, each once; names as they were before anything was wrapped."""
     layers = {
         ".".join(part for part in name.split(".") if part not in _WRAPPED): module
         for name, module in _unwrapped(model).named_modules()
-        if isinstance(module, HUTLinear)
+        if isinstance(module, (HUTLinear, HUTExperts))
     }
     if not layers:
         raise ValueError("the model has no HUT layer: call inject first")
@@ -205,7 +206,7 @@ def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _options(layer: HUTLinear) -> dict[str, Any]:
+def _options(layer: HUTLinear | HUTExperts) -> dict[str, Any]:
     options = {key: getattr(layer, key) for key in _OPTIONS if key != "factor_dtype"}
     return options | {"factor_dtype": str(layer.hut_A.dtype).removeprefix("torch.")}
 
@@ -313,7 +314,7 @@ def _describes(options: dict[str, Any], name: str, tensors: Mapping[str, Tensor]
     if len(fitting) < len(factors):
         return False
     A, B = fitting[:2]
-    return A.ndim == B.ndim == 2 and len(A) == B.shape[1] == r
+    return A.ndim == B.ndim >= 2 and A.shape[-2] == B.shape[-1] == r
 
 
 def _checksum(layers: str, tensors: Mapping[str, Tensor]) -> str:

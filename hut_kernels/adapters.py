@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
@@ -10,11 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bypassed import reason_not_called, switch_off_fused_inference
+from .experts import HUTExperts
 from .nn import HUTLinear, is_conv1d, move_hooks, named
 
 
 def inject(
-    model: nn.Module, target_modules: str | Collection[str], r: int = 8, **options: Any
+    model: nn.Module,
+    target_modules: str | Collection[str],
+    r: int = 8,
+    *,
+    target_parameters: Collection[str] = (),
+    **options: Any,
 ) -> list[str]:
     """Replace linear layers of `model` by HUT layers, in place, and freeze everything else.
 
@@ -31,10 +38,13 @@ def inject(
             string, a regular expression that must match the whole name, or `"all-linear"`, every
             linear layer but the output layer of a transformers model.
         r: as for `HUTLinear`.
-        **options: as for `HUTLinear.from_linear`.
+        target_parameters: names, or dot-separated ends of names, of stacks of experts' weights in
+            a transformers model (`"experts.gate_up_proj"`): they get `HUTExperts`. With
+            `target_modules=[]` beside them no linear layer is replaced.
+        **options: as for `HUTLinear.from_linear`; experts have no `dropout` and no `precision`.
 
     Returns:
-        The names of the replaced modules.
+        The names of the replaced modules, and of the adapted parameters.
 
     Raises:
         ValueError: a listed name matches no `nn.Linear` or Conv1D, or is of another kind of module;
@@ -44,7 +54,11 @@ def inject(
         TypeError: a linear layer whose class has a `forward` of its own.
         HUTBackendError: a quantised, sharded or computed weight.
     """
-    targets = _find_targets(model, target_modules)
+    if target_parameters and not target_modules:
+        targets = []
+    else:
+        targets = _find_targets(model, target_modules)
+    stacks = _new_stacks(model, target_parameters, r, options) if target_parameters else []
     layers: dict[nn.Module, HUTLinear] = {}
     for name, linear in targets:
         if linear not in layers:
@@ -62,8 +76,30 @@ def inject(
         move_hooks(linear, layer)
     for name in replaced:
         model.set_submodule(name, layers[modules[name]])
+    for name, experts, parameter, factors in stacks:
+        experts_integration().adapt(experts, parameter, factors)
+        replaced.append(f"{name}.{parameter}")
     switch_off_fused_inference(model, HUTLinear)
     return replaced
+
+
+def _new_stacks(
+    model: nn.Module, target_parameters: Collection[str], r: int, options: dict[str, Any]
+) -> list[tuple[str, nn.Module, str, HUTExperts]]:
+    """The stacks to adapt that have no factors yet, with their fresh factors."""
+    integration = experts_integration()
+    stacks = []
+    for name, experts, parameter in integration.find_stacks(model, target_parameters):
+        if not hasattr(experts, f"hut_{parameter}"):
+            with named(f"{name}.{parameter}"):
+                factors = integration.new_factors(experts, parameter, r, **options)
+            stacks.append((name, experts, parameter, factors))
+    return stacks
+
+
+def experts_integration() -> Any:
+    """The integration of transformers' experts, which imports transformers."""
+    return importlib.import_module(f"{__package__}.integrations.experts")
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -87,6 +123,13 @@ def merge(model: nn.Module) -> nn.Module:
     if isinstance(model, HUTLinear):
         return _merged(model)
     modules = list(model.named_modules(remove_duplicate=False))
+    adapted = {
+        owner
+        for owner in model.modules()
+        if any(isinstance(child, HUTExperts) for child in owner.children())
+    }
+    for experts in adapted:
+        experts_integration().check_merge(experts)
     layers = [(name, module) for name, module in modules if isinstance(module, HUTLinear)]
     for name, layer in layers:
         _check_not_compiled(name)
@@ -101,6 +144,8 @@ def merge(model: nn.Module) -> nn.Module:
                 config: Any = model.config
                 config.tie_word_embeddings = False
         model.set_submodule(name, plain[layer])
+    for experts in adapted:
+        experts_integration().merge_experts(experts)
     return model
 
 
@@ -239,7 +284,8 @@ def _no_match(
 
 
 def _freeze(model: nn.Module) -> None:
-    hut = {p for m in model.modules() if isinstance(m, HUTLinear) for p in m.parameters()}
+    kinds = HUTLinear, HUTExperts
+    hut = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
     for parameter in model.parameters():
         if parameter not in hut:
             parameter.requires_grad_(False)

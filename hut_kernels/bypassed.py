@@ -87,7 +87,7 @@ def is_untrained(hut_B: Tensor, transform: str, offset: float) -> bool:
     if transform == "two_sided":
         fresh.fill_(1.0)
     elif offset == 0:
-        fresh[:, 0] = 1.0
+        fresh[..., 0] = 1.0
     return torch.equal(hut_B, fresh)
 
 
