@@ -45,10 +45,9 @@ class Device:
     l2: int
     miscompiles: tuple[Miscompile, ...] = ()
 
-    @property
-    def denied(self) -> frozenset[str]:
-        """The kernels that must not run."""
-        return frozenset(kernel for known in self.miscompiles for kernel in known.kernels)
+    def denies(self, kernel: str, dtype: str) -> bool:
+        """Whether a kernel must not run in a compute type."""
+        return any(kernel in known.kernels and known.concerns(dtype) for known in self.miscompiles)
 
 
 _KB, _MB = 1 << 10, 1 << 20
@@ -203,7 +202,7 @@ class Plan:
             f"{p.N} tokens, {p.K} -> {p.O}",
             f"on {self.device.name} ({self.device.arch}), backend {self.backend}; "
             f"break-evens: {self.source}",
-            *map(str, self.device.miscompiles),
+            *(str(one) for one in self.device.miscompiles if one.concerns(self.problem.dtype)),
             f"{'':14}{'backend':9}{'strategy':10}{'GFLOP':>10}{'MB moved':>10}{'MB workspace':>14}",
         ]  # fmt: skip
         operations, moved, workspace = self.operations, self.bytes, self.workspace
@@ -273,7 +272,9 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     fusible = problem.aligned and problem.precision == "merged"
 
     def fuses(part: str, possible: bool) -> bool:
-        return possible and part not in device.denied and problem.N <= getattr(even, part)
+        return (
+            possible and not device.denies(part, problem.dtype) and problem.N <= getattr(even, part)
+        )
 
     return Plan(
         problem,

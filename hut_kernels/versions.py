@@ -30,36 +30,63 @@ class Miscompile:
 
     Attributes:
         since: The first version that is wrong.
-        fixed: The first version that is right again.
+        fixed: The first version that is right again; None where none is.
         archs: The architectures on which it is wrong.
         kernels: The kernels that have the pattern, by their names in the launch tables.
         reports: Where it is public.
         why: The pattern, and what becomes of it.
+        dtypes: The compute types in which they have it; empty means every one.
     """
 
     since: str
-    fixed: str
+    fixed: str | None
     archs: tuple[str, ...]
     kernels: tuple[str, ...]
     reports: str
     why: str
+    dtypes: tuple[str, ...] = ()
+
+    def concerns(self, dtype: str) -> bool:
+        """Whether it has a part in calls of a compute type, `"bfloat16"` and the like."""
+        return not self.dtypes or dtype in self.dtypes
 
     def __str__(self) -> str:
-        return (
-            f"Triton before {self.fixed} is not trusted with {', '.join(self.kernels)} here: "
-            f"{self.why} ({self.reports})"
+        versions = (
+            "No Triton so far is" if self.fixed is None else f"Triton before {self.fixed} is not"
         )
+        types = f" in {' and '.join(self.dtypes)}" if self.dtypes else ""
+        kernels = ", ".join(self.kernels)
+        return f"{versions} trusted with {kernels}{types} here: {self.why} ({self.reports})"
 
 
+_SM_100 = ("sm_100", "sm_101", "sm_103", "sm_110")  # sm_110: CUDA 13's name of sm_101
 # What was seen, and why other known miscompiles are not here: docs/reliability.md.
 MISCOMPILES = (
     Miscompile(
         since="3.6.0",
         fixed="3.8.0",
-        archs=("sm_100", "sm_101", "sm_103", "sm_110"),  # sm_110: CUDA 13's name of sm_101
+        archs=_SM_100,
         kernels=("forward", "grad_input", "grad_factors"),
         reports="triton-lang/triton#9871, #10590; pytorch/pytorch#181248",
         why="products in a pipelined loop race with the reads and writes of their operands",
+    ),
+    Miscompile(
+        since="3.6.0",
+        fixed="3.9.0",
+        archs=_SM_100,
+        kernels=("forward", "grad_input"),
+        reports="triton-lang/triton#10537, #10552",
+        why="copies by cp.async reach a product in the loop without a proxy fence",
+        dtypes=("float16", "float32"),
+    ),
+    Miscompile(
+        since="3.6.0",
+        fixed=None,
+        archs=_SM_100,
+        kernels=("grad_factors",),
+        reports="docs/reliability.md",
+        why="a product in the loop is waited for after its operand is refilled",
+        dtypes=("float32",),
     ),
 )
 
@@ -76,7 +103,7 @@ def miscompiled(triton: str | None, arch: str) -> tuple[Miscompile, ...]:
         for known in MISCOMPILES
         if arch in known.archs
         and release(known.since) <= release(triton)
-        and _precedes(triton, known.fixed)
+        and (known.fixed is None or _precedes(triton, known.fixed))
     )
 
 

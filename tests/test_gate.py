@@ -3,16 +3,26 @@
 import json
 
 import pytest
+import torch
 
+from hut_kernels import versions
 from hut_kernels.dispatch import interpreting
 
 pytest.importorskip("triton", reason="triton is not installed: there is no compiler to read from")
 if interpreting():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 from hut_kernels.triton.launch import LaunchConfig
 from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 from tools import gate
+
+DENIED = (
+    versions.Miscompile("3.6.0", None, ("sm_100",), ("grad_factors",), "", "", ("bfloat16",)),
+)
 
 
 def config(
@@ -70,6 +80,84 @@ def test_a_thin_product_alone_on_the_tensor_core_is_found():
 
 def test_what_does_not_compile_is_a_finding():
     assert "does not compile" in broken("sm_80", "forward", LaunchConfig(48, 64, 32, 4, 2))
+
+
+# Races of sm_100
+
+
+COPY = """
+  cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4;
+  bra.uni $L__BB0_1;
+$L__BB0_1:                              // =>This Inner Loop Header: Depth=1
+  cp.async.wait_group 0;
+  bar.sync 0;
+  {fence}
+  @%p1 bra $L__BB0_2;
+  @%p2 tcgen05.mma.cta_group::1.kind::tf32 [ %r265 + 0 ], {left}, %rd79, %r103, %p6;
+$L__BB0_2:
+  {late}
+  @%p3 bra $L__BB0_1;
+  ret;
+"""
+
+
+@pytest.mark.parametrize(
+    ("found", "changes"),
+    [
+        (True, {}),
+        (True, {"late": "fence.proxy.async.shared::cta;"}),
+        (False, {"fence": "fence.proxy.async.shared::cta;"}),
+        (False, {"left": "[ %r177 + 0 ]"}),  # from tensor memory
+        (True, {"left": "[ %r177 + 0 ]", "late": "@%p9 tcgen05.mma.x [ %r1 + 0 ], %rd1, %rd2;"}),
+    ],
+)
+def test_a_copy_without_a_fence_before_its_product_is_found(found, changes):
+    parts = {"fence": "", "left": "%rd78", "late": ""} | changes
+    assert bool(gate.unfenced_copies(COPY.format_map(parts))) == found
+
+
+def test_a_copy_that_reaches_the_next_pass_is_found():
+    """The wait at the end of a pass, the product at the start of the next."""
+    before, after = COPY.format(fence="", left="%rd78", late="").split("  cp.async.wait_group 0;\n")
+    assert not gate.unfenced_copies(before + after)
+    assert gate.unfenced_copies(
+        (before + after).replace("  @%p3", "  cp.async.wait_group 0;\n  @%p3")
+    )
+
+
+@triton.jit
+def plain_product(p_x, p_y, p_out, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Whose right operand, in float32, passes through registers into a buffer of its own."""
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, K, BK):
+        acc = tl.dot(p_x.load([0, k]), p_y.load([k, 0]), acc, input_precision="tf32")
+    offsets = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    tl.store(p_out + offsets, acc)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stages", "found"),
+    [(torch.float32, 3, True), (torch.float32, 1, False), (torch.bfloat16, 3, False)],
+)
+def test_an_operand_filled_before_its_product_is_done_is_found(dtype, stages, found):
+    gate._switch_to("sm_100")
+    x, y = (
+        TensorDescriptor.from_tensor(torch.empty(shape, dtype=dtype), block)
+        for shape, block in (((128, 512), [128, 64]), ((512, 128), [64, 128]))
+    )
+    compiled = plain_product.warmup(
+        x, y, torch.empty(128, 128), 512, 128, 128, 64, grid=(1,), num_warps=4, num_stages=stages
+    )
+    assert bool(gate.refilled_operands(compiled.asm["ttgir"])) == found
+
+
+def test_a_race_breaks_the_gate_only_where_the_planner_would_run_it(monkeypatch):
+    race = ["race: planted"]
+    monkeypatch.setattr(gate, "unfenced_copies", lambda ptx: race)
+    tiles = launch_config("grad_factors", "sm_100", 16, 16, "bf16")
+    for known, broken in ((versions.MISCOMPILES[:0], tuple(race)), (DENIED, ())):
+        monkeypatch.setattr(versions, "MISCOMPILES", known)
+        assert gate.inspect(config("sm_100", "grad_factors", tiles)).broken == broken
 
 
 def test_every_row_is_covered():

@@ -16,8 +16,8 @@ A100 = planner.find_device("A100")
 PARTS = ("forward", "grad_input", "grad_factors")
 
 
-def planted(*kernels, since="3.6.0", fixed="3.7.0", archs=("sm_80",)):
-    return Miscompile(since, fixed, archs, kernels, "example.org/1", "wrong as can be")
+def planted(*kernels, since="3.6.0", fixed="3.7.0", archs=("sm_80",), dtypes=()):
+    return Miscompile(since, fixed, archs, kernels, "example.org/1", "wrong as can be", dtypes)
 
 
 @pytest.fixture
@@ -115,9 +115,10 @@ def test_both_names_of_an_architecture_are_listed():
     assert all(("sm_101" in e.archs) == ("sm_110" in e.archs) for e in versions.MISCOMPILES)
 
 
-@pytest.mark.parametrize("entry", versions.MISCOMPILES, ids=lambda entry: entry.reports)
+@pytest.mark.parametrize("entry", versions.MISCOMPILES, ids=lambda entry: entry.why)
 def test_entries_are_well_formed(entry):
-    assert release(entry.since) < release(entry.fixed)
+    assert entry.fixed is None or release(entry.since) < release(entry.fixed)
+    assert set(entry.dtypes) <= {"float16", "bfloat16", "float32"}
     assert entry.reports
     assert entry.why
     assert set(entry.kernels) <= {*PARTS, *versions.FALLBACKS}
@@ -133,6 +134,45 @@ def test_a_denied_kernel_is_never_planned(part):
     assert strategies(denied) == tuple(expected.values())
     assert "wrong as can be (example.org/1)" in str(denied)
     assert "wrong" not in str(whole)
+
+
+def test_an_entry_may_be_about_some_types_alone():
+    entry = planted("forward", dtypes=("float16", "float32"))
+    device = dataclasses.replace(A100, miscompiles=(entry,))
+    for dtype, forward in (("float16", STAGED), ("float32", STAGED), ("bfloat16", FUSED)):
+        plan = planner.plan(problem(dtype=dtype, weight_dtype="bfloat16"), device)
+        assert plan.forward == forward
+        assert ("is not trusted with forward in float16 and float32" in str(plan)) == (
+            forward == STAGED
+        )
+
+
+@pytest.mark.parametrize("triton", ["3.6.0", "3.10.0"])
+def test_an_entry_may_hold_for_every_triton_so_far(plant, triton):
+    entry = plant("grad_factors", fixed=None)
+    assert miscompiled(triton, "sm_80") == (entry,)
+    assert str(entry).startswith("No Triton so far is trusted with grad_factors here")
+
+
+B200 = {
+    ("3.6.0", "bfloat16"): (STAGED, STAGED, CHUNKED),
+    ("3.7.1", "bfloat16"): (STAGED, STAGED, CHUNKED),
+    ("3.8.0", "bfloat16"): (FUSED, FUSED, FUSED),
+    ("3.9.0", "bfloat16"): (FUSED, FUSED, FUSED),
+    ("3.8.0", "float16"): (STAGED, STAGED, FUSED),
+    ("3.9.0", "float16"): (FUSED, FUSED, FUSED),
+    ("3.8.0", "float32"): (STAGED, STAGED, CHUNKED),
+    ("3.9.0", "float32"): (FUSED, FUSED, CHUNKED),
+}
+
+
+@pytest.mark.parametrize(("triton", "dtype"), B200, ids=str)
+@pytest.mark.parametrize("arch", ["sm_100", "sm_103", "sm_110"])
+def test_races_of_sm_100_are_passed_by_type_by_type(triton, dtype, arch):
+    """As reading the PTX of each version has shown, which `make gate` repeats."""
+    device = dataclasses.replace(A100, arch=arch, miscompiles=miscompiled(triton, arch))
+    plan = planner.plan(problem(dtype=dtype, weight_dtype=dtype), device)
+    assert strategies(plan) == B200[triton, dtype]
 
 
 def test_a_denied_kernel_can_be_forced_to_see_whether_it_is_still_wrong():

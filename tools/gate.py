@@ -29,7 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from hut_kernels import planner
+from hut_kernels import planner, versions
 from hut_kernels.dispatch import interpreting
 from hut_kernels.layer import Layer, Needs, Spec
 from hut_kernels.triton import forward, grad_factors, grad_input, grad_reduce, weight
@@ -157,6 +157,8 @@ def inspect(config: Config, dump: Path | None = None) -> Report:
         usage = _run("cuobjdump", "--dump-resource-usage", file)
         code = _instructions(_run("nvdisasm", "-c", file))
         warnings = _serialised(ptx, Path(folder)) if config.arch == "sm_90" else []
+    if config.arch == "sm_100" and not _passed_by(config):
+        warnings = [*unfenced_copies(ptx), *refilled_operands(compiled.asm["ttgir"])]
     registers, stack = (
         int(re.search(rf"{key}:(\d+)", usage).group(1))  # type: ignore[union-attr]
         for key in ("REG", "STACK")
@@ -317,7 +319,67 @@ def _serialised(ptx: str, folder: Path) -> list[str]:
     file.write_text(ptx)
     options = ["--gpu-name=sm_90a", "-v", "-o", os.devnull]
     log = subprocess.run([_BIN / "ptxas", *options, file], capture_output=True, text=True)
-    return sorted(set(re.findall(r"C75\d\d", log.stderr + log.stdout)))
+    found = sorted(set(re.findall(r"C75\d\d", log.stderr + log.stdout)))
+    return [f"serialised wgmma: ptxas {warning}" for warning in found]
+
+
+# Races by PTX's rules for tcgen05.mma (9.7.16.6), which is asynchronous and reads shared memory in
+# the async proxy; docs/reliability.md tells in which versions of Triton they are.
+
+_SHARED_PRODUCT = re.compile(r"tcgen05\.mma\S* +\[[^]]*\], *%rd\d+, *%rd\d+")
+
+
+def unfenced_copies(ptx: str) -> list[str]:
+    """Products of shared operands that cp.async may have filled, and no proxy fence has shown them.
+
+    What cp.async writes is visible to the thread after its wait, to a product after a fence too.
+    """
+    lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
+    labels = {line[:-1]: number for number, line in enumerate(lines) if line.startswith("$L")}
+    unfenced, seen = set(), set()
+    paths = [n for n, line in enumerate(lines) if line.startswith("cp.async.wait_group")]
+    while paths:
+        number = paths.pop()
+        if number in seen or number >= len(lines):
+            continue
+        seen.add(number)
+        line = lines[number]
+        if "fence.proxy.async" in line or line == "ret;":
+            continue
+        if _SHARED_PRODUCT.search(line):
+            unfenced.add(number)
+        if branch := re.search(r"\bbra\S*\s+(\$L\w+)", line):
+            paths.append(labels[branch[1]])
+        if not line.startswith("bra"):
+            paths.append(number + 1)
+    return [f"race: no fence between cp.async and {lines[number]}" for number in sorted(unfenced)]
+
+
+def refilled_operands(ttgir: str) -> list[str]:
+    """Operands in one buffer that a loop fills again before the product that reads it is done.
+
+    So it is where a pass through a loop fills a product's buffer from registers, and only then
+    waits for the product of the pass before, whose operands the loop hands on.
+    """
+    found = []
+    for loop in re.finditer(
+        r"^( *)[^\n]*scf\.for [^\n]*iter_args\(([^\n]*?)\) ->.*\n", ttgir, re.M
+    ):
+        lines = ttgir[loop.end() :].split(f"\n{loop[1]}}}")[0].splitlines()
+        yielded = re.findall(r"[%\w#]+", lines[-1].split("yield")[1].split(" : ")[0])
+        handed_on = dict(zip(re.findall(r"(%\w+) = ", loop[2]), yielded, strict=True))
+        filled: set[str] = set()  # this pass's buffers, by the names of all their views
+        for line in lines:
+            if fill := re.search(r"(%\w+) = ttg\.local_alloc %\w+ :", line):
+                filled.add(fill[1])
+            elif view := re.search(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", line):
+                filled |= {view[1]} if view[2] in filled else set()
+            elif wait := re.search(r"wait_barrier .* deps ([^:]*):", line):
+                awaited = re.findall(r"%\w+", wait[1])
+                found += [name for name in awaited if handed_on.get(name) in filled]
+    return [
+        f"race: {name} is filled again before the product that reads it is done" for name in found
+    ]
 
 
 def _run(tool: str, *arguments: str | Path) -> str:
@@ -348,7 +410,7 @@ def _broken_rules(
         return tuple(broken)  # slow would be no harm: the planner never chooses it
     if stack > (_SPARE if config.variant in (*HEAVY, "vectors") else 0):
         broken.append(f"spills: {spills} local loads and stores, {stack} bytes of stack")
-    broken += [f"serialised wgmma: ptxas {warning}" for warning in warnings]
+    broken += warnings
     strict = config.variant == "plain" and config.dtype != "fp32"
     if strict and config.kernel in PRODUCTS:
         broken += _broken_loop_rules(config, loop)
@@ -382,9 +444,21 @@ def _planned(config: Config) -> bool:
     if config.variant != "unaligned" or config.kernel not in PRODUCTS:
         return True
     device = next(d for d in planner.DEVICES if d.arch == config.arch)
-    dtype = str(TYPES[config.dtype]).removeprefix("torch.")
+    dtype = _dtype_name(config)
     problem = planner.Problem(1, 4099, 4099, config.r, dtype, dtype, aligned=False)
     return getattr(planner.plan(problem, device), config.kernel) == planner.FUSED
+
+
+def _passed_by(config: Config) -> bool:
+    """Whether the planner runs something else, since this Triton miscompiles the kernel."""
+    return any(
+        config.kernel in known.kernels and known.concerns(_dtype_name(config))
+        for known in versions.miscompiled(triton.__version__, config.arch)
+    )
+
+
+def _dtype_name(config: Config) -> str:
+    return str(TYPES[config.dtype]).removeprefix("torch.")
 
 
 def shared_memory_limit(arch: str) -> int:
