@@ -1,9 +1,6 @@
 // The kernels' launchers, and which instance of a kernel a call runs.
 #pragma once
 
-#include <cstddef>
-#include <vector>
-
 #include "finish.h"
 #include "reduce.h"
 #include "weight.h"
@@ -12,25 +9,11 @@ namespace hut {
 
 // Both run on the current device; `stream` is a cudaStream_t. Nothing is launched for no elements.
 void launch_weight(
-    const std::vector<WeightArguments>& layers, Type weight, Type out, bool two_sided, bool exact,
+    const WeightArguments& arguments, Type weight, Type out, bool two_sided, bool exact,
     void* stream);
 void launch_reduce(
     const ReduceArguments& arguments, Type weight, bool two_sided, bool exact, void* stream);
 void launch_finish(const FinishArguments& arguments, void* stream);
-
-// Calls `launch` with as many layers at a time as one launch takes, and their number of blocks.
-template <class Launch>
-void for_each_group(const std::vector<WeightArguments>& layers, Launch launch) {
-  for (size_t first = 0; first < layers.size(); first += kLayers) {
-    WeightGroup group{};
-    int64_t blocks = 0;
-    for (size_t j = 0; j < kLayers && first + j < layers.size(); ++j) {
-      group.layers[j] = layers[first + j];
-      group.ends[j] = blocks += weight_blocks(layers[first + j]);
-    }
-    launch(group, blocks);
-  }
-}
 
 template <class W_, class Out_, bool TWO_SIDED_, bool EXACT_>
 struct WeightInstance {

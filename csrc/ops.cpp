@@ -20,7 +20,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
-using Optionals = std::vector<std::optional<Tensor>>;
 
 template <class... Arguments>
 Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
@@ -145,7 +144,6 @@ class Layer {
   Type type() const { return type_of(weight_); }
   int64_t row_stride() const { return weight_.stride(output_side()); }
   int64_t column_stride() const { return weight_.stride(1 - output_side()); }
-  int64_t inputs() const { return multiplier_.side[1 - output_side()].size; }
   int64_t rows() const { return multiplier_.side[0].size; }
   int64_t columns() const { return multiplier_.side[1].size; }
 
@@ -176,11 +174,15 @@ class Layer {
     return launch(one, type, false, true, Shift{}, stream);
   }
 
-  // The launch that makes a weight of this one's shape in `out`, a matrix [out, in].
-  WeightArguments making(
-      const Tensor& out, const Multiplier& multiplier, const Shift& shift) const {
+ private:
+  int64_t item() const { return static_cast<int64_t>(weight_.element_size()); }
+
+  Tensor launch(
+      const Multiplier& multiplier, ScalarType type, bool two_sided, bool exact,
+      const Shift& shift, void* stream) const {
+    const Tensor out = empty_like(weight_, type);
     const int64_t out_row = out.stride(output_side()), out_column = out.stride(1 - output_side());
-    return {
+    const WeightArguments arguments{
         multiplier,
         shift,
         weight(0),
@@ -189,17 +191,7 @@ class Layer {
         {out_row, out_column},
         weight_packed(weight(0)),
         packed(out.const_data_ptr(), out_row, out_column, out.element_size())};
-  }
-
- private:
-  int64_t item() const { return static_cast<int64_t>(weight_.element_size()); }
-
-  Tensor launch(
-      const Multiplier& multiplier, ScalarType type, bool two_sided, bool exact,
-      const Shift& shift, void* stream) const {
-    const Tensor out = empty_like(weight_, type);
-    launch_weight(
-        {making(out, multiplier, shift)}, this->type(), type_of(type), two_sided, exact, stream);
+    launch_weight(arguments, this->type(), type_of(type), two_sided, exact, stream);
     return out;
   }
 
@@ -352,117 +344,6 @@ std::vector<Tensor> backward(
   return gradients;
 }
 
-// Layers that read the same x: of one weight type and one form of T, with scalings of their own.
-class Group {
- public:
-  Group(
-      const std::vector<Tensor>& weights, const std::vector<Tensor>& hut_A,
-      const std::vector<Tensor>& hut_B, const Optionals& gamma, bool two_sided, double constant,
-      const std::vector<double>& scalings) {
-    const size_t count = weights.size();
-    STD_TORCH_CHECK(
-        count > 0 && hut_A.size() == count && hut_B.size() == count && gamma.size() == count &&
-            scalings.size() == count,
-        "hut_kernels: a group needs as many factors, gammas and scalings as weights, and one");
-    for (size_t j = 0; j < count; ++j) {
-      const Tensor& weight = weights[j];
-      layers_.emplace_back(
-          weight, hut_A[j], hut_B[j], gamma[j], two_sided, constant, scalings[j]);
-      STD_TORCH_CHECK(
-          weight.size(1) == weights[0].size(1) &&
-              weight.scalar_type() == weights[0].scalar_type(),
-          "hut_kernels: the weights of a group must share in_features and type");
-      starts_.push_back(starts_.back() + weight.size(0));
-    }
-  }
-
-  size_t size() const { return layers_.size(); }
-  const Layer& layer(size_t j) const { return layers_[j]; }
-
-  // The j-th layer's part of a matrix or vector over all outputs.
-  Tensor part(const Tensor& whole, int64_t dimension, size_t j) const {
-    Tensor tensor = whole;
-    return torch::stable::narrow(tensor, dimension, starts_[j], starts_[j + 1] - starts_[j]);
-  }
-
-  // A vector over all outputs, in x's type.
-  Tensor vector(const Tensor& x) const { return torch::stable::new_empty(x, {starts_.back()}); }
-
-  // gamma W of all layers in the type of `like`, one below the other; writes the shifts as well.
-  Tensor stage(const Tensor& like, const std::vector<Shift>& shifts, void* stream) const {
-    const Tensor W = torch::stable::new_empty(like, {starts_.back(), layer(0).inputs()});
-    std::vector<WeightArguments> arguments;
-    for (size_t j = 0; j < size(); ++j)
-      arguments.push_back(layer(j).making(part(W, 0, j), layer(j).multiplier(), shifts[j]));
-    launch_weight(
-        arguments, layer(0).type(), type_of(W), layer(0).two_sided(), false, stream);
-    return W;
-  }
-
- private:
-  std::vector<Layer> layers_;
-  std::vector<int64_t> starts_{0};
-};
-
-Tensor group_forward(
-    const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& hut_A,
-    const std::vector<Tensor>& hut_B, const Optionals& bias, const Optionals& gamma,
-    const Optionals& beta, bool two_sided, double constant, const std::vector<double>& scalings) {
-  const Group group(weights, hut_A, hut_B, gamma, two_sided, constant, scalings);
-  check_device(x, "x");
-  STD_TORCH_CHECK(
-      bias.size() == group.size() && beta.size() == group.size(),
-      "hut_kernels: a group needs as many biases and betas as weights");
-  const OnDevice device(x);
-  bool any = false;
-  for (size_t j = 0; j < group.size(); ++j) {
-    check_vector(bias[j], weights[j].size(0), "bias");
-    check_vector(beta[j], weights[j].size(0), "beta");
-    any = any || bias[j] || beta[j];
-  }
-  std::vector<Shift> shifts(group.size());
-  std::optional<Tensor> shifted;
-  if (any) {
-    shifted = group.vector(x);
-    for (size_t j = 0; j < group.size(); ++j)
-      shifts[j] = writing(group.part(*shifted, 0, j), bias[j], gamma[j], beta[j]);
-  }
-  return linear(x, group.stage(x, shifts, device.stream()), shifted);
-}
-
-// dx of all layers together; then each layer's gradients as `backward` has them.
-std::vector<Tensor> group_backward(
-    const Tensor& grad, const std::optional<Tensor>& x, const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& hut_A, const std::vector<Tensor>& hut_B, const Optionals& gamma,
-    bool two_sided, double constant, const std::vector<double>& scalings, bool need_x,
-    const std::vector<bool>& need_A, const std::vector<bool>& need_B,
-    const std::vector<bool>& need_gamma, const std::vector<int64_t>& chunks,
-    const std::vector<int64_t>& row_spans, const std::vector<int64_t>& column_spans) {
-  const Group group(weights, hut_A, hut_B, gamma, two_sided, constant, scalings);
-  check_device(grad, "grad");
-  for (const size_t size : {need_A.size(), need_B.size(), need_gamma.size(), chunks.size(),
-                            row_spans.size(), column_spans.size()})
-    STD_TORCH_CHECK(size == group.size(), "hut_kernels: a group needs one of each for each weight");
-  const OnDevice device(grad);
-  const Tensor grad_rows = as_rows(grad);
-  std::vector<Tensor> gradients;
-  if (need_x) {
-    const std::vector<Shift> none(group.size());
-    gradients.push_back(torch::stable::matmul(grad, group.stage(grad, none, device.stream())));
-  }
-  for (size_t j = 0; j < group.size(); ++j) {
-    if (!(need_A[j] || need_B[j] || need_gamma[j])) continue;
-    STD_TORCH_CHECK(x.has_value(), "hut_kernels: the factors' gradients need x");
-    check_device(*x, "x");
-    for (const Tensor& factor : grad_factors(
-             group.part(grad_rows, 1, j), *x, hut_A[j], hut_B[j], group.layer(j), need_A[j],
-             need_B[j], need_gamma[j], chunks[j], {row_spans[j], column_spans[j]},
-             device.stream()))
-      gradients.push_back(factor);
-  }
-  return gradients;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(hut_cuda, m) {
@@ -474,15 +355,6 @@ STABLE_TORCH_LIBRARY(hut_cuda, m) {
       "bool two_sided, float constant, float scaling, bool split, bool need_x, bool need_A, "
       "bool need_B, bool need_gamma, int chunk, int row_spans, int column_spans) -> Tensor[]");
   m.def(
-      "group_forward(Tensor x, Tensor[] weights, Tensor[] hut_A, Tensor[] hut_B, Tensor?[] bias, "
-      "Tensor?[] gamma, Tensor?[] beta, bool two_sided, float constant, float[] scalings) "
-      "-> Tensor");
-  m.def(
-      "group_backward(Tensor grad, Tensor? x, Tensor[] weights, Tensor[] hut_A, Tensor[] hut_B, "
-      "Tensor?[] gamma, bool two_sided, float constant, float[] scalings, bool need_x, "
-      "bool[] need_A, bool[] need_B, bool[] need_gamma, int[] chunks, int[] row_spans, "
-      "int[] column_spans) -> Tensor[]");
-  m.def(
       "weight(Tensor weight, Tensor hut_A, Tensor hut_B, Tensor? gamma, "
       "bool two_sided, float constant, float scaling, ScalarType dtype) -> Tensor");
 }
@@ -491,8 +363,6 @@ STABLE_TORCH_LIBRARY(hut_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(hut_cuda, CompositeExplicitAutograd, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
-  m.impl("group_forward", TORCH_BOX(&group_forward));
-  m.impl("group_backward", TORCH_BOX(&group_backward));
   m.impl("weight", TORCH_BOX(&weight));
 }
 

@@ -6,21 +6,19 @@ namespace hut {
 
 template <class Instance>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    hut_weight(const __grid_constant__ WeightGroup group) {
+    hut_weight(const __grid_constant__ WeightArguments arguments) {
   __shared__ WeightShared shared;
   DeviceBlock block;
   weight_kernel<
       typename Instance::W, typename Instance::Out, Instance::TWO_SIDED, Instance::EXACT>(
-      block, shared, group);
+      block, shared, arguments);
 }
 
 void launch_weight(
-    const std::vector<WeightArguments>& layers, Type weight, Type out, bool two_sided, bool exact,
+    const WeightArguments& arguments, Type weight, Type out, bool two_sided, bool exact,
     void* stream) {
   select_weight(weight, out, two_sided, exact, [&](auto instance) {
-    for_each_group(layers, [&](const WeightGroup& group, int64_t blocks) {
-      launch(hut_weight<decltype(instance)>, group, blocks, stream);
-    });
+    launch(hut_weight<decltype(instance)>, arguments, weight_blocks(arguments), stream);
   });
 }
 

@@ -25,14 +25,6 @@ struct WeightArguments {
   bool weight_packed, out_packed;
 };
 
-// What one launch makes: the weights of up to kLayers layers, whose blocks follow one another.
-constexpr int kLayers = 4;
-
-struct WeightGroup {
-  WeightArguments layers[kLayers];
-  int64_t ends[kLayers];  // where each layer's blocks end
-};
-
 constexpr int kDepth = 16;  // of r, at a time in shared memory
 
 struct WeightShared {
@@ -45,23 +37,11 @@ HUT_HD int64_t weight_blocks(const WeightArguments& a) {
   return tiles(a.multiplier.side[0].size) * tiles(a.multiplier.side[1].size);
 }
 
-// The layer that a block works for, and which of the layer's blocks it is.
-struct WeightPlace {
-  int layer;
-  int64_t index, count;
-};
-
-HUT_HD WeightPlace weight_place(const WeightGroup& group, int64_t block) {
-  int layer = 0;
-  int64_t begin = 0;
-  while (block >= group.ends[layer]) begin = group.ends[layer++];
-  return {layer, block - begin, group.ends[layer] - begin};
-}
-
-HUT_BLOCK void write_shift(const Shift& shift, const WeightPlace& place, int thread) {
+template <class Block>
+HUT_BLOCK void write_shift(Block& block, const Shift& shift, int64_t blocks) {
   if (shift.out == nullptr) return;
-  int64_t o = place.index * kThreads + thread;
-  for (; o < shift.size; o += place.count * kThreads) {
+  int64_t o = block.index() * kThreads + block.thread();
+  for (; o < shift.size; o += blocks * kThreads) {
     const float value = hut::shift(
         element(shift.bias, o, 0.0f), element(shift.gamma, o, 1.0f), element(shift.beta, o, 0.0f));
     store_from_float(shift.out, shift.type, o, value);
@@ -100,14 +80,12 @@ HUT_HD void two_sided_products(
 }
 
 template <class W, class Out, bool TWO_SIDED, bool EXACT, class Block>
-HUT_BLOCK void weight_kernel(Block& block, WeightShared& shared, const WeightGroup& group) {
-  const WeightPlace place = weight_place(group, block.index());
-  const WeightArguments& a = group.layers[place.layer];
-  write_shift(a.shift, place, block.thread());
+HUT_BLOCK void weight_kernel(Block& block, WeightShared& shared, const WeightArguments& a) {
+  write_shift(block, a.shift, weight_blocks(a));
   const Multiplier& m = a.multiplier;
   const int64_t height = m.side[0].size, width = m.side[1].size;
   // Blocks are counted in 32 bits (device.cuh), in which a division is a tenth of the work.
-  const auto index = static_cast<uint32_t>(place.index);
+  const auto index = static_cast<uint32_t>(block.index());
   const auto tiles_across = static_cast<uint32_t>(tiles(width));
   const int64_t row = int64_t{index / tiles_across} * kTile;
   const int64_t column = int64_t{index % tiles_across} * kTile;

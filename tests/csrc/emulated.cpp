@@ -7,17 +7,15 @@
 namespace hut {
 
 void launch_weight(
-    const std::vector<WeightArguments>& layers, Type weight, Type out, bool two_sided, bool exact,
+    const WeightArguments& arguments, Type weight, Type out, bool two_sided, bool exact,
     void*) {
   select_weight(weight, out, two_sided, exact, [&](auto instance) {
     using I = decltype(instance);
-    for_each_group(layers, [](const WeightGroup& group, int64_t blocks) {
-      emulation::launch<WeightShared>(
-          blocks, [&](emulation::Block& block, WeightShared& shared) {
-            weight_kernel<typename I::W, typename I::Out, I::TWO_SIDED, I::EXACT>(
-                block, shared, group);
-          });
-    });
+    emulation::launch<WeightShared>(
+        weight_blocks(arguments), [&](emulation::Block& block, WeightShared& shared) {
+          weight_kernel<typename I::W, typename I::Out, I::TWO_SIDED, I::EXACT>(
+              block, shared, arguments);
+        });
   });
 }
 
