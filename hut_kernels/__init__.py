@@ -8,9 +8,10 @@ from . import flops
 from .adapter_file import adapter_options, adapter_state_dict, load_adapter, save_adapter
 from .adapters import inject, merge
 from .autograd import HUTLinearFunction
-from .dispatch import backends, explain
+from .dispatch import backends
 from .errors import HUTBackendError
 from .experts import HUTExperts
+from .explain import explain
 from .functional import hut_linear, hut_weight
 from .grouped import hut_grouped_linear
 from .nn import PAPER, HUTLinear

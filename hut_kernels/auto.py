@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import planner, torch_backend
-from .dispatch import dtype_name, gpu
-from .layer import Layer, Needs, as_rows
-from .planner import Device, Plan, Problem
+from .devices import Device, gpu
+from .layer import Layer, Needs, as_rows, dtype_name
+from .planner import Plan, Problem
 from .triton import backend as triton_backend
 
 # Stands for the device under the interpreter: small limits, so that small shapes meet them.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops, planner
-from .dispatch import gpu
+from .devices import gpu
 from .layer import Layer, Needs
 
 # Importing it defines torch.ops.hut_cuda; ImportError is for dispatch.py to tell about.

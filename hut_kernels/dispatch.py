@@ -1,13 +1,11 @@
-"""Which backend runs a call: what is available here, and why the rest is not."""
+"""The backends that can run here, why the others cannot, and which of them runs a call."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import numbers
 import os
 import re
 from collections.abc import Sequence
@@ -16,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import planner
-from .errors import HUTBackendError, check_choice
-from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
-from .planner import Plan
-from .versions import FALLBACKS, Miscompile, miscompiled, release
+from .checks import check_choice
+from .devices import CPU, Device, gpu
+from .errors import HUTBackendError
+from .versions import installed, lost_fallback, miscompiled, release
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
 
 
 def backends() -> dict[str, dict[str, object]]:
-    """What can run here, for bug reports.
+    """Lists the backends that can run here, for bug reports.
 
     Returns:
         For each of `torch`, `triton` and `cuda`: `available` (bool), `reason` (why not, or on what
@@ -43,7 +40,7 @@ def backends() -> dict[str, dict[str, object]]:
         "triton": {
             "available": missing is None,
             "reason": missing or _triton_runs_on(),
-            "version": _version("triton"),
+            "version": installed("triton"),
         },
         "cuda": {
             "available": extension is None,
@@ -69,11 +66,10 @@ def choose(name: str, tensors: Sequence[Tensor]) -> str:
     """
     device = tensors[0].device
     if name == "auto":
-        return "torch" if _any_float64(tensors) else _auto(device)
+        return "torch" if _any_float64(tensors) else auto_backend(device)
     if name == "torch":
         return name
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    check_choice("backend", name, BACKENDS)
     if _any_float64(tensors):
         raise TypeError(f'backend="{name}" has no float64; use backend="torch" or float32')
     missing = _extension_unusable(device) if name == "cuda" else _triton_unusable(device)
@@ -87,8 +83,8 @@ def choose(name: str, tensors: Sequence[Tensor]) -> str:
     return name
 
 
-def _auto(device: torch.device) -> str:
-    """What "auto" means on a device, but for float64."""
+def auto_backend(device: torch.device) -> str:
+    """The backend that "auto" means on a device, but for float64."""
     if device.type != "cuda":
         return "torch"
     with_triton = _triton_missing() is None and _device_missing(device.index) is None
@@ -98,109 +94,11 @@ def _auto(device: torch.device) -> str:
     return "triton" if with_triton else "cuda" if with_extension else "torch"
 
 
-def explain(
-    N: int,
-    in_features: int,
-    out_features: int,
-    r: int,
-    *,
-    dtype: torch.dtype,
-    device_name: str | None = None,
-    weight_dtype: torch.dtype | None = None,
-    transform: str = "low_rank",
-    precision: str = "merged",
-) -> Plan:
-    """The strategy that would run, with its operations, bytes and workspace; needs no GPU.
-
-    Args:
-        N: Tokens.
-        in_features, out_features, r: The layer.
-        dtype: The compute type.
-        device_name: A known GPU by (part of) its name, such as `"A100"` or `"RTX 4090"`, or
-            `"cpu"`; None means this machine's own device, with the compiled extension where it is
-            loaded.
-        weight_dtype: W0's type; None means `dtype`.
-        transform, precision: As in `hut_linear`.
-
-    Returns:
-        A `Plan`; `str(plan)` is a readable table.
-
-    Raises:
-        ValueError: A size below 0, r below 1 or not possible with `two_sided`, an unknown option,
-            an unknown device.
-        TypeError: A size that is no integer, a type that `hut_linear` does not take.
-    """
-    weight_dtype = dtype if weight_dtype is None else weight_dtype
-    sizes = {"N": N, "in_features": in_features, "out_features": out_features, "r": r}
-    for name, size in sizes.items():
-        if not isinstance(size, numbers.Integral):
-            raise TypeError(f"{name} must be an integer; got {type(size).__name__}")
-        if size < 0:
-            raise ValueError(f"{name} must not be negative; got {size}")
-    if r < 1:
-        raise ValueError(f"r must be at least 1; got {r}")
-    for name, given in (("dtype", dtype), ("weight_dtype", weight_dtype)):
-        if given not in FLOATS:
-            raise TypeError(f"{name} must be one of {', '.join(FLOAT_NAMES)}; got {given}")
-    check_choice("transform", transform, TRANSFORMS)
-    check_choice("precision", precision, PRECISIONS)
-    if transform == "two_sided" and r > min(in_features, out_features):
-        raise ValueError(
-            "two_sided needs r <= min(in_features, out_features) = "
-            f"{min(in_features, out_features)}; got r = {r}"
-        )
-    device = _own_device() if device_name is None else _named_device(device_name)
-    problem = planner.Problem(
-        N,
-        in_features,
-        out_features,
-        r,
-        dtype_name(dtype),
-        dtype_name(weight_dtype),
-        aligned=in_features % 16 == 0 and out_features % 16 == 0,
-        transform=transform,
-        precision=precision,
-    )
-    if device == planner.CPU or torch.float64 in (dtype, weight_dtype):
-        backend = "torch"
-    elif device_name is None:
-        backend = _auto(torch.device("cuda", torch.cuda.current_device()))
-    else:
-        backend = "triton" if _fallback_lost(device.miscompiles) is None else "torch"
-    return planner.plan(problem, device, backend)
-
-
-def _named_device(name: str) -> planner.Device:
-    """A known device, under the Triton that is installed here."""
-    device = planner.find_device(name)
-    return dataclasses.replace(device, miscompiles=miscompiled(_version("triton"), device.arch))
-
-
-def _own_device() -> planner.Device:
+def own_device() -> Device:
+    """This machine's device: its current GPU where Triton can run on it, else its CPU."""
     if torch.cuda.is_available() and not _no_device():
         return gpu(torch.device("cuda", torch.cuda.current_device()))
-    return planner.CPU
-
-
-@functools.cache
-def gpu(device: torch.device) -> planner.Device:
-    """The limits of a CUDA device, as the planner wants them."""
-    found = torch.cuda.get_device_properties(device)
-    arch = f"sm_{found.major}{found.minor}"
-    return planner.Device(
-        found.name,
-        arch,
-        found.multi_processor_count,
-        getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block),
-        found.L2_cache_size,
-        miscompiled(_version("triton"), arch),
-    )
-
-
-@functools.cache
-def dtype_name(dtype: torch.dtype) -> str:
-    """`"bfloat16"` for `torch.bfloat16`."""
-    return str(dtype).removeprefix("torch.")
+    return CPU
 
 
 def _any_float64(tensors: Sequence[Tensor]) -> bool:
@@ -230,7 +128,7 @@ def _triton_unusable(device: torch.device) -> str | None:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    found = _version("triton") or "0"
+    found = installed("triton") or "0"
     if release(found) < (3, 6):
         return f"triton {found} is too old: 3.6 or newer is needed"
     return None
@@ -251,19 +149,14 @@ def _device_missing(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    lost = _fallback_lost(miscompiled(_version("triton"), f"sm_{capability[0]}{capability[1]}"))
+    lost = lost_fallback(miscompiled(installed("triton"), f"sm_{capability[0]}{capability[1]}"))
     return None if lost is None else str(lost)
-
-
-def _fallback_lost(miscompiles: Sequence[Miscompile]) -> Miscompile | None:
-    """What leaves nothing of Triton, for the staged path needs kernels too."""
-    return next((known for known in miscompiles if {*FALLBACKS} & {*known.kernels}), None)
 
 
 def _triton_runs_on() -> str:
     if interpreting():
         return "interpreter, on the CPU"
-    return "; ".join(["CUDA device", *map(str, _own_device().miscompiles)])
+    return "; ".join(["CUDA device", *map(str, own_device().miscompiles)])
 
 
 @functools.cache
@@ -344,10 +237,3 @@ def covers(compiled: str, capability: tuple[int, int]) -> bool:
         if built <= capability <= latest:
             return True
     return False
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

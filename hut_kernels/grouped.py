@@ -10,14 +10,8 @@ from torch import Tensor
 
 from . import definition, dispatch, grouped_backend, ops
 from .autograd import HUTGroupedFunction
-from .functional import (
-    _check_options,
-    autocast_input,
-    check_frozen,
-    check_number,
-    check_tensors,
-    check_weight,
-)
+from .checks import check_frozen, check_number, check_options, check_tensors, check_weight
+from .functional import autocast_input
 from .layer import Layer, Spec
 
 
@@ -79,7 +73,7 @@ def hut_grouped_linear(
         True
     """
     spec = Spec(transform, check_number("offset", offset), check_number("scaling", scaling))
-    _check_options(spec)
+    check_options(spec)
     check_weight(weight)
     _check_stacks(x, weight, hut_A, hut_B, offsets, bias, gamma, beta)
     if transposed:

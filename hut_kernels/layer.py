@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 TRANSFORMS = ("low_rank", "two_sided")
 PRECISIONS = ("merged", "split")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FLOAT_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Spec(NamedTuple):
@@ -78,6 +79,12 @@ class Needs(NamedTuple):
 
 
 FactorGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """`"bfloat16"` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .autograd import frozen_linear
-from .errors import HUTBackendError, check_choice
-from .functional import check_number, hut_linear, hut_weight
-from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS, effective_bias
+from .checks import check_dtype, check_form, check_number, check_rank, check_run_options
+from .errors import HUTBackendError
+from .functional import hut_linear, hut_weight
+from .layer import FLOATS, effective_bias
 
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
 """The paper's layer, `HUTLinear(..., **PAPER)`: one multiplication per side, scale and shift."""
@@ -164,7 +165,8 @@ class HUTLinear(nn.Module):
         check_form(transform, offset, alpha)
         check_rank(r, transform, in_features, out_features)
         check_run_options(precision, dropout)
-        _check_types(dtype=dtype or torch.get_default_dtype(), factor_dtype=factor_dtype)
+        check_dtype("dtype", dtype or torch.get_default_dtype())
+        check_dtype("factor_dtype", factor_dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.r = r
@@ -485,40 +487,6 @@ def _real(name: str, value: Any) -> int | float:
     return int(value) if isinstance(value, numbers.Integral) else number
 
 
-def check_form(transform: str, offset: float, alpha: float | None) -> None:
-    """Refuse a transform, offset or alpha that do not go together (ValueError)."""
-    check_choice("transform", transform, TRANSFORMS)
-    if transform == "two_sided" and offset != 1:
-        raise ValueError(f"offset has no part in two_sided and must be left at 1, got {offset}")
-    if offset not in (0, 1):
-        raise ValueError(f"offset must be 1 (residual form) or 0 (direct form), got {offset}")
-    if alpha is None:
-        return
-    if transform == "two_sided" or offset != 1:
-        given = f"transform={transform!r}, offset={offset}"
-        raise ValueError(f"alpha belongs to low_rank with offset 1, got alpha={alpha} with {given}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be a positive number, got {alpha}")
-
-
-def check_rank(r: int, transform: str, in_features: int, out_features: int) -> None:
-    """Refuse a rank that is no rank, or more groups than features (ValueError)."""
-    if r < 1:
-        raise ValueError(f"r must be at least 1, got {r}")
-    if transform == "two_sided" and r > min(in_features, out_features):
-        raise ValueError(
-            f"two_sided needs r <= min(in_features, out_features), "
-            f"got r={r} with in_features={in_features}, out_features={out_features}"
-        )
-
-
-def check_run_options(precision: str, dropout: float) -> None:
-    """Refuse an unknown precision, or dropout outside [0, 1) (ValueError)."""
-    check_choice("precision", precision, PRECISIONS)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-
-
 def check_data(module: nn.Module, *names: str) -> None:
     """Refuse a parameter whose data is elsewhere, or that a hook makes (HUTBackendError)."""
     for name in names:
@@ -547,13 +515,6 @@ def named(name: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError, HUTBackendError) as error:
         raise type(error)(f"{name}: {error}") from error
-
-
-def _check_types(**dtypes: torch.dtype) -> None:
-    for name, dtype in dtypes.items():
-        if dtype not in FLOATS:
-            names = ", ".join(FLOAT_NAMES)
-            raise TypeError(f"{name} must be one of {names}; got {dtype}")
 
 
 def check_linear(linear: nn.Module) -> None:

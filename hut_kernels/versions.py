@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +92,7 @@ MISCOMPILES = (
     ),
 )
 
-# What `staged` and `chunked` run on themselves: without these nothing of Triton is left.
+# Kernels that `staged` and `chunked` run on: without these nothing of Triton is left.
 FALLBACKS = ("weight", "grad_reduce")
 
 
@@ -105,6 +107,19 @@ def miscompiled(triton: str | None, arch: str) -> tuple[Miscompile, ...]:
         and release(known.since) <= release(triton)
         and (known.fixed is None or _precedes(triton, known.fixed))
     )
+
+
+def lost_fallback(miscompiles: Sequence[Miscompile]) -> Miscompile | None:
+    """A miscompile that leaves nothing of Triton, for the staged path needs kernels too."""
+    return next((known for known in miscompiles if {*FALLBACKS} & {*known.kernels}), None)
+
+
+def installed(package: str) -> str | None:
+    """The version of a package that is installed, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if release(torch.__version__) < release(_OLDEST_TORCH):

@@ -43,6 +43,7 @@ TORCH = "hut_kernels/torch_backend.py"
 AUTOGRAD = "hut_kernels/autograd.py"
 OPS = "hut_kernels/ops.py"
 FUNCTIONAL = "hut_kernels/functional.py"
+CHECKS = "hut_kernels/checks.py"
 ADAPTERS = "hut_kernels/adapter_file.py"
 FLOPS = "hut_kernels/flops.py"
 DISTRIBUTED = "hut_kernels/distributed.py"
@@ -223,9 +224,9 @@ MUTANTS = (
     ),
     Mutant(
         "a rank beyond the groups let through",
-        FUNCTIONAL,
-        "hut_A.shape[0] > min(weight.shape):\n",
-        "hut_A.shape[0] > max(weight.shape):\n",
+        CHECKS,
+        "    least = min(in_features, out_features)\n",
+        "    least = max(in_features, out_features)\n",
         ("tests/test_functional.py", "do_not_fit"),
     ),
     Mutant(
@@ -364,14 +365,14 @@ MUTANTS = (
     ),
     Mutant(
         "a tensor accepted for a number",
-        FUNCTIONAL,
+        CHECKS,
         "    if not isinstance(value, numbers.Real):\n",
         "    if not isinstance(value, (numbers.Real, Tensor)):\n",
         ("tests/reliability/test_hostile.py", "no_float32_number"),
     ),
     Mutant(
         "sparse tensors let through",
-        FUNCTIONAL,
+        CHECKS,
         "            or tensor.layout is not torch.strided\n",
         "",
         ("tests/reliability/test_hostile.py", "no_dense_tensor"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from hut_kernels import dispatch, hut_linear, hut_weight, ops, planner
+from hut_kernels import devices, dispatch, hut_linear, hut_weight, ops, planner
 
 from . import csrc
 from .references import (
@@ -41,7 +41,7 @@ compiled = pytest.mark.skipif(_MISSING is not None, reason=f"csrc/ is not compil
 FORMS = [{}, {"offset": 0.0, "scaling": 0.75}, {"transform": "two_sided"}]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Its L2 holds 128 rows of 80 columns, and its 8 multiprocessors want several spans.
-SMALL = planner.Device("emulated", "sm_80", sms=8, shared_memory=0, l2=2 * 128 * 4 * 80)
+SMALL = devices.Device("emulated", "sm_80", sms=8, shared_memory=0, l2=2 * 128 * 4 * 80)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def test_a_failure_within_torch_is_told_in_its_words(emulation):
 
 
 def test_strips_fill_a_device_and_bound_the_partial_sums():
-    for device in planner.DEVICES:
+    for device in devices.DEVICES:
         for rows, columns, r in ((768, 768, 8), (4096, 4096, 16), (14336, 4096, 128), (64, 30, 1)):
             chunk, row_spans, column_spans = planner.strips(rows, columns, r, 2, device)
             assert chunk % 128 == 0
@@ -325,7 +325,7 @@ def test_strips_fill_a_device_and_bound_the_partial_sums():
             assert 1 <= column_spans <= -(-min(chunk, rows) // 64)
             partials = 4 * r * ((row_spans - 1) * rows + (column_spans - 1) * columns)
             assert partials <= rows * columns * 2 // 4
-    assert planner.strips(1024, 1024, 4, 2, planner.find_device("H100"))[1] > 4
+    assert planner.strips(1024, 1024, 4, 2, devices.find_device("H100"))[1] > 4
 
 
 @pytest.fixture
@@ -434,7 +434,7 @@ def test_targets_of_host_times():
         like = {"suite": "launching", **extension.LAYER.as_dict(), "N": 512}
         rows = [{**like, "provider": name, **row} for name, row in rows.items()]
         on = {"device": "cuda", "device_name": "H200", "date": "today", "cpu_count": 1}
-        found = list(findings.as_rows(rows, on, planner.DEVICES[0]))
+        found = list(findings.as_rows(rows, on, devices.DEVICES[0]))
         among = [one for one in targets.KERNELS if one.suite == "launching"]
         return [line[-1] for line in targets.table(found, among).rows]
 
@@ -451,7 +451,7 @@ def test_host_times_by_provider(monkeypatch):
 
     monkeypatch.setattr(extension, "LAYER", suites.Subject(16, 16))
     monkeypatch.setattr(extension, "TOKENS", 4)
-    bench = suites.Bench(torch.device("cpu"), planner.DEVICES[0], None, None, backend="torch")
+    bench = suites.Bench(torch.device("cpu"), devices.DEVICES[0], None, None, backend="torch")
     providers = "torch", *extension.PROVIDERS[2:]
     rows = list(extension.launching(bench, providers))
     assert [row["provider"] for row in rows] == [*providers]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from hut_kernels import HUTBackendError, hut_linear, hut_weight
-from hut_kernels.functional import check_weight
+from hut_kernels.checks import check_weight
 
 from .references import (
     LAYOUTS,
@@ -382,9 +382,9 @@ def test_a_weight_on_the_meta_device(fused):
 
 @both_ways
 @pytest.mark.filterwarnings("ignore")
-def test_a_quantised_weight(fused):
+def test_a_quantized_weight(fused):
     weight = torch.quantize_per_tensor(torch.randn(6, 8), 0.1, 0, torch.qint8)
-    raises(HUTBackendError, arguments(weight=weight, fused=fused), "quantised", "qint8")
+    raises(HUTBackendError, arguments(weight=weight, fused=fused), "quantized", "qint8")
 
 
 class Params4bit(torch.nn.Parameter):
@@ -400,7 +400,7 @@ class DTensor(torch.Tensor):
 @pytest.mark.parametrize(
     ("weight", "parts"),
     [
-        (Params4bit(torch.zeros(6, 8), requires_grad=False), ("quantised", "Params4bit")),
+        (Params4bit(torch.zeros(6, 8), requires_grad=False), ("quantized", "Params4bit")),
         (torch.zeros(6, 8).as_subclass(DTensor), ("sharded", "DTensor", "full_tensor")),
     ],
 )

@@ -452,11 +452,11 @@ def test_autocast_casts_the_input_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r must be at least 1, got 0"),
-        ({"r": 7, "transform": "two_sided"}, "r=7 with in_features=8, out_features=6"),
+        ({"r": 0}, "r must be at least 1; got 0"),
+        ({"r": 7, "transform": "two_sided"}, "= 6; got r = 7"),
         ({"transform": "lora"}, "transform must be one of .*'lora'"),
         ({"precision": "half"}, "precision must be one of .*'half'"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
         ({"dropout": -0.1}, "dropout"),
         ({"dropout": math.nan}, "dropout"),
         ({"offset": 0.5}, "offset must be 1 .* or 0 .* got 0.5"),

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hut_kernels import planner
-from hut_kernels.planner import CHUNKED, DEVICES, FUSED, PARTS, STAGED, Device, Problem
+from hut_kernels import devices, planner
+from hut_kernels.devices import DEVICES, Device
+from hut_kernels.planner import CHUNKED, FUSED, PARTS, STAGED, Problem
 
 from .strategies import examples
 
@@ -24,7 +25,7 @@ PROBLEMS = st.builds(
 )
 BACKENDS = st.sampled_from(["torch", "triton", "cuda", "auto"])
 STRANGE = Device("a device of the future", "sm_999", 1, 1 << 10, 0)
-ANY_DEVICE = st.sampled_from((*DEVICES, planner.CPU, STRANGE))
+ANY_DEVICE = st.sampled_from((*DEVICES, devices.CPU, STRANGE))
 A100 = DEVICES[0]
 
 
@@ -90,7 +91,7 @@ def test_figures_are_counts_and_the_text_holds_them(problem, device, backend):
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_the_break_evens_of_a_known_device_decide(device):
     """Fused up to its break-even, staged from one token more on."""
-    even = planner.BREAK_EVENS[device.arch]
+    even = devices.BREAK_EVENS[device.arch]
     for part, beyond in zip(PARTS, (STAGED, STAGED, CHUNKED), strict=True):
         tokens = getattr(even, part)
         assert getattr(planner.plan(problem(N=tokens), device), part) == FUSED
@@ -234,30 +235,6 @@ def test_force_refuses_what_there_is_not(strategies):
     ((part, strategy),) = strategies.items()
     with pytest.raises(ValueError, match=f"{part}='{strategy}'"), planner.force(**strategies):
         pass
-
-
-# Devices
-
-
-@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_devices_are_found_by_name_part_and_case(device):
-    assert planner.find_device(device.name) == device
-    assert planner.find_device(device.name.split()[-1].lower()) == device
-    assert planner.find_device(device.name.replace(" ", "").upper()) == device
-    assert planner.find_device(device.arch).arch == device.arch
-    assert device.arch in planner.BREAK_EVENS
-
-
-def test_an_unknown_device_lists_the_known():
-    assert planner.find_device("CPU") == planner.CPU
-    with pytest.raises(ValueError, match=r"'TPU v5'.*known: cpu.*A100.*RTX 5090"):
-        planner.find_device("TPU v5")
-
-
-@pytest.mark.parametrize("name", ["", " "])
-def test_no_name_is_no_device(name):
-    with pytest.raises(ValueError, match="known: cpu"):
-        planner.find_device(name)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hut_kernels import backends, dispatch, explain, planner, versions
+from hut_kernels import backends, devices, dispatch, explain, planner, versions
 from hut_kernels.planner import CHUNKED, FUSED, STAGED, force
 from hut_kernels.versions import Miscompile, miscompiled, release
 
-A100 = planner.find_device("A100")
+A100 = devices.find_device("A100")
 PARTS = ("forward", "grad_input", "grad_factors")
 
 
@@ -27,7 +27,7 @@ def plant(monkeypatch):
     def enter(*kernels, triton="3.6.0", **about):
         entry = planted(*kernels, **about)
         monkeypatch.setattr(versions, "MISCOMPILES", (entry,))
-        monkeypatch.setattr(dispatch, "_version", lambda package: triton)
+        monkeypatch.setattr("importlib.metadata.version", lambda package: triton)
         return entry
 
     return enter
@@ -206,7 +206,7 @@ def test_a_device_knows_what_is_miscompiled_for_it(plant, monkeypatch):
         shared_memory_per_block=1, shared_memory_per_block_optin=1,
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    assert dispatch.gpu.__wrapped__(torch.device("cuda", 0)).miscompiles == (entry,)
+    assert devices.gpu.__wrapped__(torch.device("cuda", 0)).miscompiles == (entry,)
 
 
 @pytest.mark.parametrize("kernel", versions.FALLBACKS)
@@ -228,7 +228,7 @@ def test_backends_tells_what_is_passed_by(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "_triton_missing", lambda: None)
     monkeypatch.setattr(dispatch, "_no_device", lambda: None)
-    monkeypatch.setattr(dispatch, "_own_device", lambda: device)
+    monkeypatch.setattr(dispatch, "own_device", lambda: device)
     found = backends()["triton"]
     assert found["available"]
     assert "CUDA device; Triton before 3.7.0 is not trusted with forward" in found["reason"]

@@ -29,7 +29,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from hut_kernels import planner, versions
+from hut_kernels import devices, planner, versions
 from hut_kernels.dispatch import interpreting
 from hut_kernels.layer import Layer, Needs, Spec
 from hut_kernels.triton import forward, grad_factors, grad_input, grad_reduce, weight
@@ -443,7 +443,7 @@ def _planned(config: Config) -> bool:
     """Whether the planner ever chooses this variant: unaligned products it leaves to the BLAS."""
     if config.variant != "unaligned" or config.kernel not in PRODUCTS:
         return True
-    device = next(d for d in planner.DEVICES if d.arch == config.arch)
+    device = next(d for d in devices.DEVICES if d.arch == config.arch)
     dtype = _dtype_name(config)
     problem = planner.Problem(1, 4099, 4099, config.r, dtype, dtype, aligned=False)
     return getattr(planner.plan(problem, device), config.kernel) == planner.FUSED
@@ -463,7 +463,7 @@ def _dtype_name(config: Config) -> str:
 
 def shared_memory_limit(arch: str) -> int:
     """Bytes a program may use, by the planner's table of devices."""
-    return min(d.shared_memory for d in planner.DEVICES if d.arch == arch)
+    return min(d.shared_memory for d in devices.DEVICES if d.arch == arch)
 
 
 def _occupancy(config: Config, registers: int, shared: int) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from hut_kernels import backends, dispatch, planner
+from hut_kernels import backends, devices, explain
 from tests.gpu import lists, workers
 from tests.gpu.cases import PARTS, Check
 from tests.gpu.sanitizer import Sanitizers
@@ -136,13 +136,13 @@ def interpreted(quick: bool) -> bool:
 def plans_text() -> str:
     """The planner's break-evens on known devices, and their sources."""
     lines = []
-    for device in planner.DEVICES:
-        even = planner.break_even(device)
+    for device in devices.DEVICES:
+        even = devices.break_even(device)
         tokens = (str(even.forward), str(even.grad_input), str(even.grad_factors))
         lines.append([device.name, device.arch, *tokens, even.source])
     title = "Fused up to so many tokens (beyond: staged, chunked)"
     header = ["device", "arch", "forward", "dx", "factor gradients", "source"]
-    example = dispatch.explain(16, 4096, 4096, 16, dtype=torch.bfloat16, device_name="H200")
+    example = explain(16, 4096, 4096, 16, dtype=torch.bfloat16, device_name="H200")
     return f"{table(title, header, lines)}\n\nFor example:\n{example}"
 
 
@@ -198,7 +198,7 @@ class Run:
 def on_device(options: argparse.Namespace) -> int:
     """Checks, measures, writes the record, prints the summary."""
     device = _device()
-    limits = dispatch.gpu(device)
+    limits = devices.gpu(device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the record is written then too
     seconds = options.seconds or (QUICK if options.quick else FULL)
     record = {
@@ -267,7 +267,7 @@ def record_file(out: Path, name: str, quick: bool) -> Path:
     return next(file for file in files if not file.exists())
 
 
-def bench_of(device: torch.device, limits: planner.Device, quick: bool) -> Bench:
+def bench_of(device: torch.device, limits: devices.Device, quick: bool) -> Bench:
     """Timers and limits of a CUDA device."""
     gc.collect()
     gc.freeze()  # every capture of a graph collects garbage first
@@ -444,7 +444,7 @@ def _measure(run: Run, phase: str, entry: Row, layer: Subject, rows: Iterator[Ro
     entry["note"] += f"out of time after {count} rows of {layer}; "
 
 
-def conclude(record: Row, limits: planner.Device, name: str) -> None:
+def conclude(record: Row, limits: devices.Device, name: str) -> None:
     """Adds the conclusions from the rows to the record."""
     rows = record["rows"]
     record["break_evens"] = findings.crossings(rows)

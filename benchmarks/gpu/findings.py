@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hut_kernels import planner
+from hut_kernels import devices, planner
 from tests.gpu.cases import PARTS
 
 from ..report.text import table
@@ -97,13 +97,13 @@ def crossings(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def proposal(found: Sequence[Row], device: planner.Device, record: str) -> Row:
+def proposal(found: Sequence[Row], device: devices.Device, record: str) -> Row:
     """The planner's entry for a device, from its break-evens: the geometric mean over layers.
 
     Returns:
-        `entry` (a line of `planner.BREAK_EVENS`), `tokens` by part, and `now`, what stands there.
+        `entry` (a line of `devices.BREAK_EVENS`), `tokens` by part, and `now`, what stands there.
     """
-    now = planner.break_even(device)
+    now = devices.break_even(device)
     tokens = {}
     for part in PARTS:
         some = [one["tokens"] for one in found if one["part"] == part]
@@ -111,7 +111,7 @@ def proposal(found: Sequence[Row], device: planner.Device, record: str) -> Row:
             mean = math.exp(sum(math.log(max(1, n)) for n in some) / len(some))
             tokens[part] = _rounded(mean) if any(some) else 0
     values = [str(tokens.get(part, getattr(now, part))) for part in PARTS]
-    name = planner.known_name(device)
+    name = devices.known_name(device)
     entry = f'"{name}": BreakEven({", ".join(values)}, "{record}"),'
     return {
         "entry": entry if len(tokens) == len(PARTS) else None,
@@ -126,7 +126,7 @@ def _rounded(tokens: float) -> int:
     return int(tokens) // step * step
 
 
-def as_rows(rows: Sequence[Row], environment: Row, device: planner.Device) -> Iterator[Row]:
+def as_rows(rows: Sequence[Row], environment: Row, device: devices.Device) -> Iterator[Row]:
     """A row for each strategy, in the form of the suites, for `targets.table`."""
     for row in rows:
         if row.get("suite") not in ("tokens", "step", "launching") or "error" in row:
@@ -150,7 +150,7 @@ def as_rows(rows: Sequence[Row], environment: Row, device: planner.Device) -> It
                 }
 
 
-def _plan(row: Row, device: planner.Device) -> planner.Plan:
+def _plan(row: Row, device: devices.Device) -> planner.Plan:
     sizes = row["N"], row["K"], row["O"], row["r"]
     types = row["dtype"], row["dtype"]
     return planner.plan(planner.Problem(*sizes, *types, transform=row["transform"]), device)
@@ -190,7 +190,7 @@ def tile_changes(rows: Sequence[Row]) -> list[Row]:
 # In words
 
 
-def summary(record: Row, device: planner.Device) -> str:
+def summary(record: Row, device: devices.Device) -> str:
     """The record on one screen."""
     rows = record.get("rows", [])
     parts = [
@@ -289,7 +289,7 @@ def weight_text(rows: Sequence[Row]) -> str:
     return table("The weight kernel beside a copy", ["", "weight us", "copy us", "ratio"], lines)
 
 
-def verdicts_text(lines: Sequence[Sequence[str]], device: planner.Device) -> str:
+def verdicts_text(lines: Sequence[Sequence[str]], device: devices.Device) -> str:
     if not lines:
         return ""
     text = table("Targets, as ratios of device time", ["", "limit", "at", "ratio", ""], lines)
@@ -308,8 +308,8 @@ def changes_text(changes: Sequence[Row], proposed: Row | None, record: Row) -> s
         )
     if proposed and proposed["entry"]:
         now = ", ".join(f"{part} {proposed['now'][part]}" for part in PARTS)
-        lines.append(f"  planner.BREAK_EVENS now: {now} ({proposed['now']['source']})")
-        lines.append(f"  planner.BREAK_EVENS should have: {proposed['entry']}")
+        lines.append(f"  devices.BREAK_EVENS now: {now} ({proposed['now']['source']})")
+        lines.append(f"  devices.BREAK_EVENS should have: {proposed['entry']}")
     for one in changes:
         where = f"{one['kernel']} at N = {one['N']}, r {one['r']}, {one['dtype']}"
         if one["worth_it"]:

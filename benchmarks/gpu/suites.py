@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hut_kernels import hut_linear, ops, planner
+from hut_kernels import devices, hut_linear, ops, planner
 from hut_kernels.layer import Layer, Spec
 from tests.gpu.cases import FUSED, PARTS, STAGED, Check, rows_of
 from tests.gpu.lists import candidate
@@ -61,7 +61,7 @@ class Bench:
     """
 
     device: torch.device
-    limits: planner.Device
+    limits: devices.Device
     device_timer: Timer
     host_timer: Timer
     backend: str = "triton"
@@ -208,7 +208,7 @@ def _copy(size: int, device: torch.device) -> Call:
     return lambda: target.copy_(source)
 
 
-def floor(layer: Subject, N: int, part: str, limits: planner.Device, ceiling: Row) -> float:
+def floor(layer: Subject, N: int, part: str, limits: devices.Device, ceiling: Row) -> float:
     """Seconds no version takes less than: operations or bytes at this run's own ceilings."""
     planned = planner.plan(_problem(layer, N), limits, "triton")
     made = dataclasses.replace(planned, forward="fused", grad_input="fused", grad_factors="fused")

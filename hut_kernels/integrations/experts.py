@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from ..adapters import near_matches
+from ..checks import check_weight
 from ..errors import HUTBackendError
 from ..experts import Factors, HUTExperts, merged_stack
-from ..functional import check_weight
 from ..grouped import grouped_product, hut_grouped_linear
 from ..layer import FLOATS, effective_bias
 from ..nn import check_data

@@ -26,12 +26,12 @@ from benchmarks.gpu import findings, suites, timing
 from benchmarks.gpu.suites import Subject
 from benchmarks.measure import Quantiles
 from benchmarks.report import targets
-from hut_kernels import planner
+from hut_kernels import devices
 
 from ..gpu import cases, lists, sanitizer, workers
 
 ROOT = Path(__file__).resolve().parents[2]
-H200 = planner.find_device("H200")
+H200 = devices.find_device("H200")
 CPU = torch.device("cpu")
 INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 triton_only = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
@@ -67,7 +67,7 @@ def test_without_a_gpu_it_checks_in_the_interpreter_and_prints_plans(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No GPU to run on: no CUDA device" in done.stdout
     assert f"{len(lists.tiny_cases(True))} passed" in done.stdout
-    for device in planner.DEVICES:
+    for device in devices.DEVICES:
         assert device.name in done.stdout
     assert "estimate" in done.stdout
     assert not list(tmp_path.iterdir()), "a record of nothing"
@@ -279,22 +279,22 @@ def test_crossings_and_the_proposed_entry():
     assert all(one["kind"] == "crossed" and 256 < one["tokens"] < 350 for one in found)
     proposed = findings.proposal(found, H200, "gpu-nvidia-h200-2030-01-01.json")
     assert all(256 <= tokens < 350 for tokens in proposed["tokens"].values())
-    entry = eval("{" + proposed["entry"] + "}", {"BreakEven": planner.BreakEven})
+    entry = eval("{" + proposed["entry"] + "}", {"BreakEven": devices.BreakEven})
     assert list(entry) == ["NVIDIA H200"]
     assert entry["NVIDIA H200"].source == "gpu-nvidia-h200-2030-01-01.json"
-    assert proposed["now"]["source"] == planner.break_even(H200).source
+    assert proposed["now"]["source"] == devices.break_even(H200).source
     assert findings.proposal(found[:1], H200, "x")["entry"] is None
     assert findings.proposal([], H200, "x")["entry"] is None
 
 
 def test_a_measured_entry_goes_before_the_architectures(monkeypatch):
-    own = planner.BreakEven(7, 8, 9, "record.json")
-    monkeypatch.setitem(planner.BREAK_EVENS, "NVIDIA H200", own)
-    assert planner.break_even(H200) is own
+    own = devices.BreakEven(7, 8, 9, "record.json")
+    monkeypatch.setitem(devices.BREAK_EVENS, "NVIDIA H200", own)
+    assert devices.break_even(H200) is own
     driver = dataclasses.replace(H200, name="NVIDIA H200 NVL")
-    assert planner.break_even(driver) is own
-    assert planner.break_even(planner.find_device("H100")) is planner.BREAK_EVENS["sm_90"]
-    assert "unknown" in planner.break_even(planner.Device("?", "sm_999", 1, 1, 1)).source
+    assert devices.break_even(driver) is own
+    assert devices.break_even(devices.find_device("H100")) is devices.BREAK_EVENS["sm_90"]
+    assert "unknown" in devices.break_even(devices.Device("?", "sm_999", 1, 1, 1)).source
 
 
 def judged(rows):
@@ -397,7 +397,7 @@ def test_alternatives_are_other_possible_rows():
 
 
 @triton_only
-@pytest.mark.parametrize("device", planner.DEVICES, ids=lambda device: device.name)
+@pytest.mark.parametrize("device", devices.DEVICES, ids=lambda device: device.name)
 @pytest.mark.parametrize("kernel", suites.TILES)
 def test_every_row_of_the_table_has_alternatives(device, kernel):
     bench = bench_of(limits=device)
@@ -471,7 +471,7 @@ def fake_run(folder, backend="torch", dtype="bfloat16", quick=False, broken=(), 
         (torch.cuda, "get_device_properties", lambda device: properties),
         (torch.cuda, "get_device_name", lambda device: H200.name),
         (command, "_device", lambda: CPU),
-        (command.dispatch, "gpu", lambda device: H200),
+        (command.devices, "gpu", lambda device: H200),
         (command, "GraphTimer", lambda device: constant_timer),
         (command, "HostTimer", lambda device: constant_timer),
         (command, "LAYERS", layers),
@@ -537,7 +537,7 @@ def test_the_whole_command_on_a_fake_device(tmp_path, capsys):
         "Ceilings",
         "fused/plain",
         "Targets",
-        "planner.BREAK_EVENS",
+        "devices.BREAK_EVENS",
         "tables.py",
         "Record",
     ):

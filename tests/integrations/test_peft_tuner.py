@@ -391,7 +391,7 @@ def test_config_survives_its_file(tmp_path):
         ({"rank_pattern": {"q": -1}}, "got -1 for 'q'"),
         ({"transform": "diagonal"}, "transform must be one of .* got 'diagonal'"),
         ({"precision": "exact"}, "precision must be one of"),
-        ({"hut_dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"hut_dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
         ({"offset": 0.5}, "offset must be 1 .* or 0"),
         ({"offset": 0, "hut_alpha": 4}, "alpha belongs to low_rank with offset 1"),
         ({"transform": "two_sided", "hut_alpha": 4}, "alpha belongs to low_rank"),

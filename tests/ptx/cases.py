@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from hut_kernels import auto, ops, planner
+from hut_kernels import auto, devices, ops, planner
 
 from .. import references
 from .launch import Log, executing
@@ -103,7 +103,7 @@ def pad(case: references.Case) -> references.Case:
 @contextlib.contextmanager
 def planning_for(arch: int, sms: int) -> Iterator[None]:
     """Within, the planner takes CPU tensors for those of a device."""
-    device = dataclasses.replace(planner.find_device(f"sm_{arch}"), sms=sms, l2=1 << 16)
+    device = dataclasses.replace(devices.find_device(f"sm_{arch}"), sms=sms, l2=1 << 16)
     with mock.patch.object(auto, "_device", return_value=device):
         yield
 

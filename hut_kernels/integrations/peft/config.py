@@ -9,7 +9,8 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from ...nn import check_form, check_run_options, naming_own_options
+from ...checks import check_form, check_run_options
+from ...nn import naming_own_options
 from .registration import peft_type
 
 _IMPORT = "hut_kernels.integrations.peft"

@@ -10,7 +10,8 @@ from peft.tuners import hira
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...errors import HUTBackendError, check_choice
+from ...checks import check_choice
+from ...errors import HUTBackendError
 from ...functional import hut_linear
 from ...layer import FLOATS, PRECISIONS
 from ...nn import is_replaced

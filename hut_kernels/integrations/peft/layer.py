@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...autograd import frozen_linear
+from ...checks import check_number, check_rank
 from ...errors import HUTBackendError
-from ...functional import check_number, hut_linear, hut_weight
+from ...functional import hut_linear, hut_weight
 from ...layer import FLOATS, acc_dtype, effective_bias
-from ...nn import check_data, check_rank, dropout_forward, init_factors_, is_conv1d
+from ...nn import check_data, dropout_forward, init_factors_, is_conv1d
 from .base import bias, drops, is_watched, matrix
 from .config import HUTConfig
 

@@ -1,0 +1,82 @@
+"""`explain`: the plan of a call on any known device, without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .checks import check_choice, check_dtype, check_rank, check_size
+from .devices import CPU, Device, find_device
+from .dispatch import auto_backend, own_device
+from .layer import PRECISIONS, TRANSFORMS, dtype_name
+from .planner import Plan, Problem, plan
+from .versions import installed, lost_fallback, miscompiled
+
+
+def explain(
+    N: int,
+    in_features: int,
+    out_features: int,
+    r: int,
+    *,
+    dtype: torch.dtype,
+    device_name: str | None = None,
+    weight_dtype: torch.dtype | None = None,
+    transform: str = "low_rank",
+    precision: str = "merged",
+) -> Plan:
+    """The strategy that would run, with its operations, bytes and workspace; needs no GPU.
+
+    Args:
+        N: Tokens.
+        in_features, out_features, r: The layer.
+        dtype: The compute type.
+        device_name: A known GPU by (part of) its name, such as `"A100"` or `"RTX 4090"`, or
+            `"cpu"`; None means this machine's own device, with the compiled extension where it is
+            loaded.
+        weight_dtype: W0's type; None means `dtype`.
+        transform, precision: As in `hut_linear`.
+
+    Returns:
+        A `Plan`; `str(plan)` is a readable table.
+
+    Raises:
+        ValueError: A size below 0, r below 1 or not possible with `two_sided`, an unknown option,
+            an unknown device.
+        TypeError: A size that is no integer, a type that `hut_linear` does not take.
+    """
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    sizes = {"N": N, "in_features": in_features, "out_features": out_features, "r": r}
+    for name, size in sizes.items():
+        check_size(name, size)
+    check_choice("transform", transform, TRANSFORMS)
+    check_choice("precision", precision, PRECISIONS)
+    check_rank(r, transform, in_features, out_features)
+    check_dtype("dtype", dtype)
+    check_dtype("weight_dtype", weight_dtype)
+    device = own_device() if device_name is None else _named_device(device_name)
+    problem = Problem(
+        N,
+        in_features,
+        out_features,
+        r,
+        dtype_name(dtype),
+        dtype_name(weight_dtype),
+        aligned=in_features % 16 == 0 and out_features % 16 == 0,
+        transform=transform,
+        precision=precision,
+    )
+    if device == CPU or torch.float64 in (dtype, weight_dtype):
+        backend = "torch"
+    elif device_name is None:
+        backend = auto_backend(torch.device("cuda", torch.cuda.current_device()))
+    else:
+        backend = "triton" if lost_fallback(device.miscompiles) is None else "torch"
+    return plan(problem, device, backend)
+
+
+def _named_device(name: str) -> Device:
+    """A known device, under the Triton that is installed here."""
+    device = find_device(name)
+    return dataclasses.replace(device, miscompiles=miscompiled(installed("triton"), device.arch))
