@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .layer import Spec, acc_dtype, as_rows
+from .rules import call, refuse_forward_mode, refuse_vmap
 
 
 class _Function(torch.autograd.Function):
@@ -51,8 +52,8 @@ class _Function(torch.autograd.Function):
             return cls._transformed.apply(*args)
         return super(torch.autograd.Function, cls._plain).apply(*args)  # type: ignore[misc]
 
-    vmap = staticmethod(ops.refuse_vmap)
-    forward_mode = staticmethod(ops.refuse_forward_mode)
+    vmap = staticmethod(refuse_vmap)
+    forward_mode = staticmethod(refuse_forward_mode)
 
 
 class _Once(_Function):
@@ -97,7 +98,7 @@ class HUTLinearFunction(_Function):
         spec: Spec,
         backend: str,
     ) -> Tensor:
-        return ops.call(ops.forward, x, weight, hut_A, hut_B, bias, gamma, beta, *spec, backend)
+        return call(ops.forward, x, weight, hut_A, hut_B, bias, gamma, beta, *spec, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -129,7 +130,7 @@ def _gradients(
     need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
     d_x = d_A = d_B = d_gamma = None
     if need_x or need_A or need_B or need_gamma:
-        grads = iter(ops.call(
+        grads = iter(call(
             ops.backward, grad, x, weight, hut_A, hut_B, gamma,
             *ctx.spec, need_x, need_A, need_B, need_gamma, ctx.backend,
         ))  # fmt: skip
@@ -218,7 +219,7 @@ class HUTGroupedFunction(_Function):
         spec: Spec,
         backend: str,
     ) -> Tensor:
-        return ops.call(
+        return call(
             ops.grouped_forward,
             *(x, weight, hut_A, hut_B, offsets, bias, gamma, beta, *spec[:3], backend),
         )
@@ -252,7 +253,7 @@ def _grouped_gradients(
     """The gradients that are asked for, one for each argument of forward."""
     need_x, _, need_A, need_B, _, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
     need_sums = need_bias or need_beta or (need_gamma and bias is not None)
-    made = iter(ops.call(
+    made = iter(call(
         ops.grouped_backward, grad, x, weight, hut_A, hut_B, offsets, gamma, *ctx.spec[:3],
         need_x, need_A, need_B, need_gamma, need_sums, ctx.backend,
     ))  # fmt: skip

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, planner
+from . import planner
 from .devices import gpu
 from .layer import Layer, Needs
+from .rules import undifferentiated
 
 # Importing it defines torch.ops.hut_cuda; ImportError is for dispatch.py to tell about.
 importlib.import_module("hut_kernels._C")
@@ -30,7 +31,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 # As ops.py's, which call these from below autograd's key: differentiated by themselves they raise.
 for _name in ("forward", "backward", "weight"):
-    _library.impl(_name, ops.undifferentiated(_operator(_name)), "Autograd")
+    _library.impl(_name, undifferentiated(_operator(_name)), "Autograd")
 
 
 def linear_forward(x: Tensor, layer: Layer) -> Tensor:

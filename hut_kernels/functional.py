@@ -18,6 +18,7 @@ from .checks import (
     check_tensors,
 )
 from .layer import Layer, Spec
+from .rules import call
 
 
 def hut_linear(
@@ -126,7 +127,7 @@ def hut_weight(
     dtype = weight.dtype if dtype is None else dtype
     check_dtype("dtype", dtype)
     chosen = dispatch.choose("auto", (weight, hut_A, hut_B))
-    return ops.call(ops.weight, weight, hut_A, hut_B, gamma, *spec[:3], dtype, chosen)
+    return call(ops.weight, weight, hut_A, hut_B, gamma, *spec[:3], dtype, chosen)
 
 
 def autocast_input(x: Tensor) -> tuple[Tensor, bool]:

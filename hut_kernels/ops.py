@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 
 from . import grouped_backend, torch_backend
 from .layer import Layer, Needs, Spec, acc_dtype
+from .rules import library, refuse_vmap, undifferentiated
 
-_library = torch.library.Library("hut", "DEF")
 _DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 _DEVICE_KEYS = frozenset(getattr(torch._C.DispatchKey, device) for device in _DEVICES)
 
@@ -40,99 +40,6 @@ def _backend(name: str, *tensors: Tensor) -> Any:
     return auto.PLANNED[name]
 
 
-def refuse_vmap(*args: Any) -> Any:
-    """The rule, of every operator and function, for a dimension that vmap adds (RuntimeError)."""
-    raise RuntimeError(
-        "vmap over the fused hut_linear is not supported, nor over its backward (jacrev, "
-        "vectorize=True, is_grads_batched=True): stack the batch into x's leading dimensions, or "
-        "use fused=False"
-    )
-
-
-def refuse_forward_mode(*args: Any) -> Any:
-    """The rule, of every operator and function, for dual numbers (RuntimeError)."""
-    raise RuntimeError(
-        "the fused hut_linear has no forward-mode derivative (jvp, jacfwd, linearize, dual "
-        "numbers): use fused=False"
-    )
-
-
-def call(operator: Callable[..., Any], *args: Any) -> Any:
-    """Calls an operator whose gradients its caller has: past the rule for all other calls."""
-    if torch.compiler.is_compiling():  # Dynamo does not know the guard
-        if torch._C._are_functorch_transforms_active():
-            # It would look at forward alone.
-            raise RuntimeError(
-                "torch.compile does not see the fused hut_linear's gradients within a transform of "
-                "torch.func: use fused=False, or do not compile the transform"
-            )
-        return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
-
-
-class _Undifferentiated(torch.autograd.Function):
-    """What an operator does where nobody has its gradients: compute, and refuse them."""
-
-    @staticmethod
-    def forward(ctx: Any, operator: Callable[..., Any], *args: Any) -> Any:
-        ctx.layouts = [
-            (arg.shape, arg.dtype) if needed else None
-            for arg, needed in zip((operator, *args), ctx.needs_input_grad, strict=True)
-        ]
-        with torch._C._AutoDispatchBelowAutograd():
-            out = operator(*args)
-        return tuple(out) if isinstance(out, list) else out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # By an operator: a graph of forward and backward is traced before anybody asks for this.
-        refuse = torch.ops.hut.refuse_gradient.default
-        return tuple(
-            None if layout is None else refuse(grads[0], *layout) for layout in ctx.layouts
-        )
-
-    jvp = staticmethod(refuse_forward_mode)  # type: ignore[assignment]
-
-
-def undifferentiated(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule at autograd's key of an operator that is called outside `HUTLinearFunction`."""
-    apply = super(torch.autograd.Function, _Undifferentiated).apply
-
-    def rule(*args: Any) -> Any:
-        if not torch._C._are_functorch_transforms_active():
-            return apply(operator, *args)
-        for tensor in args:
-            if isinstance(tensor, Tensor):
-                if forward_ad.unpack_dual(tensor).tangent is not None:
-                    refuse_forward_mode()
-                if torch.is_grad_enabled() and tensor.requires_grad:
-                    _refuse_gradient()
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*args)
-
-    return rule
-
-
-def _refuse_gradient(*args: Any) -> Any:
-    raise RuntimeError(
-        "an operator of hut_kernels that hut_linear did not call, as in an exported program, has "
-        "no gradients: train the module itself, or export it with fused=False"
-    )
-
-
-_library.define(
-    "refuse_gradient(Tensor grad, SymInt[] size, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.impl("refuse_gradient", _refuse_gradient, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "hut::refuse_gradient",
-    lambda grad, size, dtype: grad.new_empty(size, dtype=dtype),
-    lib=_library,
-)
-
-
 def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Callable], Any]:
     """Defines `hut::name` and registers the decorated function as its implementation everywhere."""
 
@@ -152,16 +59,16 @@ def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Cal
             with torch.autocast(args[0].device.type, enabled=False):
                 return operator(*args)
 
-        _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         operator = getattr(torch.ops.hut, name).default
         refused = undifferentiated(operator)
         for device in _DEVICES:
-            _library.impl(name, detached, device)
-            _library.impl(name, without_autocast, f"Autocast{device}")
-        _library.impl(name, at_autograd, "Autograd", with_keyset=True)
+            library.impl(name, detached, device)
+            library.impl(name, without_autocast, f"Autocast{device}")
+        library.impl(name, at_autograd, "Autograd", with_keyset=True)
         for batched in ("FuncTorchBatched", "Batched"):
-            _library.impl(name, refuse_vmap, batched)
-        torch.library.register_fake(f"hut::{name}", fake, lib=_library)
+            library.impl(name, refuse_vmap, batched)
+        torch.library.register_fake(f"hut::{name}", fake, lib=library)
         return operator
 
     return register

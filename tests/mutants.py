@@ -42,6 +42,7 @@ LAYER = "hut_kernels/layer.py"
 TORCH = "hut_kernels/torch_backend.py"
 AUTOGRAD = "hut_kernels/autograd.py"
 OPS = "hut_kernels/ops.py"
+RULES = "hut_kernels/rules.py"
 FUNCTIONAL = "hut_kernels/functional.py"
 CHECKS = "hut_kernels/checks.py"
 ADAPTERS = "hut_kernels/adapter_file.py"
@@ -146,8 +147,10 @@ MUTANTS = (
     Mutant(
         "d gamma without the bias's part",
         AUTOGRAD,
-        "            d_gamma = d_gamma + bias * sums\n",
-        "            d_gamma = d_gamma + 0 * sums\n",
+        "            d_gamma = d_gamma + bias * sums\n"
+        "        if need_beta:\n            d_beta = sums.to(beta",
+        "            d_gamma = d_gamma + 0 * sums\n"
+        "        if need_beta:\n            d_beta = sums.to(beta",
         ("tests/test_autograd.py", "gradcheck"),
     ),
     Mutant(
@@ -160,15 +163,15 @@ MUTANTS = (
     Mutant(
         "an out x in tensor saved for backward",
         AUTOGRAD,
-        "        ctx.save_for_backward(x if uses_G else None, weight, ",
-        "        ctx.save_for_backward(x if uses_G else None, weight.clone(), ",
+        "(x if uses_G else None, weight, hut_A, hut_B, bias, gamma)\n",
+        "(x if uses_G else None, weight.clone(), hut_A, hut_B, bias, gamma)\n",
         ("tests/test_autograd.py", "saved"),
     ),
     Mutant(
         "x saved where nobody needs it",
         AUTOGRAD,
-        "        ctx.save_for_backward(x if uses_G else None, weight",
-        "        ctx.save_for_backward(x, weight",
+        "(x if uses_G else None, weight, hut_A, hut_B, bias, gamma)\n",
+        "(x, weight, hut_A, hut_B, bias, gamma)\n",
         ("tests/test_autograd.py", "saved"),
     ),
     Mutant(
@@ -196,15 +199,15 @@ MUTANTS = (
     ),
     Mutant(
         "gradients that torch.compile passes over, of zero",
-        AUTOGRAD,
-        "    if torch._C._are_functorch_transforms_active():\n        raise",
-        "    if False:\n        raise",
+        RULES,
+        "        if torch._C._are_functorch_transforms_active():\n            # It",
+        "        if False:\n            # It",
         ("tests/reliability/test_compile.py", "silently_zero"),
     ),
     Mutant(
         "vmap over the backward, not refused",
         OPS,
-        "            _library.impl(name, refuse_vmap, batched)\n",
+        "            library.impl(name, refuse_vmap, batched)\n",
         "            pass\n",
         ("tests/test_autograd.py", "vmap"),
     ),
@@ -218,7 +221,7 @@ MUTANTS = (
     Mutant(
         "autocast let into the operators",
         OPS,
-        '_library.impl(name, without_autocast, f"Autocast{device}")',
+        'library.impl(name, without_autocast, f"Autocast{device}")',
         "pass",
         ("tests/test_ops.py", "autocast"),
     ),

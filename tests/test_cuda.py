@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from hut_kernels import devices, dispatch, hut_linear, hut_weight, ops, planner
+from hut_kernels import devices, dispatch, hut_linear, hut_weight, ops, planner, rules
 
 from . import csrc
 from .references import (
@@ -69,14 +69,14 @@ def emulation(tmp_path_factory):
 @compiled
 def test_by_itself_an_operator_refuses_its_backward(emulation):
     """Its rule under the emulated operators' name; under its own the rule is registered."""
-    rules = torch._C._dispatch_get_registrations_for_dispatch_key("Autograd")
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("Autograd")
     case = make(3, 6, 5, 2)
     leaf = case.hut_A.detach().requires_grad_()
     args = case.x, case.weight, leaf, case.hut_B, None, None, None, False, 1.0, 1.0, False
     with torch.library._scoped_library("hut_emulated", "IMPL") as library:
         for name in ("forward", "backward", "weight"):
-            assert f"hut_cuda::{name}" in rules
-            library.impl(name, ops.undifferentiated(emulation._operator(name)), "Autograd")
+            assert f"hut_cuda::{name}" in registered
+            library.impl(name, rules.undifferentiated(emulation._operator(name)), "Autograd")
         y = torch.ops.hut_emulated.forward(*args)
         with torch.no_grad():
             assert torch.equal(y, torch.ops.hut_emulated.forward(*args))
