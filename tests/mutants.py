@@ -49,6 +49,7 @@ ADAPTERS = "hut_kernels/adapter_file.py"
 FLOPS = "hut_kernels/flops.py"
 DISTRIBUTED = "hut_kernels/distributed.py"
 NN = "hut_kernels/nn.py"
+EXPERTS = "hut_kernels/integrations/experts.py"
 GROUPED = "hut_kernels/grouped.py"
 GROUPED_BACKEND = "hut_kernels/grouped_backend.py"
 VERSIONS = "hut_kernels/versions.py"
@@ -667,6 +668,20 @@ MUTANTS = (
         "    y[ends[-1] :] = 0\n",
         "",
         ("tests/test_grouped.py", "equals_float64"),
+    ),
+    Mutant(
+        "experts' rows combined in the order of experts",
+        EXPERTS,
+        "    place[order] = torch.arange(len(order), device=order.device)\n",
+        "    place[:] = order\n",
+        ("tests/integrations/test_experts.py", "merged_weights"),
+    ),
+    Mutant(
+        "a later choice of implementation silences the experts' adapter",
+        EXPERTS,
+        "def _keep_chosen(experts: nn.Module, args: tuple) -> None:\n    choose(experts)\n",
+        "def _keep_chosen(experts: nn.Module, args: tuple) -> None:\n    pass\n",
+        ("tests/integrations/test_experts.py", "made_later"),
     ),
 )
 

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.integrations import moe
+
+try:
+    from transformers.integrations import moe
+except ImportError as error:
+    raise ImportError(
+        "adapting experts' parameters needs a transformers that has ExpertsInterface: version 5 or "
+        "newer"
+    ) from error
 
 from ..adapters import near_matches
 from ..checks import check_weight

@@ -59,6 +59,9 @@ class HUTConfig(PeftConfig):
         transform: `"low_rank"`, or `"two_sided"`, the paper's.
         offset: 1 for the residual form `T = 1 + scaling * B A`, 0 for the direct form `T = B A`.
         scale_shift: whether to train a scale and a shift of the outputs.
+        target_parameters: names or ends of names of stacks of experts' weights in a transformers
+            model (`"experts.gate_up_proj"`), adapted as LoRA's are; `target_modules=[]` beside
+            them means no linear layer. All adapters of a model must name the same.
         precision: `"merged"` rounds `W0 * T` once; `"split"` keeps the update apart, for a second
             product.
         fused: whether to recompute T tile by tile; False builds it under ordinary autograd.
@@ -99,6 +102,9 @@ class HUTConfig(PeftConfig):
     )
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Values other than hut_alpha, by name or regex"}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of stacks of experts' weights to adapt"}
     )
     transform: str = field(default="low_rank", metadata={"help": "'low_rank' or 'two_sided'"})
     offset: float = field(
@@ -150,6 +156,10 @@ class HUTConfig(PeftConfig):
                 raise ValueError(f"{name} must be a number, got {value!r}")
 
     def _check_layer_options(self) -> None:
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"target_parameters must be a list of names; got {self.target_parameters!r}"
+            )
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")

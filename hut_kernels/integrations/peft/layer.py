@@ -79,6 +79,9 @@ class HUTLayer(BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("hut_A", "hut_B", "hut_gamma", "hut_beta")
     other_param_names: tuple[str, ...] = ("r", "hut_alpha", "scaling", "hut_dropout", "hut_form")
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+    stack: tuple[int, ...] = ()  # the experts, where the weight is a stack of theirs
     cast_input_dtype_enabled: bool = True  # PEFT and diffusers set it; inputs are never cast here
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -95,7 +98,7 @@ class HUTLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, _Unmerged | None] = {}
-        self.out_features, self.in_features = matrix(base_layer).shape
+        *_, self.out_features, self.in_features = self._base_matrix().shape
 
     def update_layer(
         self, adapter_name: str, r: int, alpha: float | None, config: HUTConfig
@@ -114,13 +117,13 @@ class HUTLayer(BaseTunerLayer):
         )
         p = config.hut_dropout
         self.hut_dropout[adapter_name] = nn.Dropout(p) if p > 0 else nn.Identity()
-        self.hut_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
-        self.hut_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
+        self.hut_A[adapter_name] = nn.Parameter(torch.empty(*self.stack, r, self.in_features))
+        self.hut_B[adapter_name] = nn.Parameter(torch.empty(*self.stack, self.out_features, r))
         for vectors in (self.hut_gamma, self.hut_beta):
             if adapter_name in vectors:
                 del vectors[adapter_name]
             if config.scale_shift:
-                vectors[adapter_name] = nn.Parameter(torch.empty(self.out_features))
+                vectors[adapter_name] = nn.Parameter(torch.empty(*self.stack, self.out_features))
         self.reset_hut_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -130,7 +133,7 @@ class HUTLayer(BaseTunerLayer):
         """Makes the adapter the identity; with `init_weights=False`, the identity and noise."""
         A, B = self.hut_A[adapter_name], self.hut_B[adapter_name]
         form = self.hut_form[adapter_name]
-        init_factors_(A, B, form.transform, form.offset)
+        self._init_factors(A, B, form)
         factors = [A, B]
         if adapter_name in self.hut_gamma:
             factors += [
@@ -140,6 +143,9 @@ class HUTLayer(BaseTunerLayer):
         if not init_weights:
             for factor in factors:
                 factor.add_(torch.randn_like(factor), alpha=_INIT_NOISE)
+
+    def _init_factors(self, hut_A: Tensor, hut_B: Tensor, form: Form) -> None:
+        init_factors_(hut_A, hut_B, form.transform, form.offset)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make the adapter's update `scale` times what it was trained for, as LoRA layers do.
@@ -207,7 +213,7 @@ class HUTLayer(BaseTunerLayer):
         if not names:
             return
         base = self.get_base_layer()
-        check_data(base, "weight", "bias")
+        check_data(base, self.weight_name, self.bias_name)
         for name in names:
             for factors in (self.hut_A, self.hut_B, self.hut_gamma, self.hut_beta):
                 check_data(factors, name)
@@ -226,9 +232,9 @@ class HUTLayer(BaseTunerLayer):
                 f"with that bias.",
                 stacklevel=2,
             )
-        merged = {"weight": weight}
+        merged = {self.weight_name: weight}
         if shift is not None and any(name in self.hut_gamma for name in names):
-            merged["bias"] = shift
+            merged[self.bias_name] = shift
         for name, value in merged.items():
             if name not in self._unmerged:
                 self._unmerged[name] = _unmerged(getattr(base, name))
@@ -241,8 +247,8 @@ class HUTLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        check_data(base, "weight", "bias")
-        like = base.weight
+        check_data(base, self.weight_name, self.bias_name)
+        like = getattr(base, self.weight_name)
         for name, kept in self._unmerged.items():
             parameter = None if kept is None else kept.original.get()
             if kept is not None and (
@@ -257,10 +263,11 @@ class HUTLayer(BaseTunerLayer):
     def _before_merging(self) -> tuple[Tensor, Tensor | None]:
         """The base layer's weight and bias without adapters, on its device."""
         base = self.get_base_layer()
-        values = {"weight": base.weight, "bias": bias(base)}
+        weight = getattr(base, self.weight_name)
+        values = {self.weight_name: weight, self.bias_name: getattr(base, self.bias_name, None)}
         for name, kept in self._unmerged.items():
-            values[name] = None if kept is None else kept.value.to(base.weight.device)
-        return values["weight"], values["bias"]
+            values[name] = None if kept is None else kept.value.to(weight.device)
+        return values[self.weight_name], values[self.bias_name]
 
     @torch.no_grad()
     def _merged(
@@ -274,6 +281,10 @@ class HUTLayer(BaseTunerLayer):
         shift = _combined(b0, [self._adapter_bias(name, b0, acc) for name in names])
         weight = self._as_matrix(weight.to(dtype)).contiguous()
         return weight, None if shift is None else shift.to(dtype)
+
+    def _base_matrix(self) -> Tensor:
+        """W0 as `[out_features, in_features]`."""
+        return matrix(self.get_base_layer())
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         """Between the base layer's layout and `[out_features, in_features]`."""
@@ -302,7 +313,7 @@ class HUTLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What merging the adapter adds to the weight, in its layout, detached and in float32."""
-        check_data(self.get_base_layer(), "weight")
+        check_data(self.get_base_layer(), self.weight_name)
         weight = self._before_merging()[0].detach()
         W0 = self._as_matrix(weight)
         delta = self._adapter_weight(adapter_name, W0, acc_dtype(weight.dtype)) - W0

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import (
@@ -72,18 +72,49 @@ class HUTModel(BaseTuner):
         r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, current_key), config.r)
         alpha_key = get_pattern_key(config.alpha_pattern, current_key)
         alpha = config.alpha_pattern.get(alpha_key, config.hut_alpha)
-        _check_target(current_key, target, parent)
-        _check_layout(config, current_key, target)
+        present = isinstance(target, HUTLayer)
+        if parameter_name is None:
+            _check_target(current_key, target, parent)
+            _check_layout(config, current_key, target)
+        else:  # of several wrappers around a module each has a parameter of its own
+            present = getattr(target, "parameter_name", None) == parameter_name
         try:
-            if isinstance(target, HUTLayer):
-                target.update_layer(adapter_name, r, alpha, config)
+            if present:
+                cast(HUTLayer, target).update_layer(adapter_name, r, alpha, config)
                 return
-            layer = Linear(target, adapter_name, r, alpha, config)
+            layer = _new_layer(target, adapter_name, parameter_name, r, alpha, config)
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from error
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def _prepare_adapter_config(self, peft_config: HUTConfig, model_config: dict) -> Any:
+        """LoRA's defaults for `target_modules`, which parameters alone can do without."""
+        known = model_config.get("model_type") in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: HUTConfig, model: nn.Module) -> None:
+        """Refuse parameters that cannot be adapted before anything is changed."""
+        layers = (module for module in model.modules() if isinstance(module, HUTLayer))
+        if peft_config.target_parameters and not any(layer.stack for layer in layers):
+            from ..experts import find_stacks
+
+            find_stacks(model, peft_config.target_parameters)
+
+    def _check_new_adapter_config(self, config: HUTConfig) -> None:
+        """Refuse adapters that target other parameters: their keys hold no names, only an order."""
+        super()._check_new_adapter_config(config)
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            present = set(other.target_parameters or ())
+            if other is not config and wanted and present and wanted != present:
+                raise ValueError(
+                    f"all adapters with target_parameters must target the same set of parameters: "
+                    f"adapter {name!r} has {sorted(present)}; got {sorted(wanted)}"
+                )
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -145,6 +176,21 @@ class HUTModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         """Allow tied weights, of which PEFT warns: a merged layer gets a weight of its own."""
+
+
+def _new_layer(
+    target: nn.Module,
+    adapter_name: str,
+    parameter_name: str | None,
+    r: int,
+    alpha: float | None,
+    config: HUTConfig,
+) -> nn.Module:
+    if parameter_name is None:
+        return Linear(target, adapter_name, r, alpha, config)
+    from .experts import ParamWrapper  # for which transformers must know of experts
+
+    return ParamWrapper(target, adapter_name, parameter_name, r, alpha, config)
 
 
 def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
