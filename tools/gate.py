@@ -33,7 +33,7 @@ from hut_kernels import devices, planner, versions
 from hut_kernels.dispatch import interpreting
 from hut_kernels.layer import Layer, Needs, Spec
 from hut_kernels.triton import forward, grad_factors, grad_input, grad_reduce, weight
-from hut_kernels.triton.launch import LaunchConfig, padded_rank
+from hut_kernels.triton.launch import LaunchConfig, is_heavy, padded_rank
 from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 
 KERNELS = {
@@ -45,7 +45,7 @@ KERNELS = {
 }
 PRODUCTS = ("forward", "grad_input", "grad_factors")  # the kernels with a main loop
 RANKS = (16, 32, 64, 128)
-TOKENS = (16, 64, 4096)  # one number of tokens of each class in the tables
+TOKENS = (16, 64, 128, 4096)  # one number of tokens of each class in the tables
 TYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -56,7 +56,7 @@ TYPES = {
 # elements; groups of `two_sided` that fill whole tiles, and such as do not; bias, gamma, beta and
 # the sums for d gamma; a float32 W0 under 16 bits; a W0 stored transposed, as Conv1D's is.
 VARIANTS = ("plain", "unaligned", "two_sided", "ragged", "vectors", "wide", "transposed")
-HEAVY = ("ragged", "wide", "transposed")  # of which the launch takes its row lightened
+HEAVY = ("ragged", "wide", "transposed")  # what needs more than the plain case
 _TENSOR_CORES = {"sm_90": "HGMMA", "sm_100": "UTC*MMA"}  # HMMA elsewhere
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -125,7 +125,9 @@ def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
             for N in tokens:
                 for variant in VARIANTS:
                     if _stands_for_others(variant, kernel, dtype, r, last=N == tokens[-1]):
-                        tiles = launch_config(kernel, arch, N, r, dtype, variant in HEAVY)
+                        tiles = launch_config(kernel, arch, N, r, dtype)
+                        if is_heavy(_layer(variant, dtype, r, "meta"), TYPES[dtype], tiles):
+                            tiles = launch_config(kernel, arch, N, r, dtype, low_smem=True)
                         yield Config(arch, kernel, dtype, r, N, tiles, variant)
 
 
@@ -195,17 +197,11 @@ def compile_config(config: Config) -> Any:
 
 def _launch(config: Config) -> None:
     """Calls the launcher with tensors of one real layer's size and strides."""
-    dtype, N, r, tiles = TYPES[config.dtype], config.N, config.r, config.row
-    size = {"unaligned": 4099, "ragged": 768}.get(config.variant, 4096)
-    W0 = torch.empty(size, size, dtype=torch.float32 if config.variant == "wide" else dtype)
-    if config.variant == "transposed":
-        W0 = W0.t()
-    vector = torch.empty(size) if config.variant == "vectors" else None
-    hut_A, hut_B = torch.empty(r, size), torch.empty(size, r)
+    dtype, N, tiles = TYPES[config.dtype], config.N, config.row
+    layer = _layer(config.variant, config.dtype, config.r)
+    size = layer.sizes[0]
     x, grad = torch.empty(N, size, dtype=dtype), torch.empty(N, size, dtype=dtype)
-    spec = Spec("two_sided" if config.variant in ("two_sided", "ragged") else "low_rank")
-    needs = Needs(True, True, vector is not None)
-    layer = Layer(W0, hut_A, hut_B, vector, vector, vector, spec)
+    needs = Needs(True, True, layer.gamma is not None)
     if config.kernel == "forward":
         forward.launch_forward(x, layer, tiles)
     elif config.kernel == "grad_input":
@@ -216,6 +212,18 @@ def _launch(config: Config) -> None:
         grad_reduce.launch_grad_reduce(grad[:1], x[:1], layer, needs, tiles, (8, 8), size)
     else:
         weight.launch_weight(layer, dtype, tiles)
+
+
+def _layer(variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:
+    size = {"unaligned": 4099, "ragged": 768}.get(variant, 4096)
+    W0_dtype = torch.float32 if variant == "wide" else TYPES[dtype]
+    W0 = torch.empty(size, size, dtype=W0_dtype, device=device)
+    if variant == "transposed":
+        W0 = W0.t()
+    vector = torch.empty(size, device=device) if variant == "vectors" else None
+    hut_A, hut_B = torch.empty(r, size, device=device), torch.empty(size, r, device=device)
+    spec = Spec("two_sided" if variant in ("two_sided", "ragged") else "low_rank")
+    return Layer(W0, hut_A, hut_B, vector, vector, vector, spec)
 
 
 class _StandIn:
@@ -431,7 +439,7 @@ def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:
     elif config.arch == "sm_100":  # its instructions don't tell their shape
         if len(products) < 1 + thin:
             yield f"one {wanted} in the main loop, for two products"
-    elif done < needed:
+    elif done != needed:  # more: warps that share a tile of T each make it for themselves
         yield f"{done} multiplications by {wanted} in the main loop, of {needed} in its products"
     if not (loop["LDGSTS"] or loop["UTMALDG"]):
         yield "no asynchronous copy in the main loop"

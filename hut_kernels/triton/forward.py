@@ -15,6 +15,7 @@ from .launch import (
     cdiv,
     descriptors,
     layer_strides,
+    moving_factor,
     multiplier_options,
     on_device,
     optional,
@@ -65,6 +66,9 @@ def hut_forward_kernel(
     UNIFORM_Q: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FACTOR: tl.constexpr,
+    FACTOR_TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WHOLE_R: tl.constexpr,
     THIN: tl.constexpr,
     PRECISION: tl.constexpr,
     WGMMA_ASYNC: tl.constexpr,
@@ -93,16 +97,22 @@ def hut_forward_kernel(
     acc = tl.zeros((BO, BN) if W_FIRST else (BN, BO), tl.float32)
     part = tl.cdiv(tl.cdiv(K, BK), num_splits) * BK
     for k in range(split_k * part, min(K, (split_k + 1) * part), BK):
-        b_w = load_tile(p_w, pid_o * BO, k, O, K, stride_wo, stride_wk, BO, BK, TMA)  # [BO, BK]
-        b_x = load_tile(p_x, pid_n * BN, k, N, K, stride_xn, stride_xk, BN, BK, TMA)  # [BN, BK]
+        b_w = load_tile(
+            p_w, pid_o * BO, k, O, K, stride_wo, stride_wk, BO, BK, TMA, WHOLE
+        )  # [BO, BK]
+        b_x = load_tile(
+            p_x, pid_n * BN, k, N, K, stride_xn, stride_xk, BN, BK, TMA, WHOLE, True
+        )  # [BN, BK]
         if TWO_SIDED:
             b_t = two_sided_tile(
                 p_a, p_b, o_o, k + tl.arange(0, BK), r, O, K, stride_ar, stride_ak, stride_bo,
                 stride_br, UNIFORM_P, UNIFORM_Q,
             )  # fmt: skip
         else:
-            b_a = factor_tile(p_a, 0, k, r, K, stride_ar, stride_ak, 1.0, BR, BK, FACTOR)
-            b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
+            b_a = load_tile(
+                p_a, 0, k, r, K, stride_ar, stride_ak, BR, BK, FACTOR_TMA, WHOLE and WHOLE_R
+            )  # [BR, BK]
+            b_t = tl.dot(b_b, b_a.to(FACTOR), input_precision=THIN)  # [BO, BK]
         b_W = modulate(b_w, b_t, constant, RESIDUAL, b_x.dtype)
         if W_FIRST:
             acc = tl.dot(b_W, tl.trans(b_x), acc, input_precision=PRECISION)
@@ -127,11 +137,16 @@ def launch_forward(x: Tensor, layer: Layer, config: LaunchConfig, num_splits: in
     tma, (p_x, p_w) = descriptors(
         config, (x, [config.BN, config.BK]), (layer.weight, [config.BO, config.BK])
     )
+    options = multiplier_options(layer, x.dtype, config, residual=True)
     with on_device(x):
+        hut_A, factor_tma, p_a = moving_factor(
+            layer.hut_A, [options["BR"], config.BK], config, N, options
+        )
+        layer = layer._replace(hut_A=hut_A)
         hut_forward_kernel[(cdiv(N, config.BN) * cdiv(O, config.BO) * num_splits,)](
             p_x,
             p_w,
-            layer.hut_A,
+            p_a,
             layer.hut_B,
             optional(layer.bias, x),
             optional(layer.gamma, x),
@@ -152,11 +167,12 @@ def launch_forward(x: Tensor, layer: Layer, config: LaunchConfig, num_splits: in
             PRECISION=product_precision(x.dtype),
             WGMMA_ASYNC=config.wgmma_async,
             TMA=tma,
+            FACTOR_TMA=factor_tma,
             W_FIRST=config.W_FIRST,
             SPLIT_K=num_splits > 1,
             BN=config.BN,
             GROUP=config.GROUP,
-            **multiplier_options(layer, x.dtype, config, residual=True),
+            **options,
             **config.meta(),
         )
         if num_splits > 1:

@@ -57,6 +57,7 @@ def hut_grad_factors_kernel(
     UNIFORM_Q: tl.constexpr,
     PRECISION: tl.constexpr,
     THIN: tl.constexpr,
+    WHOLE: tl.constexpr,
     WGMMA_ASYNC: tl.constexpr,
     TMA: tl.constexpr,
     BN: tl.constexpr,

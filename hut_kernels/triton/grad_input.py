@@ -11,6 +11,7 @@ from .launch import (
     cdiv,
     descriptors,
     layer_strides,
+    moving_factor,
     multiplier_options,
     on_device,
     product_precision,
@@ -46,10 +47,14 @@ def hut_grad_input_kernel(
     UNIFORM_Q: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FACTOR: tl.constexpr,
+    FACTOR_TMA: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WHOLE_R: tl.constexpr,
     THIN: tl.constexpr,
     PRECISION: tl.constexpr,
     WGMMA_ASYNC: tl.constexpr,
     TMA: tl.constexpr,
+    W_FIRST: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
@@ -67,25 +72,47 @@ def hut_grad_input_kernel(
         b_a = factor_tile(
             p_a, 0, pid_k * BK, r, K, stride_ar, stride_ak, scaling, BR, BK, FACTOR
         )  # [BR, BK]
+        if W_FIRST:
+            b_a = tl.trans(b_a)
 
-    acc = tl.zeros((BN, BK), tl.float32)
+    acc = tl.zeros((BK, BN) if W_FIRST else (BN, BK), tl.float32)
     part = tl.cdiv(tl.cdiv(O, BO), num_splits) * BO
     for o in range(split_k * part, min(O, (split_k + 1) * part), BO):
         o_o = o + tl.arange(0, BO)
-        b_g = load_tile(p_g, pid_n * BN, o, N, O, stride_gn, stride_go, BN, BO, TMA)  # [BN, BO]
-        b_w = load_tile(p_w, o, pid_k * BK, O, K, stride_wo, stride_wk, BO, BK, TMA)  # [BO, BK]
-        if TWO_SIDED:
-            b_t = two_sided_tile(
-                p_a, p_b, o_o, o_k, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
-                UNIFORM_P, UNIFORM_Q,
-            )  # fmt: skip
+        b_g = load_tile(
+            p_g, pid_n * BN, o, N, O, stride_gn, stride_go, BN, BO, TMA, WHOLE, True
+        )  # [BN, BO]
+        b_w = load_tile(
+            p_w, o, pid_k * BK, O, K, stride_wo, stride_wk, BO, BK, TMA, WHOLE
+        )  # [BO, BK]
+        if not TWO_SIDED:
+            b_b = load_tile(
+                p_b, o, 0, O, r, stride_bo, stride_br, BO, BR, FACTOR_TMA, WHOLE and WHOLE_R
+            ).to(FACTOR)  # [BO, BR]
+        if W_FIRST:
+            if TWO_SIDED:  # as of the transposed layer, whose factors have changed places
+                b_t = two_sided_tile(
+                    p_b, p_a, o_k, o_o, r, K, O, stride_br, stride_bo, stride_ak, stride_ar,
+                    UNIFORM_Q, UNIFORM_P,
+                )  # fmt: skip
+            else:
+                b_t = tl.dot(b_a, tl.trans(b_b), input_precision=THIN)  # [BK, BO]
+            b_W = modulate(tl.trans(b_w), b_t, constant, RESIDUAL, b_g.dtype)
+            acc = tl.dot(b_W, tl.trans(b_g), acc, input_precision=PRECISION)
         else:
-            b_b = factor_tile(p_b, o, 0, O, r, stride_bo, stride_br, 1.0, BO, BR, FACTOR)
-            b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
-        b_W = modulate(b_w, b_t, constant, RESIDUAL, b_g.dtype)
-        acc = tl.dot(b_g, b_W, acc, input_precision=PRECISION)
+            if TWO_SIDED:
+                b_t = two_sided_tile(
+                    p_a, p_b, o_o, o_k, r, O, K, stride_ar, stride_ak, stride_bo, stride_br,
+                    UNIFORM_P, UNIFORM_Q,
+                )  # fmt: skip
+            else:
+                b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
+            b_W = modulate(b_w, b_t, constant, RESIDUAL, b_g.dtype)
+            acc = tl.dot(b_g, b_W, acc, input_precision=PRECISION)
         acc = keep_wgmma_async(acc, WGMMA_ASYNC)
 
+    if W_FIRST:
+        acc = tl.trans(acc)
     o_dx = (split_k.to(tl.int64) * N + o_n)[:, None] * K + o_k[None, :]
     mask = (o_n < N)[:, None] & (o_k < K)[None, :]
     tl.store(p_dx + o_dx, acc.to(p_dx.dtype.element_ty), mask=mask)
@@ -108,12 +135,17 @@ def launch_grad_input(
     tma, (p_g, p_w) = descriptors(
         config, (grad, [config.BN, config.BO]), (layer.weight, [config.BO, config.BK])
     )
+    options = multiplier_options(layer, grad.dtype, config, residual=True)
     with on_device(grad):
+        hut_B, factor_tma, p_b = moving_factor(
+            layer.hut_B, [config.BO, options["BR"]], config, N, options
+        )
+        layer = layer._replace(hut_B=hut_B)
         hut_grad_input_kernel[(cdiv(N, config.BN) * cdiv(K, config.BK) * num_splits,)](
             p_g,
             p_w,
             layer.hut_A,
-            layer.hut_B,
+            p_b,
             out,
             N,
             K,
@@ -127,10 +159,12 @@ def launch_grad_input(
             PRECISION=product_precision(grad.dtype),
             WGMMA_ASYNC=config.wgmma_async,
             TMA=tma,
+            FACTOR_TMA=factor_tma,
+            W_FIRST=config.W_FIRST,
             SPLIT_K=num_splits > 1,
             BN=config.BN,
             GROUP=config.GROUP,
-            **multiplier_options(layer, grad.dtype, config, residual=True),
+            **options,
             **config.meta(),
         )
         if num_splits > 1:

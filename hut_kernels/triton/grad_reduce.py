@@ -51,6 +51,7 @@ def hut_grad_reduce_kernel(
     UNIFORM_P: tl.constexpr,
     UNIFORM_Q: tl.constexpr,
     THIN: tl.constexpr,
+    WHOLE: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,

@@ -131,7 +131,28 @@ def multiplier_options(
         "RESIDUAL": residual,
         "FACTOR": tl.bfloat16 if small else tl.float32,
         "BR": padded_rank(layer.sizes[2]),
+        "WHOLE_R": layer.sizes[2] == padded_rank(layer.sizes[2]),
     }
+
+
+def moving_factor(
+    factor: Tensor, block: list[int], config: LaunchConfig, N: int, options: dict[str, Any]
+) -> tuple[Tensor, bool, Any]:
+    """The factor whose tiles move with the main loop, rounded once a call to the operand type.
+
+    Rounded in the kernel it would be read in twice the bytes and rounded by every program; that is
+    cheaper than another launch where few tokens leave W0's own bytes to cover those of a thin one.
+
+    Returns:
+        The factor; whether the kernel takes it as a TMA descriptor with tiles of `block`; the
+        descriptor, or else the factor.
+    """
+    covered = N <= 16 and options["BR"] <= 16
+    if options["TWO_SIDED"] or options["FACTOR"] != tl.bfloat16 or covered:
+        return factor, False, factor
+    factor = factor.to(torch.bfloat16)
+    tma, (operand,) = descriptors(config, (factor, block))
+    return factor, tma, operand
 
 
 def transform_options(layer: Layer, dtype: torch.dtype, config: LaunchConfig) -> dict[str, Any]:
@@ -143,6 +164,7 @@ def transform_options(layer: Layer, dtype: torch.dtype, config: LaunchConfig) ->
         "UNIFORM_P": two_sided and _is_uniform(O, r, config.BO),
         "UNIFORM_Q": two_sided and _is_uniform(K, r, config.BK),
         "THIN": thin_precision(dtype),
+        "WHOLE": O % config.BO == 0 and K % config.BK == 0,
         "BO": config.BO,
         "BK": config.BK,
     }

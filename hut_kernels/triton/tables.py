@@ -1,17 +1,21 @@
 """Launch tables: which tiles, warps and pipeline stages, a line for each architecture's kernels.
 
-A cell reads `BNxBOxBK/warps/stages`: tile sizes over tokens, out_features and in_features. `/W`
-means that the weight tile is the left operand of the product. The columns are r up to 16, 32, 64
-and 128; the lines are for up to 16 tokens, up to 64, and more. `16-bit` is bf16 and fp16, `fp32`
-is ieee.
+A cell reads `BNxBOxBK/warps/stages`: tile sizes over tokens, out_features and in_features. `W`
+behind it means that the weight tile is the left operand of the product, `A` that the wgmma's must
+be kept asynchronous (`tiles.keep_wgmma_async`). The columns are r up to 16, 32, 64 and 128; the
+lines are for up to 16 tokens, up to 64, up to 128, and more. `16-bit` is bf16 and fp16, `fp32` is
+ieee.
 
 The cells are the largest tiles that pass the gate (no spills, asynchronous copies, the right tensor
 core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What surprises:
 
 - sm_90 and sm_100 load through tensor descriptors (TMA), the others through pointers (cp.async).
 - sm_90 and sm_100 have no tensor-core product with fewer than 64 rows on its left side. With few
-  tokens the weight is put there (`/W`), and dx, whose weight stands on the right, pads to 64.
-- `/W` is taken elsewhere too: T's accumulator is then the left operand as it lies in registers.
+  tokens the weight is put there (`W`); sm_100's dx, whose weight stands on the right, pads to 64.
+- `W` is taken elsewhere too: T's accumulator is then the left operand as it lies in registers. On
+  sm_80 and sm_89 dx cannot take it: a W0 that is transposed there has no asynchronous copy.
+- The warps of T's product are arranged as those of the large one, by its rows. Where T has fewer
+  (dx with 128 tokens and 32 rows of W), several make the same; the cells are such that none does.
 - fp32 (ieee) products run on the CUDA cores, where a large tile only spills.
 - fp16 decides many cells of its line: its factors stay float32, twice the memory of bf16's.
 - Past r = 64 the tiles shrink because A's, `[r, BK]` in float32, takes most of the shared memory.
@@ -32,52 +36,64 @@ RANKS = (16, 32, 64, 128)
 
 _TABLE = """
 sm_80
-forward       16    16-bit  16x64x128/4/4/W  16x64x128/4/4/W  16x64x64/4/4/W   16x64x64/4/3/W
+forward       16    bf16    16x64x128/4/4/W  16x64x128/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W
+forward       16    fp16    16x64x128/4/4/W  16x64x128/4/4/W  16x64x64/4/4/W   16x64x64/4/3/W
 forward       64    16-bit  64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   64x64x32/4/4/W
-forward       more  16-bit  128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W
+forward       128   bf16    128x128x32/4/3   128x128x32/4/3   128x128x32/4/3   128x128x32/4/3
+forward       128+  fp16    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W
+forward       more  bf16    256x128x32/8/3   256x128x32/8/3   256x128x32/8/3   256x128x32/8/3
 forward       16    tf32    16x64x128/4/4/W  16x64x128/4/3/W  16x64x64/4/4/W   16x64x64/4/3/W
 forward       64    tf32    64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   64x64x32/4/4/W
-forward       more  tf32    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/4/3/W
+forward       128+  tf32    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/4/3/W
 grad_input    16    16-bit  16x64x128/4/4    16x64x128/4/4    16x64x128/4/4    16x32x128/4/3
-grad_input    64    16-bit  64x32x128/4/4    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3
-grad_input    more  16-bit  128x32x256/8/3   128x64x64/8/3    128x32x128/8/3   64x32x128/4/3
+grad_input    64    16-bit  64x32x128/4/4    64x32x128/4/4    64x32x128/4/4    64x32x128/4/2
+grad_input    128+  bf16    128x32x256/8/3   128x32x256/8/3   128x32x256/8/3   64x32x128/4/3
+grad_input    128+  fp16    128x32x256/8/3   128x32x256/8/3   128x32x256/8/2   64x32x128/4/2
 grad_input    16    tf32    16x64x128/4/4    16x64x128/4/3    16x32x128/4/4    16x32x128/4/3
-grad_input    64    tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/8/3
-grad_input    more  tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x64/8/3
+grad_input    64+   tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x128/4/2
 grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_89
-forward       16    16-bit  16x64x64/4/4/W   16x64x64/4/4/W   16x64x64/4/4/W   16x64x32/4/4/W
+forward       16    bf16    16x64x64/4/4/W   16x64x64/4/4/W   16x128x64/4/3/W  16x64x64/4/4/W
+forward       16    fp16    16x64x64/4/4/W   16x64x64/4/4/W   16x64x64/4/4/W   16x64x32/4/4/W
 forward       64    16-bit  64x64x64/4/3/W   64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/3/W
-forward       more  16-bit  128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/8/3/W
+forward       128   bf16    128x128x32/4/3   128x128x32/4/3   128x128x32/4/3   128x128x32/4/3
+forward       128+  fp16    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/4/3/W
+forward       more  bf16    256x128x32/8/3   256x128x32/8/3   256x128x32/8/3   256x128x32/8/2
 forward       16    tf32    16x64x64/4/4/W   16x64x64/4/4/W   16x64x64/4/3/W   16x64x32/4/3/W
 forward       64    tf32    64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/4/W   64x64x32/4/3/W
-forward       more  tf32    128x128x32/8/3/W 128x128x32/8/3/W 128x64x32/4/3/W  64x64x32/4/3/W
+forward       128+  tf32    128x128x32/8/3/W 128x128x32/8/3/W 128x64x32/4/3/W  64x64x32/4/3/W
 grad_input    16    16-bit  16x32x128/4/4    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3
-grad_input    64    16-bit  64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3
-grad_input    more  16-bit  128x32x128/8/3   128x32x128/8/3   128x32x128/8/2   64x32x64/8/3
+grad_input    64    bf16    64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2
+grad_input    64    fp16    64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x64x64/4/2
+grad_input    128+  bf16    128x32x256/8/2   128x32x256/8/2   128x32x256/8/2   64x32x128/4/2
+grad_input    128+  fp16    128x32x256/8/2   128x32x256/8/2   128x32x256/8/2   64x64x64/4/2
 grad_input    16    tf32    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3     16x32x64/4/3
-grad_input    64    tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
-grad_input    more  tf32    64x32x128/4/3    64x32x128/4/3    64x32x64/4/3     64x32x64/4/2
+grad_input    64+   tf32    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2    32x32x64/4/2
 grad_factors  any   16-bit  32x128x64/8/4    32x128x64/8/4    32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_90
-forward       16    16-bit  16x64x128/4/4/W  16x64x128/4/4/W  16x64x128/4/3/W  16x64x64/4/4/W
-forward       64    16-bit  64x64x128/4/3/W  64x64x128/4/3/W  64x64x64/4/4/W   64x64x64/4/3/W
-forward       more  16-bit  128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W
-forward       16    tf32    16x64x128/4/4/W  16x64x128/4/4/W  16x64x128/4/3/W  16x64x64/4/4/W
-forward       64    tf32    64x64x128/4/3/W  64x64x128/4/3/W  64x64x64/4/4/W   64x64x64/4/3/W
-forward       more  tf32    128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W 128x128x32/8/3/W
-grad_input    16    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x64/4/4     64x64x64/4/3
-grad_input    64    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x64/4/4     64x64x64/4/3
-grad_input    more  16-bit  128x64x128/8/3   128x64x128/8/3   128x64x128/8/3   64x64x64/4/3
-grad_input    16    tf32    64x64x64/4/3     64x64x64/4/3     64x64x64/4/3     64x64x64/4/2
-grad_input    64    tf32    64x64x64/4/3     64x64x64/4/3     64x64x64/4/3     64x64x64/4/2
-grad_input    more  tf32    128x64x64/8/3    128x64x64/8/3    128x64x64/8/2    128x64x64/8/2
+forward       16    bf16    16x64x128/4/4/WA 16x64x128/4/4/WA 16x128x64/4/4/WA 16x128x64/4/3/WA
+forward       16    fp16    16x64x128/4/4/WA 16x64x128/4/4/WA 16x64x128/4/3/WA 16x64x64/4/4/WA
+forward       64    16-bit  64x64x128/4/3/WA 64x64x128/4/3/WA 64x64x64/4/4/WA  64x64x64/4/3/WA
+forward       128   bf16    128x128x64/8/3/WA 128x128x64/8/3/WA 128x128x64/8/3/W 128x128x64/8/3/WA
+forward       128+  fp16    128x128x64/8/3/WA 128x128x64/8/3/WA 128x128x64/8/3/W 128x128x64/8/2/WA
+forward       more  bf16    256x128x64/8/3/WA 256x128x64/8/3/WA 256x128x64/8/2/W 256x128x64/8/2/W
+forward       16    tf32    16x64x128/4/4/WA 16x64x128/4/4/WA 16x64x128/4/3/WA 16x64x64/4/4/WA
+forward       64    tf32    64x64x128/4/3/WA 64x64x128/4/3/WA 64x64x64/4/4/WA  64x64x64/4/3/WA
+forward       128+  tf32    128x128x64/8/3/WA 128x128x64/8/3/WA 128x128x64/8/2/WA 128x128x32/8/3/WA
+grad_input    16    16-bit  16x64x128/4/4/WA 16x64x128/4/4/WA 16x64x128/4/4/WA 16x64x64/4/4/WA
+grad_input    64    16-bit  64x64x128/4/3/WA 64x64x128/4/3/WA 64x64x64/4/4/WA  64x64x64/4/3/WA
+grad_input    128   bf16    128x64x128/8/3/WA 128x64x128/8/3/WA 128x64x128/8/3/WA 128x64x128/8/3/WA
+grad_input    128+  fp16    128x64x128/8/3/WA 128x64x128/8/3/WA 128x64x128/8/3/WA 128x32x128/8/3/WA
+grad_input    more  bf16    256x64x128/8/3/WA 256x64x128/8/3/WA 256x64x128/8/2/WA 256x64x128/8/2/WA
+grad_input    16    tf32    64x64x64/4/3/A   64x64x64/4/3/A   64x64x64/4/3/A   64x64x64/4/2/A
+grad_input    64    tf32    64x64x64/4/3/A   64x64x64/4/3/A   64x64x64/4/3/A   64x64x64/4/2/A
+grad_input    128+  tf32    128x32x128/8/3/WA 128x32x128/8/3/WA 128x32x128/8/3/WA 128x32x128/8/2/WA
 grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
 grad_factors  any   tf32    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
 weight        any   16-bit  16x32x64/4/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
@@ -85,27 +101,25 @@ weight        any   16-bit  16x32x64/4/1     16x64x128/8/1    16x64x128/8/1    1
 sm_100
 forward       16    16-bit  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/3/W
 forward       64    16-bit  64x128x64/4/4/W  64x128x64/4/4/W  64x128x64/4/3/W  64x128x64/4/2/W
-forward       more  16-bit  128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W
+forward       128+  16-bit  128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W
 forward       16    tf32    16x128x64/4/3/W  16x128x64/4/3/W  16x128x64/4/3/W  16x128x64/4/2/W
 forward       64    tf32    64x128x64/4/3/W  64x128x64/4/3/W  64x128x64/4/2/W  64x128x32/4/3/W
-forward       more  tf32    128x128x64/8/2/W 128x128x64/8/2/W 128x128x32/8/3/W 128x128x32/8/2/W
+forward       128+  tf32    128x128x64/8/2/W 128x128x64/8/2/W 128x128x32/8/3/W 128x128x32/8/2/W
 grad_input    16    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x128/4/3    64x64x128/4/2
 grad_input    64    16-bit  64x64x128/4/3    64x64x128/4/3    64x64x128/4/3    64x64x128/4/2
-grad_input    more  16-bit  128x64x128/8/3   128x64x128/8/3   128x64x128/8/3   128x64x128/8/2
+grad_input    128+  16-bit  128x64x128/8/3   128x64x128/8/3   128x64x128/8/3   128x64x128/8/2
 grad_input    16    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/8/2
 grad_input    64    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/8/2
-grad_input    more  tf32    128x64x128/8/2   128x64x128/8/2   128x32x128/8/3   128x32x128/8/2
+grad_input    128+  tf32    128x64x128/8/2   128x64x128/8/2   128x32x128/8/3   128x32x128/8/2
 grad_factors  any   16-bit  64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
 grad_factors  any   tf32    32x128x64/8/2    32x128x64/8/2    32x128x64/8/2    32x128x64/8/2
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 all
 forward       16    fp32    16x64x32/8/2     16x64x32/8/2     16x32x32/8/2     16x64x32/8/2
-forward       64    fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
-forward       more  fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
+forward       64+   fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 grad_input    16    fp32    16x64x32/8/2     16x64x32/8/2     16x64x32/8/2     16x64x32/8/2
-grad_input    64    fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
-grad_input    more  fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
+grad_input    64+   fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 grad_factors  any   fp32    32x32x32/8/2     32x32x32/8/2     32x32x32/8/2     32x32x32/8/2
 grad_reduce   any   16-bit  16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x32/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
@@ -129,10 +143,9 @@ def launch_config(
         low_smem: For a call whose tiles need more than those that the table was made for
             (`launch.is_heavy`).
     """
-    tokens = "16" if N <= 16 else "64" if N <= 64 else "more"
-    kind = "16-bit" if dtype in ("bf16", "fp16") else dtype
+    tokens = next((str(most) for most in (16, 64, 128) if N <= most), "128" if low_smem else "more")
     column = next(i for i, most in enumerate(RANKS) if r <= most)
-    config = _table()[family(arch), kernel, tokens, kind][column]
+    config = _table()[family(arch), kernel, tokens, dtype][column]
     return _with_low_smem(kernel, config) if low_smem else config
 
 
@@ -141,8 +154,10 @@ def _with_low_smem(kernel: str, config: LaunchConfig) -> LaunchConfig:
     if kernel == "grad_factors":
         return dataclasses.replace(config, BK=min(config.BK, 64))
     if kernel in ("forward", "grad_input"):
-        columns, stages = max(32, config.BK // 2), min(2, config.stages)
-        return dataclasses.replace(config, BK=columns, warps=8, stages=stages)
+        stages = min(2, config.stages)
+        if kernel == "grad_input" and config.W_FIRST:  # its product sums over BO
+            return dataclasses.replace(config, BO=config.BO // 2, stages=stages)
+        return dataclasses.replace(config, BK=max(32, config.BK // 2), warps=8, stages=stages)
     return config  # no loop that keeps tiles for its next steps
 
 
@@ -155,7 +170,11 @@ def family(arch: str) -> str:
 
 @functools.cache
 def _table() -> dict[tuple[str, str, str, str], tuple[LaunchConfig, ...]]:
-    """The table, parsed; `all` stands for each family, `any` for each class of tokens."""
+    """The table, parsed.
+
+    `all` stands for each family, `any` for each class of tokens, `64+` for 64 and what is beyond,
+    `16-bit` for both types.
+    """
     table = {}
     archs: tuple[str, ...] = ()
     for line in _TABLE.split("\n"):
@@ -166,13 +185,21 @@ def _table() -> dict[tuple[str, str, str, str], tuple[LaunchConfig, ...]]:
             kernel, tokens, kind, *cells = words
             for arch in archs:
                 parsed = tuple(_parse(cell, arch, kind) for cell in cells)
-                for each in ("16", "64", "more") if tokens == "any" else (tokens,):
-                    table[arch, kernel, each, kind] = parsed
+                for each in _TOKENS.get(tokens, (tokens,)):
+                    for dtype in ("bf16", "fp16") if kind == "16-bit" else (kind,):
+                        table[arch, kernel, each, dtype] = parsed
     return table
 
 
+_TOKENS = {
+    "any": ("16", "64", "128", "more"),
+    "64+": ("64", "128", "more"),
+    "128+": ("128", "more"),
+}
+
+
 def _parse(cell: str, arch: str, kind: str) -> LaunchConfig:
-    tile, warps, stages, *order = cell.split("/")
+    tile, warps, stages, *letters = cell.split("/")
     BN, BO, BK = (int(size) for size in tile.split("x"))
     return LaunchConfig(
         BN,
@@ -180,7 +207,7 @@ def _parse(cell: str, arch: str, kind: str) -> LaunchConfig:
         BK,
         int(warps),
         int(stages),
-        W_FIRST=order == ["W"],
+        W_FIRST="W" in "".join(letters),
         TMA=arch in ("sm_90", "sm_100") and kind != "fp32",
-        wgmma_async=arch == "sm_90",
+        wgmma_async="A" in "".join(letters),
     )

@@ -36,17 +36,29 @@ def load_2d(p, o_rows, stride_row, o_columns, stride_column, m_rows, m_columns):
 @triton.jit
 def load_tile(
     p, row, column, rows, columns, stride_row, stride_column,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr = False,
+    WRAP: tl.constexpr = False,
 ):  # fmt: skip
-    """The tile `[HEIGHT, WIDTH]` at (row, column) of a `[rows, columns]` matrix, zero outside."""
+    """The tile `[HEIGHT, WIDTH]` at (row, column) of a `[rows, columns]` matrix, zero outside.
+
+    WHOLE: no tile reaches past the end, so that the loop over tiles holds no masks. WRAP: rows may,
+    and begin again at the first, for their results are not stored; nor do they need a mask.
+    """
     if TMA:
         return p.load([row, column])
     else:
         o_rows = row + tl.arange(0, HEIGHT)
         o_columns = column + tl.arange(0, WIDTH)
-        return load_2d(
-            p, o_rows, stride_row, o_columns, stride_column, o_rows < rows, o_columns < columns
-        )
+        if WHOLE:
+            if WRAP:
+                o_rows %= rows
+            o_rows = o_rows.to(tl.int64)
+            o_columns = o_columns.to(tl.int64)
+            return tl.load(p + o_rows[:, None] * stride_row + o_columns[None, :] * stride_column)
+        else:
+            return load_2d(
+                p, o_rows, stride_row, o_columns, stride_column, o_rows < rows, o_columns < columns
+            )
 
 
 @triton.jit

@@ -36,6 +36,8 @@ def hut_weight_kernel(
     UNIFORM_Q: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FACTOR: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WHOLE_R: tl.constexpr,
     THIN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,

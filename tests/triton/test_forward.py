@@ -155,6 +155,16 @@ def test_loads_through_descriptors(form, dtype, monkeypatch):
     assert used == [True, False, False, False]
 
 
+@every_form
+@every_dtype
+@pytest.mark.parametrize("r", [3, 16])
+@pytest.mark.parametrize("config", [SQUARE, LEFT], ids=["x first", "W first"])
+def test_whole_tiles_need_no_masks(form, dtype, r, config):
+    """Only the tokens leave a remainder."""
+    case = make_normal(19, 64, 96, r, dtype=dtype, vectors="bias gamma beta", **form)
+    check(case, forward(case, config))
+
+
 @given(
     case=cases(DTYPES, sizes=st.integers(1, 40), leading=False, max_rank=20),
     config=st.sampled_from([SQUARE, WIDE, TALL, LEFT]),

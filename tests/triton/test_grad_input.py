@@ -35,6 +35,8 @@ from .launches import (
 )
 from .test_forward import UNIFORM
 
+LEFT = launch.LaunchConfig(BN=16, BO=16, BK=32, warps=4, stages=1, W_FIRST=True)
+
 
 @every_form
 @every_dtype
@@ -47,9 +49,20 @@ def test_every_variant(form, dtype, config, vectors):
 
 @every_form
 @every_shape
-def test_every_shape(form, shape):
+@pytest.mark.parametrize("config", [SQUARE, LEFT], ids=["grad first", "W first"])
+def test_every_shape(form, shape, config):
     case = make(*shape, min(3, *shape[1:]), vectors="gamma", **form)
-    check(case, grad_input(case))
+    check(case, grad_input(case, config))
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("r", [3, 16])
+@pytest.mark.parametrize("config", [SQUARE, LEFT], ids=["grad first", "W first"])
+def test_whole_tiles_need_no_masks(form, dtype, r, config):
+    """Only the tokens leave a remainder."""
+    case = make_normal(19, 64, 96, r, dtype=dtype, **form)
+    check(case, grad_input(case, config))
 
 
 @every_transform
@@ -133,7 +146,7 @@ def test_loads_through_descriptors(form, dtype, monkeypatch):
 
 @given(
     case=cases(DTYPES, sizes=st.integers(1, 40), leading=False, max_rank=20),
-    config=st.sampled_from([SQUARE, WIDE, TALL]),
+    config=st.sampled_from([SQUARE, WIDE, TALL, LEFT]),
 )
 @examples(40)
 def test_any_layer(case, config):

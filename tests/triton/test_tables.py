@@ -25,7 +25,7 @@ def test_there_is_a_config_for_everything(kernel, arch, N, r, dtype):
         assert size & (size - 1) == 0
     assert tiles.warps in (4, 8)
     assert tiles.stages >= 1
-    assert tiles.wgmma_async == (tables.family(arch) == "sm_90")
+    assert tiles.wgmma_async <= (tables.family(arch) == "sm_90")
 
 
 def test_ranks_fall_into_the_class_above():
@@ -38,10 +38,10 @@ def test_ranks_fall_into_the_class_above():
 
 def test_few_tokens_have_tiles_of_their_own():
     for arch in ARCHITECTURES:
-        tiles = [launch_config("forward", arch, N, 16, "bf16").BN for N in (1, 16, 17, 64, 65)]
-        assert tiles[0] == tiles[1] == 16
-        assert tiles[2] == tiles[3] == 64
-        assert tiles[4] >= 64
+        tokens = (1, 16, 17, 64, 65, 128, 129)
+        tiles = [launch_config("forward", arch, N, 16, "bf16").BN for N in tokens]
+        assert tiles[:6] == [16, 16, 64, 64, 128, 128]
+        assert tiles[6] >= 128
 
 
 def test_a_low_smem_config_takes_no_more_memory():
@@ -52,10 +52,12 @@ def test_a_low_smem_config_takes_no_more_memory():
                     tiles = launch_config(kernel, arch, N, r, "bf16")
                     light = launch_config(kernel, arch, N, r, "bf16", low_smem=True)
                     assert light.BK <= tiles.BK
+                    assert light.BO <= tiles.BO
+                    assert light.BN <= tiles.BN
                     assert light.stages <= max(2, tiles.stages)
-                    assert light.BN * light.BO == tiles.BN * tiles.BO
                     if kernel in ("forward", "grad_input"):
-                        assert (light.BK, light.stages) < (tiles.BK, tiles.stages)
+                        memory = tiles.BO * tiles.BK, tiles.stages, tiles.BN
+                        assert (light.BO * light.BK, light.stages, light.BN) < memory
                         assert light.stages <= 2
 
 
