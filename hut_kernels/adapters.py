@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import formats
 from .bypassed import reason_not_called, switch_off_fused_inference
 from .experts import HUTExperts
 from .nn import HUTLinear, is_conv1d, move_hooks, named
@@ -105,7 +106,8 @@ def experts_integration() -> Any:
 def merge(model: nn.Module) -> nn.Module:
     """Replace every HUT layer of `model` by a plain layer that computes the same, in place.
 
-    A merged layer is frozen and no longer tied to the layer whose weight it shared; the
+    A merged layer is frozen and no longer tied to the layer whose weight it shared; that of a
+    quantized one is dense, and a warning tells what this costs in memory. The
     configuration of a transformers model whose output embeddings these were is told so.
 
     Args:
@@ -121,7 +123,9 @@ def merge(model: nn.Module) -> nn.Module:
         ValueError: a layer was compiled by itself. The model is unchanged.
     """
     if isinstance(model, HUTLinear):
-        return _merged(model)
+        linear = model.to_linear()
+        move_hooks(model, linear)
+        return linear
     modules = list(model.named_modules(remove_duplicate=False))
     adapted = {
         owner
@@ -136,10 +140,12 @@ def merge(model: nn.Module) -> nn.Module:
         with named(name):
             layer.check_plain()
     embedding = _tied_embedding(model)
+    _prepare_dense(model, {layer for _, layer in layers if formats.is_quantized(layer.weight)})
     plain: dict[nn.Module, nn.Module] = {}
     for name, layer in layers:
         if layer not in plain:
-            plain[layer] = _merged(layer)
+            plain[layer] = layer.plain()
+            move_hooks(layer, plain[layer])
             if embedding is not None and layer.weight is embedding:
                 config: Any = model.config
                 config.tie_word_embeddings = False
@@ -149,10 +155,13 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _merged(layer: HUTLinear) -> nn.Module:
-    linear = layer.to_linear()
-    move_hooks(layer, linear)
-    return linear
+def _prepare_dense(model: nn.Module, quantized: set[HUTLinear]) -> None:
+    """Tells quantized layers the model's type, and the user what they will take when dense."""
+    for layer in quantized:
+        layer.dense_default = formats.float_dtype(model)
+    if quantized:
+        sizes = [layer.sizes() for layer in quantized]
+        formats.warn_of_size(len(sizes), *map(sum, zip(*sizes, strict=True)))
 
 
 def _tied_embedding(model: nn.Module) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import planner, torch_backend
 from .devices import Device, gpu
+from .formats import Stored
 from .layer import Layer, Needs, as_rows, dtype_name
 from .planner import Plan, Problem
 from .triton import backend as triton_backend
@@ -57,15 +58,22 @@ class Planned:
 
     def merged_weight(self, layer: Layer, dtype: torch.dtype) -> Tensor:
         """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
-        if self.name == "auto":
+        if self.name == "auto" and not isinstance(layer.weight, Stored):
             return _module("cuda").merged_weight(layer, dtype)
         plan = plan_call(self.name, layer)
         if plan.backend == "triton":
             return triton_backend.merged_weight(plan, layer, dtype)
         return torch_backend.merged_weight(layer, dtype)
 
+    def dequantize(self, weight: Stored, dtype: torch.dtype) -> Tensor:
+        """A stored W0, `[out, in]`, in `dtype`."""
+        if weight.form.name.endswith("_repacked"):
+            return weight.dense(dtype)
+        return triton_backend.dequantize(weight, dtype, _device(weight.device).arch)
+
     def _is_launch_bound(self, layer: Layer) -> bool:
-        return self.name == "auto" and planner.launch_bound(*layer.sizes[:2])
+        bound = self.name == "auto" and planner.launch_bound(*layer.sizes[:2])
+        return bound and not isinstance(layer.weight, Stored)
 
 
 PLANNED = {name: Planned(name) for name in ("triton", "auto")}
@@ -94,6 +102,8 @@ def plan_call(name: str, layer: Layer, *activations: Tensor | None) -> Plan:
     """The plan of a direction, by all its operands; merging is planned as one token."""
     rows = [as_rows(tensor) for tensor in activations if tensor is not None]
     example = rows[0] if rows else layer.weight
+    stored = isinstance(layer.weight, Stored)
+    operands = [*rows, layer.hut_A, layer.hut_B, *(() if stored else (layer.weight,))]
     O, K, r = layer.sizes
     problem = Problem(
         len(rows[0]) if rows else 1,
@@ -101,8 +111,8 @@ def plan_call(name: str, layer: Layer, *activations: Tensor | None) -> Plan:
         O,
         r,
         dtype_name(example.dtype),
-        dtype_name(layer.weight.dtype),
-        all(_is_aligned(tensor) for tensor in (*rows, *layer[:3])),
+        layer.weight.form.name if stored else dtype_name(layer.weight.dtype),
+        all(_is_aligned(tensor) for tensor in operands),
         layer.spec.transform,
         layer.spec.precision,
     )

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import formats, ops
 from .layer import Spec, acc_dtype, as_rows
 from .rules import call, refuse_forward_mode, refuse_vmap
+
+# A stored weight's scales and the text of its layout, beside its codes; empty for a dense one.
+Storage = tuple[()] | tuple[tuple[Tensor, ...], str]
 
 
 class _Function(torch.autograd.Function):
@@ -97,15 +100,18 @@ class HUTLinearFunction(_Function):
         beta: Tensor | None,
         spec: Spec,
         backend: str,
+        stored: Storage = (),
     ) -> Tensor:
-        return call(ops.forward, x, weight, hut_A, hut_B, bias, gamma, beta, *spec, backend)
+        weight, args = formats.dense(weight), (*spec, backend, *stored)
+        return call(ops.forward, x, weight, hut_A, hut_B, bias, gamma, beta, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, hut_A, hut_B, bias, gamma, _, ctx.spec, ctx.backend = inputs
+        x, weight, hut_A, hut_B, bias, gamma, _, ctx.spec, ctx.backend, *stored = inputs
         needs = ctx.needs_input_grad
         uses_G = needs[2] or needs[3] or needs[5]
-        ctx.save_for_backward(x if uses_G else None, weight, hut_A, hut_B, bias, gamma)
+        scales, ctx.form = (stored and stored[0]) or ((), "")
+        ctx.save_for_backward(x if uses_G else None, weight, hut_A, hut_B, bias, gamma, *scales)
         ctx.beta_dtype = None if inputs[6] is None else inputs[6].dtype
 
     @staticmethod
@@ -125,14 +131,16 @@ def _gradients(
     hut_B: Tensor,
     bias: Tensor | None,
     gamma: Tensor | None,
+    *scales: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradients that are asked for, one for each argument of forward."""
-    need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, _, _ = ctx.needs_input_grad
+    need_x, _, need_A, need_B, need_bias, need_gamma, need_beta, *rest = ctx.needs_input_grad
     d_x = d_A = d_B = d_gamma = None
     if need_x or need_A or need_B or need_gamma:
+        stored: Storage = (scales, ctx.form) if ctx.form else ()
         grads = iter(call(
-            ops.backward, grad, x, weight, hut_A, hut_B, gamma,
-            *ctx.spec, need_x, need_A, need_B, need_gamma, ctx.backend,
+            ops.backward, grad, x, formats.dense(weight), hut_A, hut_B, gamma,
+            *ctx.spec, need_x, need_A, need_B, need_gamma, ctx.backend, *stored,
         ))  # fmt: skip
         d_x = next(grads) if need_x else None
         d_A = next(grads) if need_A else None
@@ -140,7 +148,7 @@ def _gradients(
         d_gamma = next(grads) if need_gamma else None
     wants = need_bias, need_gamma, need_beta
     d_bias, d_gamma, d_beta = _vector_gradients(grad, d_gamma, bias, gamma, ctx.beta_dtype, wants)
-    return d_x, None, d_A, d_B, d_bias, d_gamma, d_beta, None, None
+    return d_x, None, d_A, d_B, d_bias, d_gamma, d_beta, *(None for _ in rest)
 
 
 def _vector_gradients(
@@ -170,7 +178,7 @@ def _vector_gradients(
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x weight^T` with the weight cast to x's type in each pass, so that no copy is kept."""
     if torch.compiler.is_exporting():  # see hut_linear
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, formats.dense(weight).to(x.dtype))
     return FrozenLinearFunction.apply(x, weight)
 
 
@@ -182,7 +190,7 @@ class FrozenLinearFunction(_Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, formats.dense(weight).to(x.dtype))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -192,12 +200,40 @@ class FrozenLinearFunction(_Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return grad @ weight.to(grad.dtype), None
+        return grad @ formats.dense(weight).to(grad.dtype), None
 
     @staticmethod
     def forward_mode(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (weight,) = ctx.saved_tensors
-        return F.linear(tangent, weight.to(tangent.dtype))
+        return F.linear(tangent, formats.dense(weight).to(tangent.dtype))
+
+
+class StoredLinearFunction(_Function):
+    """`x W0^T + bias` of a stored W0, which is made dense in each pass."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, backend: str, stored: Storage
+    ) -> Tensor:
+        W0 = call(ops.dequantize, weight, *stored, x.dtype, backend)
+        return F.linear(x, W0, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, weight, bias, ctx.backend, (scales, ctx.form) = inputs
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(weight, *scales)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *scales = ctx.saved_tensors
+        need_x, _, need_bias, *_ = ctx.needs_input_grad
+        d_x = d_bias = None
+        if need_x:
+            d_x = grad @ call(ops.dequantize, weight, scales, ctx.form, grad.dtype, ctx.backend)
+        if need_bias:
+            d_bias = as_rows(grad).sum(0, dtype=acc_dtype(grad.dtype)).to(ctx.bias_dtype)
+        return d_x, None, d_bias, None, None
 
 
 class HUTGroupedFunction(_Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import HUTBackendError
+from .formats import Stored
 from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS, Spec
 
 _FLOAT_NAMES = ", ".join(FLOAT_NAMES)
@@ -117,12 +118,14 @@ def check_frozen(weight: Tensor) -> None:
         )
 
 
-def check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor | Stored) -> None:
     """Refuse a base weight that no path of this package can read.
 
     Raises:
         HUTBackendError: The weight is quantized or sharded.
     """
+    if isinstance(weight, Stored):
+        return
     kind = type(weight)
     if kind in _PLAIN:
         if weight.is_quantized:
@@ -134,13 +137,11 @@ def check_weight(weight: Tensor) -> None:
         raise HUTBackendError(
             f"weight is sharded ({kind.__name__}); gather it first, e.g. weight.full_tensor()"
         )
-    if kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("torchao."):
-        raise HUTBackendError(f"weight is quantized ({kind.__name__}); dequantize it first")
 
 
 def check_tensors(
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | Stored,
+    weight: Tensor | Stored,
     hut_A: Tensor,
     hut_B: Tensor,
     bias: Tensor | None,
@@ -162,7 +163,7 @@ def check_tensors(
             or tensor.is_nested
             or tensor.device != device
             or (type(tensor) not in _PLAIN and hasattr(tensor, "_local_tensor"))
-        ):
+        ) and not (isinstance(tensor, Stored) and tensor.device == device):
             _refuse(names[index], tensor, device)
     _check_shapes(x, weight, hut_A, hut_B, bias, gamma, beta)
     if transform == "two_sided":
@@ -171,10 +172,14 @@ def check_tensors(
 
 
 def _refuse(name: str, tensor: object, device: torch.device | None) -> None:
+    if isinstance(tensor, Stored):
+        raise _elsewhere(name, tensor.device, device)
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name} must be one of {_FLOAT_NAMES}; got {tensor.dtype}")
+        lost = "; a quantized weight loses its class, and what belongs to its codes, by pickle"
+        hint = lost if name == "weight" and tensor.dtype in (torch.uint8, torch.int8) else ""
+        raise TypeError(f"{name} must be one of {_FLOAT_NAMES}; got {tensor.dtype}{hint}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor; got {kind}")
@@ -186,15 +191,18 @@ def _refuse(name: str, tensor: object, device: torch.device | None) -> None:
         )
     if name == "weight" and tensor.is_meta:
         raise HUTBackendError("weight is on the meta device: it has no data to multiply with")
-    raise ValueError(
-        f"all tensors must be on one device, x's (or weight's): {device}; "
-        f"got {name} on {tensor.device}"
+    raise _elsewhere(name, tensor.device, device)
+
+
+def _elsewhere(name: str, found: torch.device, device: torch.device | None) -> ValueError:
+    return ValueError(
+        f"all tensors must be on one device, x's (or weight's): {device}; got {name} on {found}"
     )
 
 
 def _check_shapes(
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | Stored,
+    weight: Tensor | Stored,
     hut_A: Tensor,
     hut_B: Tensor,
     bias: Tensor | None,

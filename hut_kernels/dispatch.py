@@ -17,6 +17,7 @@ from torch import Tensor
 from .checks import check_choice
 from .devices import CPU, Device, gpu
 from .errors import HUTBackendError
+from .formats import Stored
 from .versions import installed, lost_fallback, miscompiled, release
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
@@ -50,7 +51,7 @@ def backends() -> dict[str, dict[str, object]]:
     }
 
 
-def choose(name: str, tensors: Sequence[Tensor]) -> str:
+def choose(name: str, tensors: Sequence[Tensor | Stored]) -> str:
     """The backend that runs a call, by its name in `ops`: `torch`, `triton`, `cuda` or `auto`.
 
     `auto` is left where both Triton and the compiled extension run.
@@ -66,13 +67,16 @@ def choose(name: str, tensors: Sequence[Tensor]) -> str:
     """
     device = tensors[0].device
     if name == "auto":
-        return "torch" if _any_float64(tensors) else auto_backend(device)
+        chosen = "torch" if _any_float64(tensors) else auto_backend(device)
+        return "torch" if chosen == "cuda" and _any_stored(tensors) else chosen
     if name == "torch":
         return name
     check_choice("backend", name, BACKENDS)
     if _any_float64(tensors):
         raise TypeError(f'backend="{name}" has no float64; use backend="torch" or float32')
     missing = _extension_unusable(device) if name == "cuda" else _triton_unusable(device)
+    if name == "cuda" and _any_stored(tensors):
+        missing = "the compiled extension reads dense weights only, and this one is quantized"
     if missing:
         raise HUTBackendError(f'backend="{name}" cannot run here: {missing}')
     if interpreting() and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
@@ -101,7 +105,11 @@ def own_device() -> Device:
     return CPU
 
 
-def _any_float64(tensors: Sequence[Tensor]) -> bool:
+def _any_stored(tensors: Sequence[Tensor | Stored]) -> bool:
+    return any(isinstance(tensor, Stored) for tensor in tensors)
+
+
+def _any_float64(tensors: Sequence[Tensor | Stored]) -> bool:
     return any(tensor.dtype == torch.float64 for tensor in tensors)
 
 

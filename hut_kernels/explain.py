@@ -10,7 +10,7 @@ from .checks import check_choice, check_dtype, check_rank, check_size
 from .devices import CPU, Device, find_device
 from .dispatch import auto_backend, own_device
 from .layer import PRECISIONS, TRANSFORMS, dtype_name
-from .planner import Plan, Problem, plan
+from .planner import STORED_BYTES, Plan, Problem, plan
 from .versions import installed, lost_fallback, miscompiled
 
 
@@ -22,7 +22,7 @@ def explain(
     *,
     dtype: torch.dtype,
     device_name: str | None = None,
-    weight_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | str | None = None,
     transform: str = "low_rank",
     precision: str = "merged",
 ) -> Plan:
@@ -35,7 +35,7 @@ def explain(
         device_name: A known GPU by (part of) its name, such as `"A100"` or `"RTX 4090"`, or
             `"cpu"`; None means this machine's own device, with the compiled extension where it is
             loaded.
-        weight_dtype: W0's type; None means `dtype`.
+        weight_dtype: W0's type, or `"nf4"`, `"fp4"` or `"int8"`; None means `dtype`.
         transform, precision: As in `hut_linear`.
 
     Returns:
@@ -54,7 +54,8 @@ def explain(
     check_choice("precision", precision, PRECISIONS)
     check_rank(r, transform, in_features, out_features)
     check_dtype("dtype", dtype)
-    check_dtype("weight_dtype", weight_dtype)
+    if weight_dtype not in STORED_BYTES:
+        check_dtype("weight_dtype", weight_dtype)
     device = own_device() if device_name is None else _named_device(device_name)
     problem = Problem(
         N,
@@ -62,7 +63,7 @@ def explain(
         out_features,
         r,
         dtype_name(dtype),
-        dtype_name(weight_dtype),
+        str(weight_dtype).removeprefix("torch."),
         aligned=in_features % 16 == 0 and out_features % 16 == 0,
         transform=transform,
         precision=precision,

@@ -26,31 +26,33 @@ Shape = Sequence[int]
 
 def forward_flops(
     x: Shape, weight: Shape, hut_A: Shape, hut_B: Shape, bias: Any, gamma: Any, beta: Any,
-    transform: str, offset: float, scaling: float, precision: str, backend: str, **_: Any,
+    transform: str, offset: float, scaling: float, precision: str, backend: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Operations of `hut::forward`, from its arguments with shapes for tensors."""
-    return _product(x, weight, precision) + _thin(weight, hut_A, transform)
+    sizes = hut_B[0], hut_A[1]  # a stored weight has another shape
+    return _product(x, sizes, precision) + _thin(sizes, hut_A, transform)
 
 
 def backward_flops(
     grad: Shape, x: Shape, weight: Shape, hut_A: Shape, hut_B: Shape, gamma: Any,
     transform: str, offset: float, scaling: float, precision: str,
-    need_x: bool, need_A: bool, need_B: bool, need_gamma: bool, backend: str, **_: Any,
+    need_x: bool, need_A: bool, need_B: bool, need_gamma: bool, backend: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Operations of `hut::backward`: dx, and G with its reductions, where they are needed."""
-    thin = _thin(weight, hut_A, transform)
-    operations = _product(grad, weight, precision) + thin if need_x else 0
+    sizes = hut_B[0], hut_A[1]
+    thin = _thin(sizes, hut_A, transform)
+    operations = _product(grad, sizes, precision) + thin if need_x else 0
     if need_A or need_B or need_gamma:
-        operations += _product(grad, weight) + thin * (need_A + (need_B or need_gamma))
+        operations += _product(grad, sizes) + thin * (need_A + (need_B or need_gamma))
     return operations
 
 
 def weight_flops(
     weight: Shape, hut_A: Shape, hut_B: Shape, gamma: Any,
-    transform: str, offset: float, scaling: float, dtype: Any, backend: str, **_: Any,
+    transform: str, offset: float, scaling: float, dtype: Any, backend: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Operations of `hut::weight`."""
-    return _thin(weight, hut_A, transform)
+    return _thin((hut_B[0], hut_A[1]), hut_A, transform)
 
 
 def grouped_forward_flops(

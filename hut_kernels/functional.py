@@ -7,8 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
-from . import definition, dispatch, ops
-from .autograd import HUTLinearFunction
+from . import autograd, definition, dispatch, formats, ops
+from .autograd import HUTLinearFunction, StoredLinearFunction
 from .checks import (
     OPERANDS,
     check_dtype,
@@ -17,6 +17,7 @@ from .checks import (
     check_options,
     check_tensors,
 )
+from .formats import Stored
 from .layer import Layer, Spec
 from .rules import call
 
@@ -76,18 +77,24 @@ def hut_linear(
         transform, check_number("offset", offset), check_number("scaling", scaling), precision
     )
     check_options(spec)
-    check_tensors(x, weight, hut_A, hut_B, bias, gamma, beta, transform)
+    W0 = formats.stored(weight)
+    check_tensors(x, W0, hut_A, hut_B, bias, gamma, beta, transform)
     check_frozen(weight)
     if not fused and backend not in ("auto", "torch"):
         raise ValueError(f'fused=False needs backend "auto" or "torch"; got {backend!r}')
     x, autocast = autocast_input(x)
     if fused:
-        chosen = dispatch.choose(backend, (x, weight, hut_A, hut_B))
+        chosen = dispatch.choose(backend, (x, W0, hut_A, hut_B))
+        data, stored = (W0.data, (W0.scales, W0.form.text)) if isinstance(W0, Stored) else (W0, ())
         if torch.compiler.is_exporting():  # which keeps a function's forward alone, under no_grad
-            return ops.forward(x, weight, hut_A, hut_B, bias, gamma, beta, *spec, chosen)
-        return HUTLinearFunction.apply(x, weight, hut_A, hut_B, bias, gamma, beta, spec, chosen)
+            data = formats.dense(data)
+            return ops.forward(x, data, hut_A, hut_B, bias, gamma, beta, *spec, chosen, *stored)
+        return HUTLinearFunction.apply(
+            x, data, hut_A, hut_B, bias, gamma, beta, spec, chosen, stored
+        )
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        return definition.linear(x, Layer(weight, hut_A, hut_B, bias, gamma, beta, spec))
+        W0 = formats.dense(weight, x.dtype)
+        return definition.linear(x, Layer(W0, hut_A, hut_B, bias, gamma, beta, spec))
 
 
 def hut_weight(
@@ -123,11 +130,34 @@ def hut_weight(
     spec = Spec(transform, check_number("offset", offset), check_number("scaling", scaling))
     check_options(spec)
     names = ("weight", *OPERANDS[1:])
-    check_tensors(weight, weight, hut_A, hut_B, None, gamma, None, transform, names)
-    dtype = weight.dtype if dtype is None else dtype
+    W0 = formats.stored(weight)
+    check_tensors(W0, W0, hut_A, hut_B, None, gamma, None, transform, names)
+    dtype = W0.dtype if dtype is None else dtype
     check_dtype("dtype", dtype)
-    chosen = dispatch.choose("auto", (weight, hut_A, hut_B))
-    return call(ops.weight, weight, hut_A, hut_B, gamma, *spec[:3], dtype, chosen)
+    chosen = dispatch.choose("auto", (W0, hut_A, hut_B))
+    operands = hut_A, hut_B, gamma, *spec[:3], dtype, chosen
+    if isinstance(W0, Stored):
+        return call(ops.weight, W0.data, *operands, W0.scales, W0.form.text)
+    return call(ops.weight, formats.dense(W0), *operands)
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W0^T + bias`, `[..., out_features]`: a base layer, differentiable in x and bias.
+
+    Args:
+        x: `[..., in_features]`, of the compute type.
+        weight: W0, dense or quantized, `[out_features, in_features]`; made dense for each pass.
+        bias: `[out_features]` or None.
+
+    Raises:
+        HUTBackendError: As `hut_linear`.
+    """
+    W0 = formats.stored(weight)
+    if not isinstance(W0, Stored):
+        y = autograd.frozen_linear(x, W0)
+        return y if bias is None else y + bias.to(y.dtype)
+    chosen = dispatch.choose("auto", (x, W0))
+    return StoredLinearFunction.apply(x, W0.data, bias, chosen, (W0.scales, W0.form.text))
 
 
 def autocast_input(x: Tensor) -> tuple[Tensor, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class Layer(NamedTuple):
     """What a call computes with, apart from its activations.
 
     Attributes:
-        weight: The frozen weight W0, `[out_features, in_features]`, any strides.
+        weight: The frozen weight W0, `[out_features, in_features]`: a tensor of any strides, or a
+            `formats.Stored`, which has a tensor's shape, dtype and device.
         hut_A: `[r, in_features]`.
         hut_B: `[out_features, r]`.
         bias: `[out_features]` or None; None in backward.
@@ -50,7 +51,7 @@ class Layer(NamedTuple):
         spec: The options.
     """
 
-    weight: Tensor
+    weight: Any
     hut_A: Tensor
     hut_B: Tensor
     bias: Tensor | None = None

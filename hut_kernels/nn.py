@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .autograd import frozen_linear
+from . import formats
 from .checks import check_dtype, check_form, check_number, check_rank, check_run_options
 from .errors import HUTBackendError
-from .functional import hut_linear, hut_weight
+from .functional import frozen_linear, hut_linear, hut_weight
 from .layer import FLOATS, effective_bias
 
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
@@ -133,6 +133,7 @@ class HUTLinear(nn.Module):
             number, or a type other than float16, bfloat16, float32 or float64.
     """
 
+    dense_default: torch.dtype = torch.float16
     weight: nn.Parameter
     bias: nn.Parameter | None
     hut_A: nn.Parameter
@@ -177,6 +178,7 @@ class HUTLinear(nn.Module):
         self.dropout = dropout
         self.precision = precision
         self.fused = fused
+        self.compute_dtype: torch.dtype | None = None
         self._conv1d_class: type[nn.Module] | None = None
 
         base = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
@@ -215,24 +217,26 @@ class HUTLinear(nn.Module):
             )
         check_linear(linear)
         conv1d = is_conv1d(linear)
-        weight = linear.get_parameter("weight").detach()
-        out_features, in_features = weight.t().shape if conv1d else weight.shape
+        weight = formats.base_weight(linear)
+        W0 = formats.stored(weight)
+        out_features, in_features = weight.t().shape if conv1d else W0.shape
         layer = cls(
             in_features,
             out_features,
             r,
             bias=linear.bias is not None,
             device="meta",
-            dtype=weight.dtype,
+            dtype=W0.dtype,
             **options,
         )
         layer._conv1d_class = type(linear) if conv1d else None
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.compute_dtype = formats.compute_dtype(linear)
+        layer.weight = formats.shared(weight)
         if layer.bias is not None:
             bias = linear.get_parameter("bias").detach()
             layer.bias = nn.Parameter(bias, requires_grad=False)
         for name, factor in layer.named_factors():
-            setattr(layer, name, nn.Parameter(torch.empty_like(factor, device=weight.device)))
+            setattr(layer, name, nn.Parameter(torch.empty_like(factor, device=W0.device)))
         layer.reset_factors()
         return layer.train(linear.training)
 
@@ -265,9 +269,10 @@ class HUTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`gamma * (x (W0 * T)^T + bias) + beta`, `[..., out_features]`."""
-        if self.dropout and self.training:
-            return self._forward_dropout(x)
-        return self._forward(x)
+        forward = self._forward_dropout if self.dropout and self.training else self._forward
+        if self.compute_dtype is None:
+            return forward(x)
+        return forward(x.to(self.compute_dtype)).to(x.dtype)
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._linear(x, *self._tensors())
@@ -321,7 +326,7 @@ class HUTLinear(nn.Module):
         return parameters[name] if name in parameters else getattr(self, name)
 
     def merged_weight(self) -> Tensor:
-        """Compute `gamma[:, None] * W0 * T`, detached, in `weight`'s own layout and type.
+        """Compute `gamma[:, None] * W0 * T`, detached, in `weight`'s own layout and `dense_dtype`.
 
         Raises:
             HUTBackendError: a parameter is sharded, on the meta device (offloaded), or made by a
@@ -336,12 +341,13 @@ class HUTLinear(nn.Module):
             offset=self.offset,
             scaling=self.scaling,
             gamma=self.gamma,
+            dtype=self.dense_dtype,
         )
         return merged.t().contiguous() if self.fan_in_fan_out else merged
 
     @torch.no_grad()
     def merged_bias(self) -> Tensor | None:
-        """Compute `gamma * bias + beta`, `[out_features]`, in weight's type.
+        """Compute `gamma * bias + beta`, `[out_features]`, in `dense_dtype`.
 
         Returns:
             None without bias and beta.
@@ -350,13 +356,14 @@ class HUTLinear(nn.Module):
             HUTBackendError: as for `merged_weight`.
         """
         self._check_data()
-        bias = effective_bias(self.bias, self.gamma, self.beta, self.weight.dtype)
+        bias = effective_bias(self.bias, self.gamma, self.beta, self.dense_dtype)
         return None if bias is None else bias.clone()
 
     def to_linear(self) -> nn.Module:
         """A plain layer that computes what this one does, on its device and in its weight's type.
 
-        Its parameters are new tensors, and frozen as the base layer's are here.
+        Its parameters are new tensors, and frozen as the base layer's are here. Those of a
+        quantized layer are dense, in its compute type, and a warning tells their size.
 
         Returns:
             An `nn.Linear`, or a Conv1D where the layer came from one.
@@ -366,6 +373,12 @@ class HUTLinear(nn.Module):
             TypeError: the layer has a `forward` of its own, put on it or in a subclass.
         """
         self.check_plain()
+        if formats.is_quantized(self.weight):
+            formats.warn_of_size(1, *self.sizes())
+        return self.plain()
+
+    def plain(self) -> nn.Module:
+        """`to_linear` without its checks and its warning."""
         merged = {"weight": self.merged_weight(), "bias": self.merged_bias()}
         # On meta, so that no values are drawn for parameters that are replaced at once.
         with torch.device("meta"):
@@ -377,6 +390,43 @@ class HUTLinear(nn.Module):
             parameter = None if value is None else nn.Parameter(value, requires_grad=False)
             linear.register_parameter(name, parameter)
         return linear.train(self.training)
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """The type of the merged weight: that of `weight`, or a quantized layer's compute type."""
+        if formats.is_quantized(self.weight):
+            return formats.dense_dtype(self, self.dense_default)
+        return self.weight.dtype
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of a quantized weight, and of the dense one that merging makes of it."""
+        dense = self.in_features * self.out_features * self.dense_dtype.itemsize
+        return formats.stored(self.weight).nbytes, dense
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in formats.statistics(self._parameters.get("weight")).items():
+            destination[prefix + name] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        known = formats.statistics(self._parameters.get("weight"))
+        found = {name: state_dict[prefix + name] for name in known if prefix + name in state_dict}
+        missing_keys += [prefix + name for name in known if name not in found]
+        if known and len(found) == len(known):
+            formats.load_statistics(self._parameters.get("weight"), found)
+            unexpected_keys[:] = [key for key in unexpected_keys if key[len(prefix) :] not in known]
 
     def check_plain(self) -> None:
         """Refuse a layer that no plain layer can stand for; raises what `to_linear` does."""
@@ -526,7 +576,8 @@ def check_linear(linear: nn.Module) -> None:
         if "Linear" in kind and not (isinstance(weight, Tensor) and weight.is_floating_point()):
             raise HUTBackendError(f"{kind} keeps no plain weight (quantised?); dequantise it first")
         raise TypeError(f"expected an nn.Linear or a Conv1D, got {kind}")
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
+    quantized = isinstance(weight, Tensor) and formats.is_quantized(formats.base_weight(linear))
+    if not quantized and (type(weight) is not nn.Parameter or weight.dtype not in FLOATS):
         dtype = getattr(weight, "dtype", None)
         raise HUTBackendError(
             f"the weight of {kind} is a {type(weight).__name__} of {dtype}, but HUT needs an "
@@ -539,7 +590,7 @@ def check_linear(linear: nn.Module) -> None:
             f"the bias of {kind} is a {type(bias).__name__}, but HUT needs an nn.Parameter: make "
             f"what a hook or a parametrization computes permanent first"
         )
-    if (not conv1d and type(linear).forward is not nn.Linear.forward) or is_replaced(linear):
+    if not (conv1d or formats.multiplies_only(linear)) or is_replaced(linear):
         raise TypeError(f"{kind} {_own_forward(linear)}, which a HUTLinear would not run")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import grouped_backend, torch_backend
+from . import formats, grouped_backend, torch_backend
 from .layer import Layer, Needs, Spec, acc_dtype
 from .rules import library, refuse_vmap, undifferentiated
 
@@ -24,6 +24,8 @@ _DEVICE_KEYS = frozenset(getattr(torch._C.DispatchKey, device) for device in _DE
 
 _FACTORS = "Tensor weight, Tensor hut_A, Tensor hut_B"
 _STACK = "Tensor weight, Tensor? hut_A, Tensor? hut_B"
+# Of a stored weight, whose codes are `weight`, its scales and `Layout.text`; by default left out.
+_STORED = "Tensor[]? scales=None, str form=''"
 _SPEC = "str transform, float offset, float scaling"
 
 
@@ -74,14 +76,14 @@ def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Cal
     return register
 
 
-def _fake_forward(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake_forward(x: Tensor, weight: Tensor, hut_A: Tensor, hut_B: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], hut_B.shape[0]))
 
 
 @_operator(
     "forward",
     f"(Tensor x, {_FACTORS}, Tensor? bias, Tensor? gamma, Tensor? beta, "
-    f"{_SPEC}, str precision, str backend) -> Tensor",
+    f"{_SPEC}, str precision, str backend, {_STORED}) -> Tensor",
     _fake_forward,
 )
 def forward(
@@ -97,10 +99,12 @@ def forward(
     scaling: float,
     precision: str,
     backend: str,
+    scales: list[Tensor] | None = None,
+    form: str = "",
 ) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, contiguous, in x's type."""
     spec = Spec(transform, offset, scaling, precision)
-    layer = Layer(weight, hut_A, hut_B, bias, gamma, beta, spec)
+    layer = Layer(formats.restore(weight, scales, form), hut_A, hut_B, bias, gamma, beta, spec)
     y = _backend(backend, x, weight).linear_forward(x, layer)
     # What folds leading dimensions returns a view, on which autograd refuses in-place operations.
     return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
@@ -112,20 +116,20 @@ def _fake_backward(
     need_x, need_A, need_B, need_gamma = rest[5:9]
     fakes = []
     if need_x:
-        fakes.append(grad.new_empty((*grad.shape[:-1], weight.shape[1])))
+        fakes.append(grad.new_empty((*grad.shape[:-1], hut_A.shape[1])))
     if need_A:
         fakes.append(hut_A.new_empty(hut_A.shape))
     if need_B:
         fakes.append(hut_B.new_empty(hut_B.shape))
     if need_gamma:
-        fakes.append(hut_B.new_empty((weight.shape[0],), dtype=acc_dtype(grad.dtype)))
+        fakes.append(hut_B.new_empty((hut_B.shape[0],), dtype=acc_dtype(grad.dtype)))
     return fakes
 
 
 @_operator(
     "backward",
     f"(Tensor grad, Tensor? x, {_FACTORS}, Tensor? gamma, {_SPEC}, str precision, "
-    "bool need_x, bool need_A, bool need_B, bool need_gamma, str backend) -> Tensor[]",
+    f"bool need_x, bool need_A, bool need_B, bool need_gamma, str backend, {_STORED}) -> Tensor[]",
     _fake_backward,
 )
 def backward(
@@ -144,6 +148,8 @@ def backward(
     need_B: bool,
     need_gamma: bool,
     backend: str,
+    scales: list[Tensor] | None = None,
+    form: str = "",
 ) -> list[Tensor]:
     """Those asked for of `dx`, `d hut_A`, `d hut_B` and `sum_i W[o, i] G[o, i]`, in this order.
 
@@ -151,18 +157,20 @@ def backward(
     their types, the last is float32 (float64 for float64). `x` is needed for all but `dx`.
     """
     spec, needs = Spec(transform, offset, scaling, precision), Needs(need_A, need_B, need_gamma)
-    layer = Layer(weight, hut_A, hut_B, None, gamma, None, spec)
+    layer = Layer(formats.restore(weight, scales, form), hut_A, hut_B, None, gamma, None, spec)
     return _backend(backend, grad, weight).linear_backward(grad, x, layer, need_x, needs)
 
 
-def _fake_weight(weight: Tensor, *rest: Any) -> Tensor:
-    dtype = rest[6]
+def _fake_weight(weight: Tensor, hut_A: Tensor, hut_B: Tensor, *rest: Any) -> Tensor:
+    dtype = rest[4]
+    if any(rest[7:]):  # the form of a stored weight
+        return weight.new_empty((hut_B.shape[0], hut_A.shape[1]), dtype=dtype)
     return torch.empty_like(weight, dtype=dtype)
 
 
 @_operator(
     "weight",
-    f"({_FACTORS}, Tensor? gamma, {_SPEC}, ScalarType dtype, str backend) -> Tensor",
+    f"({_FACTORS}, Tensor? gamma, {_SPEC}, ScalarType dtype, str backend, {_STORED}) -> Tensor",
     _fake_weight,
 )
 def weight(
@@ -175,9 +183,12 @@ def weight(
     scaling: float,
     dtype: torch.dtype,
     backend: str,
+    scales: list[Tensor] | None = None,
+    form: str = "",
 ) -> Tensor:
     """The merged weight `gamma[:, None] * W`, `[out, in]`, rounded once to `dtype`."""
-    layer = Layer(weight, hut_A, hut_B, None, gamma, None, Spec(transform, offset, scaling))
+    W0, spec = formats.restore(weight, scales, form), Spec(transform, offset, scaling)
+    layer = Layer(W0, hut_A, hut_B, None, gamma, None, spec)
     return _backend(backend, weight).merged_weight(layer, dtype)
 
 
@@ -254,3 +265,23 @@ def grouped_backward(
     spec, needs = Spec(transform, offset, scaling), Needs(need_A, need_B, need_gamma)
     layer = grouped_backend.Stack(weight, hut_A, hut_B, None, gamma, None, spec)
     return grouped_backend.backward(grad, x, layer, offsets, need_x, needs, need_sums)
+
+
+def _fake_dequantize(
+    weight: Tensor, scales: list[Tensor], form: str, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return weight.new_empty(formats.Layout.parse(form).sizes[:2], dtype=dtype)
+
+
+@_operator(
+    "dequantize",
+    "(Tensor weight, Tensor[] scales, str form, ScalarType dtype, str backend) -> Tensor",
+    _fake_dequantize,
+)
+def dequantize(
+    weight: Tensor, scales: list[Tensor], form: str, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """A stored W0, `[out, in]`, in `dtype`."""
+    stored = formats.restore(weight, scales, form)
+    assert isinstance(stored, formats.Stored)
+    return _backend(backend, weight).dequantize(stored, dtype)

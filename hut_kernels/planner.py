@@ -23,6 +23,8 @@ MAX_RANK = 128  # the largest r with kernels of its own
 # Kernels count tokens, and index * r for the groups, in int32; a last tile may reach over the end.
 _MAX_INDEX = 2**31 - 1024
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes a weight of the stored formats (of four bits, in blocks of 64 with a float32 absmax each).
+STORED_BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
 
 
 class Problem(NamedTuple):
@@ -31,7 +33,7 @@ class Problem(NamedTuple):
     Attributes:
         N, K, O, r: Tokens, in_features, out_features, rank.
         dtype: The compute type, `"bfloat16"` and the like.
-        weight_dtype: W0's type.
+        weight_dtype: W0's type, or the format in which it is stored.
         aligned: Whether pointers and strides are multiples of 16 elements, so that loads can be
             asynchronous copies.
         transform: `"low_rank"` or `"two_sided"`.
@@ -47,6 +49,17 @@ class Problem(NamedTuple):
     aligned: bool = True
     transform: str = "low_rank"
     precision: str = "merged"
+
+    @property
+    def stored(self) -> bool:
+        """True where W0 is quantized: the kernels that write W, and reduce G, read it as it is."""
+        return self.weight_dtype not in _BYTES
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of W0."""
+        format_ = self.weight_dtype.removesuffix("_repacked")
+        return round(self.O * self.K * (_BYTES | STORED_BYTES)[format_])
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Plan:
     def bytes(self) -> dict[str, int]:
         """The fewest bytes each part moves: everything read once and written once."""
         p, item = self.problem, _BYTES[self.problem.dtype]
-        weight = p.O * p.K * _BYTES[p.weight_dtype]
+        weight = p.weight_bytes
         factors = 4 * p.r * (p.O + p.K)
         activations = p.N * (p.O + p.K) * item
         staging = 2 * p.O * p.K * item  # written by the weight kernel, read by the product
@@ -113,7 +126,8 @@ class Plan:
         """Bytes alive during each part beyond inputs and outputs."""
         p = self.problem
         staging = p.O * p.K * _BYTES[p.dtype]
-        partials = p.O * p.K * _BYTES[p.weight_dtype] if self.backend != "torch" else 0
+        item = _BYTES[p.dtype if p.stored else p.weight_dtype]
+        partials = p.O * p.K * item if self.backend != "torch" else 0
         chunk = min(self.chunk, p.O) * p.K * 4 if self.grad_factors == CHUNKED else 0
         return {
             "forward": staging if self.forward == STAGED else 0,
@@ -184,18 +198,24 @@ def plan(problem: Problem, device: Device, backend: str = "triton") -> Plan:
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     if backend == "auto":
-        return _with_extension(_plan(problem, device, "triton"))
+        made = _plan(problem, device, "triton")
+        return made if problem.stored else _with_extension(made)
     empty = 0 in (problem.N, problem.K, problem.O)
     if backend == "cuda" and not empty:
         rows = _chunk_rows(problem.K, device)
         return Plan(problem, device, "cuda", STAGED, STAGED, CHUNKED, rows, "not needed")
     index = max(problem.N, max(problem.K, problem.O) * problem.r)
-    if backend == "torch" or problem.r > MAX_RANK or index >= _MAX_INDEX or empty:
+    # What a CPU's evaluation made of a weight is read by PyTorch only, wherever it is moved to.
+    repacked = problem.weight_dtype.endswith("_repacked")
+    unsupported = problem.r > MAX_RANK or index >= _MAX_INDEX or repacked
+    if backend == "torch" or unsupported or empty:
         rows = max(1, (1 << 22) // max(1, problem.K))
         return Plan(problem, device, "torch", STAGED, STAGED, CHUNKED, rows, "not needed")
     even = break_even(device)
     # Unaligned loads are not asynchronous, and split is two products: both go to the BLAS.
-    fusible = problem.aligned and problem.precision == "merged"
+    # A stored weight is read once, on its way to a workspace: in a loop it would cost each pass.
+    whole = problem.aligned and not problem.stored
+    fusible = whole and problem.precision == "merged"
 
     def fuses(part: str, possible: bool) -> bool:
         return (
@@ -208,7 +228,7 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
         backend,
         FUSED if fuses("forward", fusible) else STAGED,
         FUSED if fuses("grad_input", fusible) else STAGED,
-        FUSED if fuses("grad_factors", problem.aligned) else CHUNKED,
+        FUSED if fuses("grad_factors", whole) else CHUNKED,
         _chunk_rows(problem.K, device),
         even.source,
     )
@@ -216,7 +236,7 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
-    if made.backend != "triton":
+    if made.backend != "triton" or made.problem.stored:
         return made
     wanted = dict(forced)
     split = made.problem.precision == "split"

@@ -6,8 +6,9 @@ rows at a time, so that beside W no more than `_BLOCK` elements are alive.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from . import onednn
 from .definition import group_index
+from .formats import Stored
+from .formats.base import buffer
 from .layer import (
     FactorGrads,
     Layer,
@@ -38,12 +41,14 @@ _FRESH = 1 << 23
 _TILE = 1 << 17
 _shared = threading.local()
 
+Stage = Callable[[bool], Tensor]
+
 
 def linear_forward(x: Tensor, layer: Layer) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
     total_bias = effective_bias(layer.bias, layer.gamma, layer.beta, x.dtype)
     if layer.spec.precision == "split":
-        return split_forward(x, layer, _update(layer, x.dtype), total_bias)
+        return split_forward(x, layer, _stage(layer, x.dtype), total_bias)
     return F.linear(x, _merged(layer, x.dtype), total_bias)
 
 
@@ -63,27 +68,37 @@ def merged_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
     return _blockwise(layer, dtype)
 
 
+def dequantize(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """W0, `[out, in]`, in `dtype`."""
+    return weight.dense(dtype)
+
+
 def grad_input(grad: Tensor, layer: Layer) -> Tensor:
     """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
     if layer.spec.precision == "split":
-        return split_grad_input(grad, layer, _update(layer, grad.dtype))
+        return split_grad_input(grad, layer, _stage(layer, grad.dtype))
     return grad @ _merged(layer, grad.dtype)
 
 
-def split_forward(x: Tensor, layer: Layer, update: Tensor, total_bias: Tensor | None) -> Tensor:
-    """`x (gamma W0)^T + x update^T + total_bias` with the update `gamma (W0 * (T - 1))`."""
-    return F.linear(x, _scaled_base(layer, x.dtype), total_bias).add_(F.linear(x, update))
+def split_forward(x: Tensor, layer: Layer, stage: Stage, total_bias: Tensor | None) -> Tensor:
+    """`x (gamma W0)^T + x update^T + total_bias` with the update `gamma (W0 * (T - 1))`.
+
+    `stage(True)` gives the update and `stage(False)` a stored W0, both in one workspace.
+    """
+    y = F.linear(x, _scaled_base(layer, x.dtype, stage), total_bias)
+    return y.add_(F.linear(x, stage(True)))
 
 
-def split_grad_input(grad: Tensor, layer: Layer, update: Tensor) -> Tensor:
+def split_grad_input(grad: Tensor, layer: Layer, stage: Stage) -> Tensor:
     """`grad (gamma W0) + grad update` with the update `gamma (W0 * (T - 1))`."""
-    return (grad @ _scaled_base(layer, grad.dtype)).add_(grad @ update)
+    dx = grad @ _scaled_base(layer, grad.dtype, stage)
+    return dx.add_(grad @ stage(True))
 
 
 def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorGrads:
     """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
     weight, hut_A, hut_B, _, gamma, _, spec = layer
-    x, grad = as_rows(x), as_rows(grad)
+    x, grad, x_dtype = as_rows(x), as_rows(grad), x.dtype
     # bf16 has the range of float32, so G may be rounded to it once; in fp16 G would overflow.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     acc = acc_dtype(dtype)
@@ -94,8 +109,7 @@ def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorG
     reduce = _reduce_low_rank if spec.transform == "low_rank" else _reduce_two_sided
     parts = []
     for rows in _row_blocks(weight):
-        W0 = _take(weight, rows)
-        H0 = _weighted(_take(grad_t, rows), x, W0)
+        H0 = _weighted(_take(grad_t, rows), x, weight, rows, x_dtype)
         Q, P = reduce(H0, A, _take(B, rows), rows, len(weight), needs)
         row_sums = H0.sum(1, dtype=acc) if needs.gamma and spec.constant else None
         parts.append((Q, P, row_sums))
@@ -104,12 +118,22 @@ def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorG
     return finish_factor_grads(Q, P, row_sums, layer, needs)
 
 
-def _weighted(grad_t: Tensor, x: Tensor, W0: Tensor) -> Tensor:
-    """`H0 = (grad^T x) * W0` of a block of rows, `[rows, in]`, in x's type."""
-    if x.dtype == torch.float32 and _fits_fresh(W0) and onednn.takes(grad_t, x):
+def _weighted(
+    grad_t: Tensor, x: Tensor, weight: Tensor | Stored, rows: slice | None, dtype: torch.dtype
+) -> Tensor:
+    """`H0 = (grad^T x) * W0` of a block of rows, `[rows, in]`, in x's type; W0's is `dtype`."""
+    sizes = len(grad_t), x.shape[1]
+    fits = x.dtype == torch.float32 and _fits_fresh(math.prod(sizes), x.dtype)
+    if fits and onednn.takes(grad_t, x):
         G = onednn.linear(grad_t, x.t())
     else:
-        G = torch.mm(grad_t, x, out=_workspace(len(W0), x.shape[1], x.dtype, x.device))
+        G = torch.mm(grad_t, x, out=_workspace(*sizes, x.dtype, x.device))
+    if isinstance(weight, Stored):
+        rows = slice(0, len(weight)) if rows is None else rows
+        for part in weight.parts(rows):
+            G[part.start - rows.start : part.stop - rows.start].mul_(_read(weight, part, dtype))
+        return G
+    W0 = _take(weight, rows)
     return G.mul_(W0) if W0.dtype == x.dtype else G * cast(W0, x.dtype)
 
 
@@ -117,7 +141,11 @@ def _reduce_low_rank(
     H0: Tensor, A: Tensor, gamma_B: Tensor, rows: slice | None, out_features: int, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """`Q = (gamma B)^T H0`, `[r, in]`, and `P = H0 A^T`, `[rows, r]`."""
-    if A.dtype == torch.float32 and _fits_fresh(H0) and onednn.takes(H0, A, gamma_B):
+    if (
+        A.dtype == torch.float32
+        and _fits_fresh(H0.numel(), H0.dtype)
+        and onednn.takes(H0, A, gamma_B)
+    ):
         Q = onednn.linear(gamma_B.t(), H0.t()) if needs.A else None
         return Q, onednn.linear(A, H0).t() if needs.P else None
     Q = torch.mm(gamma_B.t(), H0) if needs.A else None
@@ -158,9 +186,12 @@ def _join(parts: list, dtype: torch.dtype) -> FactorGrads:
     )
 
 
-def _scaled_base(layer: Layer, dtype: torch.dtype) -> Tensor:
+def _scaled_base(layer: Layer, dtype: torch.dtype, stage: Stage) -> Tensor:
     """`gamma W0`, the first matrix of `split`: W0 itself where nothing has to change."""
     weight, gamma = layer.weight, layer.gamma
+    if isinstance(weight, Stored):
+        weight = stage(False)
+        return weight if gamma is None else weight.mul_(gamma[:, None])
     if gamma is None:
         return cast(weight, dtype)
     return (cast(weight, acc_dtype(dtype)) * gamma[:, None]).to(dtype)
@@ -173,23 +204,52 @@ def _merged(layer: Layer, dtype: torch.dtype) -> Tensor:
     where small factors would underflow.
     """
     weight, hut_A, hut_B, _, gamma, _, spec = layer
+    stored = isinstance(weight, Stored)
     if spec.transform == "low_rank" and gamma is None and dtype == torch.bfloat16:
         scaled = hut_B if spec.scaling == 1.0 else hut_B * spec.scaling
         A, B = cast(hut_A, dtype), cast(scaled, dtype)
-        if _fits_fresh(weight) and onednn.takes(A, B, weight):
+        fits = not stored and _fits_fresh(weight.numel(), weight.dtype)
+        if fits and onednn.takes(A, B, weight):
             if weight.stride(1) == 1:
                 return onednn.linear_mul(B, A.t(), spec.offset, weight)
             return onednn.linear_mul(A.t(), B, spec.offset, weight.t()).t()
     residual = spec.constant == 1.0 and gamma is None
-    if not residual or weight.dtype != dtype or dtype == torch.float16:
+    if not residual or dtype == torch.float16 or not (stored or weight.dtype == dtype):
         return _blockwise(layer, dtype, _workspace_like(weight, dtype))
+    if isinstance(weight, Stored):
+        return _merged_stored(weight, layer, dtype)
     m = torch.mm(cast(hut_B, dtype), cast(hut_A, dtype), out=_workspace_like(weight, dtype))
     return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
 
 
-def _update(layer: Layer, dtype: torch.dtype) -> Tensor:
-    """`gamma (W0 * (T - 1))` for a product in `dtype`: the second matrix of `split`."""
-    return _blockwise(layer, dtype, _workspace_like(layer.weight, dtype), subtract_identity=True)
+def _merged_stored(weight: Stored, layer: Layer, dtype: torch.dtype) -> Tensor:
+    """`W0 + W0 * m` of a stored W0: some rows are read, and m of them added while in the cache."""
+    A, B = cast(layer.hut_A, dtype), cast(layer.hut_B, dtype)
+    W = _empty_like(weight, dtype, _workspace_like(weight, dtype))
+    for rows in weight.parts(slice(0, len(weight))):
+        W0 = weight.read(rows, W[rows])
+        m = torch.mm(B[rows], A, out=buffer("m", W0.numel(), dtype, W0.device).view(W0.shape))
+        W0.addcmul_(W0, m, value=layer.spec.scaling)
+    return W
+
+
+def _stage(layer: Layer, dtype: torch.dtype) -> Stage:
+    """The two matrices of `split`, each in the workspace once the other has been used."""
+
+    def stage(update: bool) -> Tensor:
+        out = _workspace_like(layer.weight, dtype)
+        if update:
+            return _blockwise(layer, dtype, out, subtract_identity=True)
+        return layer.weight.read(slice(0, len(layer.weight)), _empty_like(layer.weight, dtype, out))
+
+    return stage
+
+
+def _read(weight: Stored, rows: slice, dtype: torch.dtype) -> Tensor:
+    """A few rows of a stored W0, in a buffer that the next call writes over."""
+    size = (rows.stop - rows.start) * weight.shape[1]
+    out = buffer("W0", size, dtype, weight.device)
+    return weight.read(rows, out.view(-1, weight.shape[1]))
 
 
 def _blockwise(
@@ -208,7 +268,7 @@ def _blockwise(
     if gamma is not None:
         scale = cast(gamma, acc)[:, None]
         B, constants = B * scale, constants * scale
-    out = torch.empty_like(weight, dtype=dtype) if out is None else out
+    out = _empty_like(weight, dtype, out)
     if spec.transform == "two_sided":
         q, p = (group_index(size, len(A), A.device) for size in weight.shape[::-1])
     step = max(1, _TILE // max(1, in_features))
@@ -223,13 +283,14 @@ def _blockwise(
             T *= A.index_select(0, p[rows])
         if constant != 0.0:
             T += constants[rows]
-        torch.mul(weight[rows], T, out=out[rows])
+        stored = isinstance(weight, Stored)
+        torch.mul(_read(weight, rows, dtype) if stored else weight[rows], T, out=out[rows])
     return out
 
 
-def _fits_fresh(matrix: Tensor) -> bool:
+def _fits_fresh(size: int, dtype: torch.dtype) -> bool:
     """Whether a matrix has the size at which one fused pass over it pays, in fresh memory."""
-    return matrix.numel() >= _LARGE and matrix.nbytes <= _FRESH
+    return size >= _LARGE and size * dtype.itemsize <= _FRESH
 
 
 def _group_starts(size: int, r: int) -> list[int]:
@@ -267,16 +328,25 @@ def _workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return buffer[:needed].view(dtype).view(rows, columns)
 
 
-def _workspace_like(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _empty_like(weight: Tensor | Stored, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The workspace, or where there is none a new matrix with weight's order of strides."""
+    if out is not None:
+        return out
+    if isinstance(weight, Stored):
+        return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return torch.empty_like(weight, dtype=dtype)
+
+
+def _workspace_like(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor | None:
     """A workspace with weight's order of strides, as a transposed one (Conv1D) needs it."""
     rows, columns = weight.shape
-    if weight.stride(1) == 1:
+    if weight.stride()[1] == 1:
         return _workspace(rows, columns, dtype, weight.device)
     matrix = _workspace(columns, rows, dtype, weight.device)
     return None if matrix is None else matrix.t()
 
 
-def _row_blocks(weight: Tensor) -> Sequence[slice | None]:
+def _row_blocks(weight: Tensor | Stored) -> Sequence[slice | None]:
     """Row slices of `_BLOCK` elements; None, "all rows", where one block is enough."""
     if weight.numel() <= _BLOCK:
         return (None,)

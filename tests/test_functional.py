@@ -400,7 +400,7 @@ class DTensor(torch.Tensor):
 @pytest.mark.parametrize(
     ("weight", "parts"),
     [
-        (Params4bit(torch.zeros(6, 8), requires_grad=False), ("quantized", "Params4bit")),
+        (Params4bit(torch.zeros(6, 8), requires_grad=False), ("not quantized yet", "Params4bit")),
         (torch.zeros(6, 8).as_subclass(DTensor), ("sharded", "DTensor", "full_tensor")),
     ],
 )

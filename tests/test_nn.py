@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune  # which torch does not import by itself
 from torch import nn
 from torch.nn.utils import parametrize, prune
 

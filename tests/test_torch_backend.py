@@ -210,6 +210,6 @@ def test_split_gives_the_update_at_its_own_precision():
     """The second matrix of split has the update's relative error, not that of W."""
     case = make_normal(1, 64, 48, 4, dtype=torch.bfloat16)
     case = case.replace(hut_B=case.hut_B * 1e-4)
-    update = torch_backend._update(case.layer, torch.bfloat16)
+    update = torch_backend._stage(case.layer, torch.bfloat16)(True)
     exact = case.weight.double().numpy() * (case.multiplier() - 1.0)
     assert error(update, exact) < update_limit(torch.bfloat16, "low_rank", "split")

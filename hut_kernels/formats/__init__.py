@@ -18,8 +18,37 @@ from . import four_bit, int8
 from .base import Layout, Stored
 from .four_bit import FourBit, RepackedFourBit
 from .int8 import Int8Rows
+from .modules import (
+    base_weight,
+    compute_dtype,
+    dense_dtype,
+    float_dtype,
+    load_statistics,
+    multiplies_only,
+    shared,
+    statistics,
+    warn_of_size,
+)
 
-__all__ = ["FORMATS", "Layout", "Stored", "dense", "restore", "stored"]
+__all__ = [
+    "FORMATS",
+    "FourBit",
+    "Layout",
+    "Stored",
+    "base_weight",
+    "compute_dtype",
+    "dense",
+    "dense_dtype",
+    "float_dtype",
+    "is_quantized",
+    "load_statistics",
+    "multiplies_only",
+    "restore",
+    "shared",
+    "statistics",
+    "stored",
+    "warn_of_size",
+]
 
 FORMATS: dict[str, type[Stored]] = {
     "nf4": FourBit,
@@ -65,10 +94,25 @@ def restore(data: Tensor, scales: Sequence[Tensor] | None, text: str) -> Tensor 
     return FORMATS[form.name](data, tuple(scales or ()), form)
 
 
-def dense(weight: Tensor) -> Tensor:
-    """A dense weight for one pass: the weight itself, or what it dequantizes itself to."""
+def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A dense weight for one pass: the weight itself, or what it dequantizes to.
+
+    `dtype` is the compute type of a stored weight, which the operators read by themselves.
+    """
+    if dtype is not None and isinstance(W0 := stored(weight), Stored):
+        return W0.dense(dtype)
     kind = type(weight)
     return weight.dequantize() if kind not in _PLAIN and _dequantizes(kind) else weight
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is no plain one, but can be read.
+
+    Raises:
+        HUTBackendError: As `stored`.
+    """
+    kind = type(weight)
+    return kind not in _PLAIN and (isinstance(stored(weight), Stored) or _dequantizes(kind))
 
 
 def _dequantizes(kind: type[Tensor]) -> bool:

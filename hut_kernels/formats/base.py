@@ -45,8 +45,8 @@ class Layout(NamedTuple):
 class Stored:
     """A frozen weight W0, `[out_features, in_features]`, that is not stored as floating point.
 
-    W0 is what the weight's library dequantizes it to, in `dtype`, rounded once to the compute type
-    (docs/definition.md, "Number formats").
+    W0 is what the weight's library dequantizes it to, formed in float32 as the library does, and
+    rounded once to the compute type (docs/definition.md, "Number formats").
 
     Args:
         data: The codes, as one flat tensor.
@@ -54,7 +54,7 @@ class Stored:
         form: The constants.
     """
 
-    requires_grad = False
+    ndim = 2
 
     def __init__(self, data: Tensor, scales: tuple[Tensor, ...], form: Layout) -> None:
         self.data = data
@@ -85,9 +85,13 @@ class Stored:
         """Weights, not codes."""
         return self.form.sizes[0] * self.form.sizes[1]
 
-    def stride(self, dim: int) -> int:
-        """That of W0 once it is dense: row by row."""
-        return (self.form.sizes[1], 1)[dim]
+    def stride(self) -> tuple[int, int]:
+        """The strides of W0 once it is dense: row by row."""
+        return self.form.sizes[1], 1
+
+    def element_size(self) -> int:
+        """Bytes of a weight once it is dense in `dtype`."""
+        return self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.form.sizes[0]
@@ -99,10 +103,7 @@ class Stored:
         the arithmetic on it.
         """
         for part in self.parts(rows):
-            values = self._values(part)
-            if self.dtype not in (torch.float32, out.dtype):
-                values = values.to(self.dtype)
-            out[part.start - rows.start : part.stop - rows.start].copy_(values)
+            out[part.start - rows.start : part.stop - rows.start].copy_(self._values(part))
         return out
 
     def parts(self, rows: slice) -> Iterator[slice]:
@@ -122,11 +123,12 @@ class Stored:
 
 
 def buffer(name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A flat tensor with undefined contents; on a CPU the thread's own, one for each name."""
+    """A flat tensor with undefined contents; on a CPU the thread's own of that name and type."""
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
-    kept: Tensor | None = getattr(_kept, name, None)
+    key = f"{name} {dtype}"
+    kept: Tensor | None = getattr(_kept, key, None)
     if kept is None or kept.numel() < size:
         kept = torch.empty(size, dtype=dtype)
-        setattr(_kept, name, kept)
+        setattr(_kept, key, kept)
     return kept[:size]

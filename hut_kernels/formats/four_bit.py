@@ -1,9 +1,8 @@
 """NF4 and FP4 of bitsandbytes: four-bit codes of a table, scaled by the absmax of their block.
 
-W0 is `table[code] * absmax`, formed in float32 and rounded once to the type of `quant_state`. Two
-codes lie in a byte, the first in the high half; blocks run across the ends of rows. The absmax of a
-block is float32, or a byte of a 256-entry map, scaled by the absmax of its own block, plus an
-offset (double quantization).
+W0 is `table[code] * absmax`, formed in float32 and rounded once. Two codes lie in a byte, the first
+in the high half; blocks run across the ends of rows. The absmax of a block is float32, or a byte of
+a 256-entry map, scaled by the absmax of its own block, plus an offset (double quantization).
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ def read(weight: Any) -> Stored:
     Raises:
         HUTBackendError: It is not quantized yet, has no data, or its bytes are no codes any more.
     """
-    state = weight.quant_state
+    state = getattr(weight, "quant_state", None)
     if state is None:
         raise HUTBackendError(
             "weight is a Params4bit that is not quantized yet: move its layer to a device first "

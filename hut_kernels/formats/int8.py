@@ -1,7 +1,7 @@
 """Int8 codes with one scale a row: bitsandbytes' `Int8Params` and torchao's `Int8Tensor`.
 
 bitsandbytes: W0 is `code * SCB * (1 / 127)`, multiplied from the left in float32. torchao: W0 is
-`(code - zero_point) * scale` in float32, rounded once to the tensor's type.
+`(code - zero_point) * scale`. Both are rounded once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_bitsandbytes(weight: Any) -> Stored:
         )
     if weight.device.type == "meta":
         raise HUTBackendError("weight (Int8Params) is on the meta device: it has no data to read")
-    if weight.SCB is None:
+    if getattr(weight, "SCB", None) is None:
         raise HUTBackendError(
             "weight is an Int8Params without its row scales, which a forward of its Linear8bitLt "
             "has moved to layer.state: set layer.weight.SCB = layer.state.SCB first"

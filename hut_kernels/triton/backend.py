@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import torch_backend
+from ..formats import Stored
 from ..layer import FactorGrads, Layer, Needs, as_rows, effective_bias
 from ..planner import FUSED, Plan
 from . import forward as fused_forward
 from . import grad_factors as fused_grad_factors
 from . import grad_input as fused_grad_input
 from . import grad_reduce as chunked_grad_factors
-from . import weight as weight_kernel
 from .launch import LaunchConfig, cdiv, choose_num_splits, choose_reduction_splits, is_heavy, kind
+from .stored_weight import launch_dequantize, launch_stored_weight
 from .tables import launch_config
+from .weight import launch_weight
 
 
 def linear_forward(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
@@ -29,10 +33,9 @@ def linear_forward(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
         y = fused_forward.launch_forward(x2d, layer, config, num_splits)
         return y.view(*x.shape[:-1], O)
     total_bias = effective_bias(layer.bias, layer.gamma, layer.beta, x.dtype)
-    staged = stage(plan, layer, x.dtype)
     if layer.spec.precision == "split":
-        return torch_backend.split_forward(x, layer, staged, total_bias)
-    return F.linear(x, staged, total_bias)
+        return torch_backend.split_forward(x, layer, _stage_split(plan, layer, x.dtype), total_bias)
+    return F.linear(x, stage(plan, layer, x.dtype), total_bias)
 
 
 def linear_backward(
@@ -48,8 +51,15 @@ def linear_backward(
 
 def merged_weight(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
     """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
-    config = _config("weight", plan, torch.float32, layer)
-    return weight_kernel.launch_weight(layer, dtype, config, exact=True)
+    kernel, launch = _weight_kernel(layer)
+    config = _config(kernel, plan, torch.float32, layer)
+    return launch(layer, dtype, config, exact=True)
+
+
+def dequantize(weight: Stored, dtype: torch.dtype, arch: str) -> Tensor:
+    """A stored W0, `[out, in]`, in `dtype`."""
+    config = launch_config("stored", arch, 1, 1, kind(dtype))
+    return launch_dequantize(weight, dtype, config)
 
 
 def grad_input(plan: Plan, grad: Tensor, layer: Layer) -> Tensor:
@@ -62,10 +72,9 @@ def grad_input(plan: Plan, grad: Tensor, layer: Layer) -> Tensor:
         num_splits = choose_num_splits(tiles, cdiv(O, config.BO), plan.device.sms)
         dx = fused_grad_input.launch_grad_input(grad2d, layer, config, num_splits)
         return dx.view(*grad.shape[:-1], K)
-    staged = stage(plan, layer, grad.dtype)
     if layer.spec.precision == "split":
-        return torch_backend.split_grad_input(grad, layer, staged)
-    return grad @ staged
+        return torch_backend.split_grad_input(grad, layer, _stage_split(plan, layer, grad.dtype))
+    return grad @ stage(plan, layer, grad.dtype)
 
 
 def grad_factors(plan: Plan, grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorGrads:
@@ -75,6 +84,8 @@ def grad_factors(plan: Plan, grad: Tensor, x: Tensor, layer: Layer, needs: Needs
         config = _config("grad_factors", plan, x.dtype, layer)
         splits = _splits(O, config, plan, layer)
         return fused_grad_factors.launch_grad_factors(grad2d, x2d, layer, needs, config, splits)
+    if isinstance(layer.weight, Stored):
+        layer = layer._replace(weight=dequantize(layer.weight, x.dtype, plan.device.arch))
     config = _config("grad_reduce", plan, x.dtype, layer)
     chunk = min(plan.chunk, O)
     splits = _splits(chunk, config, plan, layer)
@@ -87,9 +98,23 @@ def stage(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
     The workspace is a block of torch's caching allocator, free again when the product has been
     enqueued: every layer's W lands in the same memory, also inside a CUDA graph.
     """
-    config = _config("weight", plan, dtype, layer)
+    kernel, launch = _weight_kernel(layer)
     is_split = layer.spec.precision == "split"
-    return weight_kernel.launch_weight(layer, dtype, config, subtract_identity=is_split)
+    return launch(layer, dtype, _config(kernel, plan, dtype, layer), subtract_identity=is_split)
+
+
+def _weight_kernel(layer: Layer) -> tuple[str, Callable[..., Tensor]]:
+    """The kernel that writes W, by its name in the tables, and its launcher."""
+    if isinstance(layer.weight, Stored):
+        return "stored", launch_stored_weight
+    return "weight", launch_weight
+
+
+def _stage_split(plan: Plan, layer: Layer, dtype: torch.dtype) -> torch_backend.Stage:
+    """The two matrices of `split`: the update, and a stored W0."""
+    return lambda update: (
+        stage(plan, layer, dtype) if update else dequantize(layer.weight, dtype, plan.device.arch)
+    )
 
 
 def _config(kernel: str, plan: Plan, dtype: torch.dtype, layer: Layer) -> LaunchConfig:

@@ -124,6 +124,9 @@ grad_factors  any   fp32    32x32x32/8/2     32x32x32/8/2     32x32x32/8/2     3
 grad_reduce   any   16-bit  16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x32/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   fp32    16x64x32/8/1     16x64x32/8/1     16x64x32/8/1     16x64x32/8/1
+stored        any   16-bit  16x128x128/8/1   16x128x128/8/1   16x128x128/8/1   16x64x128/8/1
+stored        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
+stored        any   fp32    16x32x32/8/1     16x32x32/8/1     16x32x32/8/1     16x32x32/8/1
 weight        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 weight        any   fp32    16x32x32/8/1     16x32x32/8/1     16x32x32/8/1     16x32x32/8/1
 """

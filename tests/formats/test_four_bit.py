@@ -95,13 +95,15 @@ def test_any_rows_are_those_of_the_whole(in_features, nested, monkeypatch):
         assert same(stored.read(rows, out), whole[rows])
 
 
-def test_another_compute_type_rounds_what_the_library_dequantizes():
-    """First to the type of quant_state, as the library does, then to x's."""
+def test_another_compute_type_rounds_once():
+    """As a forward of Linear4bit does; its backward rounds to the type of quant_state first."""
     weight = four_bit(torch.randn(64, 64).half())
-    dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    weight.quant_state.dtype = torch.float32
+    exact = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    weight.quant_state.dtype = torch.float16
     stored = formats.stored(weight)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert torch.equal(stored.dense(dtype), dense.to(dtype))
+        assert torch.equal(stored.dense(dtype), exact.to(dtype))
 
 
 @every_nesting

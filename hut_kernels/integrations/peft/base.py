@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ... import formats
 from ...nn import HOOKS, check_linear, is_conv1d, is_replaced
 
 
@@ -51,7 +52,7 @@ def drops(dropout: nn.Module) -> bool:
 
 def matrix(base: Any) -> Tensor:
     """The weight of a base layer as `[out_features, in_features]`; of a Conv1D, a view."""
-    weight: Tensor = base.weight
+    weight = formats.base_weight(base)
     if not isinstance(weight, nn.Parameter):
         weight = weight.detach()  # a view of FSDP's flat parameter, which trains only what it must
     return weight.t() if is_conv1d(base) else weight

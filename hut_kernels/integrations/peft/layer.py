@@ -11,10 +11,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...autograd import frozen_linear
+from ... import formats
 from ...checks import check_number, check_rank
 from ...errors import HUTBackendError
-from ...functional import hut_linear, hut_weight
+from ...functional import frozen_linear, hut_linear, hut_weight
 from ...layer import FLOATS, acc_dtype, effective_bias
 from ...nn import check_data, dropout_forward, init_factors_, is_conv1d
 from .base import bias, drops, is_watched, matrix
@@ -98,7 +98,7 @@ class HUTLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, _Unmerged | None] = {}
-        *_, self.out_features, self.in_features = self._base_matrix().shape
+        *_, self.out_features, self.in_features = formats.stored(self._base_matrix()).shape
 
     def update_layer(
         self, adapter_name: str, r: int, alpha: float | None, config: HUTConfig
@@ -277,8 +277,8 @@ class HUTLayer(BaseTunerLayer):
         dtype = weight.dtype
         W0 = self._as_matrix(weight)
         acc = acc_dtype(dtype) if len(names) > 1 else dtype
-        weight = _combined(W0, [self._adapter_weight(name, W0, acc) for name in names])
-        shift = _combined(b0, [self._adapter_bias(name, b0, acc) for name in names])
+        weight = combined(W0, [self._adapter_weight(name, W0, acc) for name in names])
+        shift = combined(b0, [self._adapter_bias(name, b0, acc) for name in names])
         weight = self._as_matrix(weight.to(dtype)).contiguous()
         return weight, None if shift is None else shift.to(dtype)
 
@@ -398,9 +398,7 @@ class Linear(nn.Module, HUTLayer):
         )
 
     def _base_product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = frozen_linear(x.to(dtype), matrix(self.base_layer))
-        shift = bias(self.base_layer)
-        return y if shift is None else y + shift.to(dtype)
+        return frozen_linear(x.to(dtype), matrix(self.base_layer), bias(self.base_layer))
 
     def __repr__(self) -> str:
         return "hut." + super().__repr__()
@@ -421,7 +419,7 @@ def _entry(entries: nn.ParameterDict, name: str) -> Tensor | None:
     return entries.get(name)
 
 
-def _combined(origin: Any, parts: list[Any]) -> Any:
+def combined(origin: Any, parts: list[Any]) -> Any:
     """`origin + sum(part - origin)`; one part is itself, to the bit; None stands for zero."""
     parts = [part for part in parts if part is not None]
     if not parts:

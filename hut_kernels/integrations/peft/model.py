@@ -18,6 +18,7 @@ from peft.utils.constants import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ... import formats
 from ...adapters import near_matches
 from ...bypassed import (
     is_untrained,
@@ -30,6 +31,7 @@ from ...nn import is_conv1d
 from .base import check_base
 from .config import HUTConfig
 from .layer import HUTLayer, Linear
+from .quantized import QuantizedLinear
 
 # What PEFT itself puts into modules_to_save, whichever of them a model has.
 _HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
@@ -174,6 +176,19 @@ class HUTModel(BaseTuner):
             )
         yield
 
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's own; tells what dense layers in the place of quantized ones take."""
+        layers = [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
+        default = formats.float_dtype(self.model)
+        sizes = []
+        for layer in layers:
+            layer.dense_default = default
+            sizes.append(layer.sizes())
+        unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge and layers:
+            formats.warn_of_size(len(layers), *map(sum, zip(*sizes, strict=True)))
+        return unloaded
+
     def _check_merge_allowed(self) -> None:
         """Allow tied weights, of which PEFT warns: a merged layer gets a weight of its own."""
 
@@ -187,6 +202,8 @@ def _new_layer(
     config: HUTConfig,
 ) -> nn.Module:
     if parameter_name is None:
+        if formats.is_quantized(formats.base_weight(target)):
+            return QuantizedLinear(target, adapter_name, r, alpha, config)
         return Linear(target, adapter_name, r, alpha, config)
     from .experts import ParamWrapper  # for which transformers must know of experts
 

@@ -1,0 +1,111 @@
+"""Layers of other libraries that keep a quantized weight: what a HUT layer takes over from them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def base_weight(linear: Any) -> Tensor:
+    """The weight of a layer, with what the layer keeps for it.
+
+    The first forward of a `Linear8bitLt` moves the row scales from the weight to the layer's state.
+    """
+    weight: Any = linear.weight
+    scales = getattr(getattr(linear, "state", None), "SCB", None)
+    if scales is not None and getattr(weight, "SCB", scales) is None:
+        weight.SCB = scales
+    return weight
+
+
+def shared(weight: Any) -> nn.Parameter:
+    """Another parameter, frozen, on the same storage.
+
+    The libraries change a quantized weight in place, which the other one does not follow.
+    """
+    if hasattr(weight, "quant_state"):
+        other = copy.copy(weight)
+        other.module = None  # the layer, which asks for it when it quantizes
+        other.quant_state = copy.copy(weight.quant_state)
+        other.quant_state.state2 = copy.copy(getattr(weight.quant_state, "state2", None))
+        return other
+    if hasattr(weight, "SCB"):
+        codes = weight.data
+        return type(weight)(
+            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=weight.SCB
+        )
+    return nn.Parameter(weight.detach(), requires_grad=False)
+
+
+def compute_dtype(linear: Any) -> torch.dtype | None:
+    """The type that a layer casts its inputs to (`Linear4bit`); None where it takes them as is."""
+    return getattr(linear, "compute_dtype", None)
+
+
+def multiplies_only(linear: nn.Module) -> bool:
+    """Whether the forward of a layer's class is a product with its weight, quantized or not."""
+    forward = type(linear).forward
+    return forward is nn.Linear.forward or any(
+        vars(base).get("forward") is forward
+        for base in type(linear).__mro__
+        if base.__module__.startswith("bitsandbytes.")
+    )
+
+
+def dense_dtype(linear: Any, default: torch.dtype = torch.float16) -> torch.dtype:
+    """The compute type of a layer with a quantized weight: the type of a plain layer in its place.
+
+    A `Linear8bitLt` keeps none: its bias tells, or where it has none `default` is it.
+    """
+    given = compute_dtype(linear)
+    if given is not None:
+        return given
+    if hasattr(linear.weight, "SCB"):
+        return default if linear.bias is None else linear.bias.dtype
+    state = getattr(linear.weight, "quant_state", linear.weight)
+    return getattr(state, "original_dtype", state.dtype)  # repacked ones have taken another
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The type in which a model computes: its first plain parameter's; float16 without any."""
+    factors = ("hut_", "gamma", "beta")
+    plain = (
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if type(parameter) is nn.Parameter
+        and not any(part.startswith(factors) for part in name.split("."))
+    )
+    return next((dtype for dtype in plain if dtype.is_floating_point), torch.float16)
+
+
+def warn_of_size(layers: int, quantized: int, dense: int) -> None:
+    """Says what merging costs in memory: bytes of so many layers, before and after."""
+    warnings.warn(
+        f"merging makes {layers} quantized weights dense: {quantized / 1e6:.1f} MB become "
+        f"{dense / 1e6:.1f} MB. Quantized again, they lose most of a small update; to keep them "
+        f"small, leave the adapter unmerged",
+        stacklevel=3,
+    )
+
+
+def statistics(weight: Any) -> dict[str, Tensor]:
+    """What a checkpoint holds of a quantized weight beside its codes, as its library names it."""
+    if getattr(weight, "quant_state", None) is not None:
+        entries = weight.quant_state.as_dict(packed=True)
+        return {f"weight.{name}": value.detach() for name, value in entries.items()}
+    if getattr(weight, "SCB", None) is not None:
+        return {"SCB": weight.SCB.detach(), "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {}
+
+
+def load_statistics(weight: Any, entries: dict[str, Tensor]) -> None:
+    """Gives a quantized weight what `statistics` has taken from another one."""
+    if getattr(weight, "quant_state", None) is not None:
+        named = {name.removeprefix("weight."): value for name, value in entries.items()}
+        weight.quant_state = type(weight.quant_state).from_dict(named, weight.device)
+    else:
+        weight.SCB = entries["SCB"].to(weight.device)

@@ -1,0 +1,206 @@
+"""HUTConfig over quantized models: trained, saved, loaded, merged, and never misread."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+
+from hut_kernels.errors import HUTBackendError
+from hut_kernels.integrations.peft import HUTConfig
+from hut_kernels.integrations.peft.quantized import QuantizedLinear
+
+from ..formats.test_four_bit import has_avx512bf16
+from ..formats.weights import linear4bit, linear8bit
+from ..references import error
+
+
+class Model(nn.Module):
+    """A model as a quantizer of transformers leaves one: the head is not quantized."""
+
+    is_loaded_in_4bit = True
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.first = linear4bit(dtype=dtype)
+        self.second = linear8bit(64, 96, bias=False)
+        self.head = nn.Linear(64, 7)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def adapted(model=None, **options):
+    model = Model() if model is None else model
+    return get_peft_model(model, HUTConfig(target_modules=["first", "second"], r=4, **options))
+
+
+def randomized(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "hut_" in name:
+                parameter.add_(torch.randn_like(parameter) / 8)
+    return model
+
+
+FORMS = {
+    "residual": {},
+    "paper": {"transform": "two_sided", "scale_shift": True},
+    "split": {"precision": "split"},
+    "dropout": {"hut_dropout": 0.5},
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@every_form
+def test_a_fresh_adapter_is_the_base_in_training(form):
+    base = Model().train()
+    x = torch.randn(5, 64)
+    expected = base(x)
+    model = adapted(base, **form)
+    assert isinstance(model.base_model.first, QuantizedLinear)
+    assert error(model(x), expected.detach().double()) < 2e-6
+    model.eval()
+    assert error(model(x), expected.detach().double()) < 2e-6
+
+
+@every_form
+def test_training(form):
+    model = adapted(**form)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    x, target = torch.randn(16, 64), torch.randn(16, 7)
+    losses = []
+    for _ in range(20):
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prepared_for_kbit_training(checkpointing):
+    model = prepare_model_for_kbit_training(Model(), use_gradient_checkpointing=False)
+    model = adapted(model)
+    x = torch.randn(5, 64)
+    if checkpointing:
+        y = torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False)
+    else:
+        y = model(x)
+    y.sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if "hut_B" in n}
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_base_forwards_are_never_called(monkeypatch):
+    model = randomized(adapted())
+    model.add_adapter("other", HUTConfig(target_modules=["first"], r=2, hut_dropout=0.5))
+    for layer in (model.base_model.first, model.base_model.second):
+        monkeypatch.setattr(type(layer.base_layer), "forward", None)
+    x = torch.randn(5, 64)
+    model(x)
+    with model.disable_adapter():
+        model(x)
+    model.base_model.set_adapter(["default", "other"])
+    model(x)
+    model.eval()(x)
+
+
+def test_disabled_adapters_are_the_base_to_the_bit():
+    base = Model(torch.bfloat16).train()
+    x = torch.randn(5, 64)
+    expected = base(x)
+    model = randomized(adapted(base))
+    assert not torch.equal(model(x), expected)
+    with model.disable_adapter():
+        assert error(model(x), expected.detach().double()) < 2e-6
+        layer = model.base_model.first
+        assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_several_adapters_add_what_each_does():
+    model = randomized(adapted())
+    model.add_adapter("other", HUTConfig(target_modules=["first"], r=2))
+    randomized(model)
+    layer, x = model.base_model.first, torch.randn(5, 64)
+    outs = []
+    for active in ([], ["default"], ["other"], ["default", "other"]):
+        layer.set_adapter(active)
+        outs.append(layer(x).double())
+    none, one, two, both = outs
+    assert error(both, (one + two - none).detach()) < 2e-6
+
+
+@has_avx512bf16
+def test_an_evaluated_base_keeps_right_gradients():
+    base = linear4bit(dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    model = nn.Sequential(base)
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    expected = model.train()(x)
+    with torch.no_grad():
+        model.eval()(x)
+    assert base.weight.quant_state.packing_format_for_cpu
+    model = get_peft_model(model, HUTConfig(target_modules=["0"], r=4))
+    x.requires_grad_()
+    y = model(x)
+    assert error(y, expected.detach().double()) < 8e-3
+    y.sum().backward()
+    assert x.grad.abs().max() > 0
+
+
+def test_saved_and_loaded_onto_a_quantized_base(tmp_path):
+    torch.manual_seed(0)
+    model = randomized(adapted(scale_shift=True))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Model(), tmp_path)
+    x = torch.randn(5, 64)
+    assert torch.equal(again(x), model.eval()(x))
+
+
+def test_merge_and_unload_gives_dense_layers():
+    model = randomized(adapted(Model(torch.bfloat16), scale_shift=True))
+    x = torch.randn(5, 64)
+    y = model.eval()(x)
+    with pytest.warns(UserWarning, match="2 quantized weights dense"):
+        merged = model.merge_and_unload()
+    assert [type(m) for m in (merged.first, merged.second)] == [nn.Linear, nn.Linear]
+    assert merged.second.weight.dtype == torch.float32  # the model's, since the int8 layer has none
+    merged.first.to(torch.float32)
+    assert error(merged(x), y.detach().double()) < 8e-3
+
+
+def test_unload_gives_the_base_back():
+    base = Model()
+    layers = base.first, base.second
+    model = randomized(adapted(base)).unload()
+    assert (model.first, model.second) == layers
+
+
+def test_merging_into_few_bits_is_refused():
+    model = randomized(adapted())
+    with pytest.raises(HUTBackendError, match=r"Linear4bit: .*merge_and_unload\(\)"):
+        model.merge_adapter()
+
+
+def test_the_update_of_a_weight():
+    model = randomized(adapted())
+    x = torch.eye(64)
+    layer = model.base_model.first
+    with model.disable_adapter():
+        base = layer(x)
+    delta = layer.get_delta_weight("default")
+    assert error((layer(x) - base).T, delta.double()) < 1e-5
+
+
+def test_hooks_on_a_base_layer_are_not_passed_over():
+    model = adapted()
+    model.base_model.first.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(HUTBackendError, match="carries hooks"):
+        model(torch.randn(5, 64))
+
+
+def test_beside_lora():
+    """Nothing of LoRA's own path over quantized layers is touched."""
+    model = get_peft_model(Model(), LoraConfig(target_modules=["first"], r=4))
+    assert model.train()(torch.randn(5, 64)).shape == (5, 7)
