@@ -16,10 +16,10 @@ from . import forward as fused_forward
 from . import grad_factors as fused_grad_factors
 from . import grad_input as fused_grad_input
 from . import grad_reduce as chunked_grad_factors
+from . import stored_weight as stored_weight_kernel
+from . import weight as weight_kernel
 from .launch import LaunchConfig, cdiv, choose_num_splits, choose_reduction_splits, is_heavy, kind
-from .stored_weight import launch_dequantize, launch_stored_weight
 from .tables import launch_config
-from .weight import launch_weight
 
 
 def linear_forward(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
@@ -59,7 +59,7 @@ def merged_weight(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
 def dequantize(weight: Stored, dtype: torch.dtype, arch: str) -> Tensor:
     """A stored W0, `[out, in]`, in `dtype`."""
     config = launch_config("stored", arch, 1, 1, kind(dtype))
-    return launch_dequantize(weight, dtype, config)
+    return stored_weight_kernel.launch_dequantize(weight, dtype, config)
 
 
 def grad_input(plan: Plan, grad: Tensor, layer: Layer) -> Tensor:
@@ -106,8 +106,8 @@ def stage(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
 def _weight_kernel(layer: Layer) -> tuple[str, Callable[..., Tensor]]:
     """The kernel that writes W, by its name in the tables, and its launcher."""
     if isinstance(layer.weight, Stored):
-        return "stored", launch_stored_weight
-    return "weight", launch_weight
+        return "stored", stored_weight_kernel.launch_stored_weight
+    return "weight", weight_kernel.launch_weight
 
 
 def _stage_split(plan: Plan, layer: Layer, dtype: torch.dtype) -> torch_backend.Stage:

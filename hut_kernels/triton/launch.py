@@ -184,7 +184,7 @@ def is_heavy(layer: Layer, dtype: torch.dtype, config: LaunchConfig) -> bool:
     (O, K, r), weight = layer.sizes, layer.weight
     ragged = not (_is_uniform(O, r, config.BO) and _is_uniform(K, r, config.BK))
     wide = weight.dtype.itemsize > dtype.itemsize
-    return wide or weight.stride(1) != 1 or (layer.spec.transform == "two_sided" and ragged)
+    return wide or weight.stride()[1] != 1 or (layer.spec.transform == "two_sided" and ragged)
 
 
 def kind(dtype: torch.dtype) -> str:
