@@ -22,7 +22,7 @@ endif
 
 # Two pip calls at once would spoil the environment.
 .NOTPARALLEL:
-.PHONY: help venv demo finetune test test-cpu test-kernels dist lint types mutants ptx bench fuzz matrix bench-cpu gate ext gpu peft-suite docs clean
+.PHONY: help venv demo finetune test test-cpu test-kernels dist lint types mutants ptx ptx-mutants bench fuzz matrix bench-cpu gate ext gpu peft-suite docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -62,8 +62,12 @@ lint: $(call ready,dev) ## ruff: rules and format
 types: $(call ready,dev) ## mypy on the package and the tools
 	$(PY) -m mypy
 
-mutants: $(call ready,test) ## plant known defects, and see the suite fail on each
+mutants: $(call ready,test) ## plant known defects, and see the suite fail on each (then ptx-mutants)
 	$(PY) -m tests.mutants $(ARGS)
+	@test -n "$(ARGS)" || $(MAKE) --no-print-directory ptx-mutants
+
+ptx-mutants: $(call ready,test) ## plant faults in the PTX of the kernels, and see each of them noticed
+	OMP_NUM_THREADS=1 $(PY) -m tests.ptx.faults $(ARGS)
 
 fuzz: $(call ready,test) ## 20,000 hostile calls and adapter files: refused in words, or served right
 	$(PY) -m tests.fuzz $(ARGS)

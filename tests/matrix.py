@@ -1,6 +1,6 @@
 """The suite beside other versions of Triton, PyTorch and Python, as far as they can be had.
 
-`python -m tests.matrix [--only TEXT ...] [--list] [--quick] [--folder DIR]` installs each Triton
+`python -m tests.matrix [--only TEXT ...] [--list] [--quick | --ptx] [--folder DIR]` installs each Triton
 into a folder of its own, puts that before this environment's, and runs the suite's two halves.
 Other versions of PyTorch and Python are looked for and, where they are not to be had at a
 reasonable size, listed with the reason. The exit status is 1 if a cell that could run has failed.
@@ -40,6 +40,8 @@ QUICK = {
     ],
     "1": ["tests/triton"],
 }
+# Its compiled kernels alone, run in the executor.
+PTX = {"": ["tests/ptx", "-m", "ptx"]}
 WHOLE = {"": ["tests"], "1": ["tests/triton"]}
 
 
@@ -195,13 +197,14 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="cells whose name holds one of these")
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     parser.add_argument("--quick", action="store_true", help="only the tests that touch Triton")
+    parser.add_argument("--ptx", action="store_true", help="only the compiled kernels (make ptx)")
     parser.add_argument("--folder", type=Path, help="keep the Tritons here for the next run")
     arguments = parser.parse_args()
     chosen = cells(arguments.only)
     if arguments.list:
         print(*(f"{kind} {version}" for kind, version in chosen), sep="\n")
         return 0
-    suite = QUICK if arguments.quick else WHOLE
+    suite = PTX if arguments.ptx else QUICK if arguments.quick else WHOLE
     done = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.folder or Path(scratch)).resolve()

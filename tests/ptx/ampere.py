@@ -183,12 +183,14 @@ def _move(b: Block, i: Instruction, mask: Mask) -> None:
     size = TYPES[kind].itemsize
     if isinstance(d, Vector):
         value = np.ascontiguousarray(b.read(s, kind))
-        pieces = value.view(f"u{size // len(d.items)}").reshape(b.threads, -1)
+        parts = value.view(f"u{size // len(d.items)}").reshape(b.threads, -1)
         for n, item in enumerate(d.items):
-            b.write(item, pieces[:, n], mask)
+            b.write(item, parts[:, n], mask)
     elif isinstance(s, Vector):
-        joined = np.stack([b.read(item, f"b{8 * size // len(s.items)}") for item in s.items], 1)
-        b.write(d, joined.view(f"u{size}")[:, 0], mask)
+        # LLVM packs a value with an undefined half that nobody looks at.
+        part = f"b{8 * size // len(s.items)}"
+        pieces = [b.read(item, part) if b.knows(item) else b.poison(part) for item in s.items]
+        b.write(d, np.stack(pieces, axis=1).view(f"u{size}")[:, 0], mask)
     else:
         b.write(d, b.read(s, kind), mask)
 
@@ -308,7 +310,7 @@ def _load(b: Block, i: Instruction, mask: Mask) -> None:
     values = np.zeros((b.threads, size * count), np.uint8)
     if len(threads):
         address = b.address(source)[threads]
-        values[threads] = b.load(i, space, address, size * count, threads)
+        values[threads] = b.load(space, address, size * count, threads)
     elements = values.view(TYPES[i.parts[-1]])
     for n, item in enumerate(registers(d)):
         b.write(item, elements[:, n], mask)
@@ -322,7 +324,7 @@ def _store(b: Block, i: Instruction, mask: Mask) -> None:
     if len(threads):
         values = np.stack([b.read(item, f"b{8 * size}") for item in registers(source)], 1)
         values = values.view(np.uint8)[threads]
-        b.store(i, space, b.address(target)[threads], values, threads)
+        b.store(space, b.address(target)[threads], values, threads)
 
 
 @handles("cp.async.ca", "cp.async.cg")
@@ -337,8 +339,10 @@ def _copy(b: Block, i: Instruction, mask: Mask) -> None:
     values = np.zeros((b.threads, size), np.uint8)
     full = threads[counts[threads] != 0]
     if len(full):
-        values[full] = b.load(i, "global", b.address(source)[full], size, full)
-    index = b.shared.begin_copy(b.address(target)[threads], size, threads, b.epoch)
+        values[full] = b.load("global", b.address(source)[full], size, full)
+    to = b.address(target)[threads]
+    b.note("shared", to, size, threads, True)
+    index = b.shared.begin_copy(to, size, threads, b.epoch)
     b.copies.append((index, values[threads], threads[:, None]))
 
 
@@ -356,6 +360,7 @@ def _wait(b: Block, i: Instruction, mask: Mask) -> None:
     done = max(0, len(b.groups) - int(i.operands[0].text))
     for index, values, writer in (copy for group in b.groups[:done] for copy in group):
         b.shared.end_copy(index, values, writer, b.epoch)
+        b.landed(index, writer, True)
     b.groups = b.groups[done:]
 
 
@@ -408,7 +413,7 @@ def _matrices(b: Block, i: Instruction, mask: Mask) -> None:
     n = places.shape[3]
     threads = np.broadcast_to(b.tid.reshape(-1, 1, WARP, 1), places.shape).ravel()
     if loads:
-        loaded = b.load(i, "shared", places.ravel(), 4 // n, threads).reshape(-1, count, WARP, 4)
+        loaded = b.load("shared", places.ravel(), 4 // n, threads).reshape(-1, count, WARP, 4)
         words = loaded.view(np.uint32).swapaxes(0, 1).reshape(count, b.threads)
         for register, word in zip(tiles.items, words, strict=True):
             b.write(register, word, None)
@@ -416,7 +421,7 @@ def _matrices(b: Block, i: Instruction, mask: Mask) -> None:
         given = np.stack([b.read(register, "b32") for register in tiles.items], axis=1)
         by_tile = given.reshape(-1, WARP, count).swapaxes(1, 2)
         values = np.ascontiguousarray(by_tile).view(np.uint8).reshape(-1, 4 // n)
-        b.store(i, "shared", places.ravel(), values, threads)
+        b.store("shared", places.ravel(), values, threads)
 
 
 # Matrix products. The operands are exact in float64, and a sum is rounded to float32 once an

@@ -16,7 +16,7 @@ from . import formats
 from .ampere import product
 from .hopper import barrier_at, each, shared_matrix
 from .machine import Array, Block, Mask, Unsupported, handles
-from .memory import WARP, Fault, since_barrier
+from .memory import EVERYBODY, WARP, Fault, since_barrier
 from .parse import Address, Instruction
 
 LANES, COLUMNS = 128, 512
@@ -52,6 +52,7 @@ class TensorMemory:
                 self.reading[cells] -= 1
             for index in one.reads:
                 b.shared.busy[index] -= 1
+                b.landed(index, EVERYBODY, False)
 
     def waited(self, cells: Cells, what: str, writes: bool = True) -> None:
         """Faults if a store to these cells, or a load that a write would spoil, is under way."""
@@ -80,7 +81,7 @@ def _alloc(b: Block, i: Instruction, mask: Mask) -> None:
         raise Fault("tensor memory: more columns than there are")
     thread = b.active(mask)[:1]
     address = b.address(i.operands[0])[thread]
-    b.store(i, "shared", address, np.zeros((1, 4), np.uint8), thread)
+    b.store("shared", address, np.zeros((1, 4), np.uint8), thread)
     b.shared.generic[b.shared.index(address, 4)] = False  # the hardware's write, no thread's
 
 
@@ -117,7 +118,10 @@ def _cells(b: Block, i: Instruction, address: Array, split: Any, threads: Array)
     columns = first[:, None] + np.arange(count)
     if (columns >= b.tensor.allocated).any():
         raise Fault("tensor memory: a column that was not allocated")
-    return np.broadcast_to(lane[:, None], columns.shape), columns
+    lanes = np.broadcast_to(lane[:, None], columns.shape)
+    owners = np.broadcast_to(threads[:, None], columns.shape).ravel()
+    b.note("tensor", (2 * (lanes * COLUMNS + columns)).ravel(), 2, owners, i.parts[1] == "st")
+    return lanes, columns
 
 
 @handles("tcgen05.ld.sync.aligned")
@@ -234,6 +238,7 @@ def _place(b: Block, operand: Address, thread: int) -> tuple[int, int]:
 def _check(b: Block, cells: Cells, does: str) -> None:
     """Loads and stores of other threads are waited for, and a barrier is behind the wait."""
     t = b.tensor
+    b.note("tensor", (2 * (cells[0] * COLUMNS + cells[1])).ravel(), 2, -1, does == "writes")
     t.waited(cells, f"a product {does}", does == "writes")
     if since_barrier(t.stored[cells], b.epoch).any():
         raise Fault(f"a product {does} tensor memory that was stored since the last barrier")

@@ -79,10 +79,16 @@ class Call:
         return "-".join([self.what, self.dtype, sizes, *options, *marks]).replace(" ", "+")
 
     def make(self) -> references.Case:
-        """The inputs, the same in every run."""
+        """The inputs, the same in every run: normally distributed, the factors too.
+
+        So two elements that change places are seen in the norm of a result.
+        """
         case = references.make_normal(
             self.N, self.K, self.O, self.r, dtype=TYPES[self.dtype], seed=0, **self.options
         )
+        draw = torch.Generator().manual_seed(1)
+        A, B = (torch.randn(f.shape, generator=draw).to(f.dtype) for f in (case.hut_A, case.hut_B))
+        case = case.replace(hut_A=A, hut_B=B / self.r**0.5)
         if self.layout == "transposed":  # the weight alone, as Conv1D's
             return pad(case).replace(weight=references.lay(case.weight, "transposed"))
         return pad(case) if self.layout == "padded" else references.laid_out(case, self.layout)

@@ -15,7 +15,7 @@ import numpy as np
 from . import formats
 from .ampere import accumulator, fragment, product, spread
 from .machine import Array, Block, Mask, Unsupported, handles
-from .memory import NOBODY, SEVERAL, WARP, Fault, Region, since_barrier
+from .memory import EVERYBODY, NOBODY, SEVERAL, WARP, Fault, Region, since_barrier
 from .parse import Instruction, Vector
 
 CHUNK = 16  # bytes that a swizzle moves as one
@@ -85,6 +85,7 @@ def each(b: Block, address: Array, mask: Mask) -> list[tuple[int, int]]:
 
 
 def barrier_at(b: Block, address: int, thread: int | None) -> Barrier:
+    b.note("shared", np.array([address]), 8, -1 if thread is None else thread, False)
     if address not in b.barriers:
         raise Fault(f"no barrier was initialized at {address:#x}")
     barrier: Barrier = b.barriers[address]
@@ -97,6 +98,7 @@ def barrier_at(b: Block, address: int, thread: int | None) -> Barrier:
 def _init(b: Block, i: Instruction, mask: Mask) -> None:
     for address, thread in each(b, b.address(i.operands[0]), mask):
         count = int(b.read(i.operands[1], "u32")[thread])
+        b.note("shared", np.array([address]), 8, thread, True)
         index = b.shared.index(np.array([address]), 8)
         b.shared.check_write(index, np.array([thread]), b.epoch, "a barrier")
         b.barriers[address] = Barrier(count, count, b.epoch, thread)
@@ -108,6 +110,9 @@ def _invalidate(b: Block, i: Instruction, mask: Mask) -> None:
         barrier = barrier_at(b, address, thread)
         if barrier.copies or barrier.arrivals:
             raise Fault("a barrier is invalidated while copies or products are under way")
+        b.note("shared", np.array([address]), 8, thread, True)
+        index = b.shared.index(np.array([address]), 8)
+        b.shared.check_write(index, np.array([thread]), b.epoch, "the end of a barrier")
         del b.barriers[address]
 
 
@@ -140,11 +145,14 @@ def _try_wait(b: Block, i: Instruction, mask: Mask) -> None:
         for index, values in barrier.copies:
             b.shared.end_copy(index, values, NOBODY, -1)  # all that wait see it
             b.shared.generic[index] = False
+            b.landed(index, EVERYBODY, True)
         for products in barrier.arrivals:
             b.tensor.finish(b, products)
         barrier.copies, barrier.bytes, barrier.arrivals = [], 0, []
         barrier.missing = barrier.count
         barrier.phase += 1
+    index = b.shared.index(places[:1], 8)
+    b.shared.reader[index], b.shared.read[index] = SEVERAL, b.epoch
     b.write(done, np.ones(b.threads, bool), None)
 
 
@@ -164,11 +172,12 @@ def _tensor_copy(b: Block, i: Instruction, mask: Mask) -> None:
         values = np.zeros((*tensor.box, tensor.size), np.uint8)
         addresses = tensor.region.base + offsets * tensor.size
         if len(addresses):
-            values[inside] = b.load(i, "global", addresses, tensor.size, np.full(len(offsets), t))
+            values[inside] = b.load("global", addresses, tensor.size, np.full(len(offsets), t))
         base = int(targets[t])
         if base % (128 if tensor.width < 64 else 8 * tensor.width):
             raise Fault(f"a box swizzled over {tensor.width} bytes starts at {base:#x}")
         places = swizzled(np.arange(base, base + values.size, CHUNK), tensor.width)
+        b.note("shared", places, CHUNK, -1, True)
         index = b.shared.begin_copy(places, CHUNK, np.full(len(places), t), b.epoch)
         if b.shared.generic[index].any():
             raise Fault("a box lands on what threads wrote, without a proxy fence between")
@@ -209,6 +218,7 @@ def _wait(b: Block, i: Instruction, mask: Mask) -> None:
     done, b.product_groups = b.product_groups[:n], b.product_groups[n:]
     for index in (index for group in done for one in group for index in one.reads):
         b.shared.busy[index] -= 1
+        b.landed(index, -1, False)
         b.shared.reader[index], b.shared.read[index] = SEVERAL, b.epoch
     left = [p for group in [*b.product_groups, b.products] for p in group]
     b.results = {name for p in left for name in p.results}
@@ -299,7 +309,9 @@ def shared_matrix(
     else:
         address = row // 8 * stride + row % 8 * width + k * size
     shared = b.shared
-    index = shared.index(swizzled(start + address, width).ravel(), size)
+    places = swizzled(start + address, width).ravel()
+    b.note("shared", places, size, -1, False)
+    index = shared.index(places, size)
     if shared.pending[index].any():
         raise Fault("a product reads where an asynchronous copy is under way")
     if not shared.valid[index].all():

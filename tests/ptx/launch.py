@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from . import blackwell  # noqa: F401  its instructions, and those of the modules below it
 from .hopper import TensorMap
-from .machine import Array, Program, Unsupported
+from .machine import Access, Array, Program, Unsupported
 from .memory import Region, Space
 from .parse import Kernel, parse
 
@@ -73,7 +73,7 @@ class _StandIn:
 def executing(
     arch: int,
     edit: Callable[[str], str] | None = None,
-    watch: Callable[[int, str, Array], None] | None = None,
+    watch: Callable[[Access], None] | None = None,
 ) -> Iterator[Log]:
     """Within, a launch of any Triton kernel on CPU tensors runs its PTX for sm_`arch`.
 
@@ -137,7 +137,7 @@ def _execute(
     grid: tuple[int, ...],
     log: Log,
     edit: Callable[[str], str] | None,
-    watch: Callable[[int, str, Array], None] | None,
+    watch: Callable[[Access], None] | None,
 ) -> None:
     """Runs a compiled kernel for each block of the grid, on copies of its tensors."""
     ptx = compiled.asm["ptx"]

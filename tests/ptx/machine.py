@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,20 +67,42 @@ def handler_of(parts: tuple[str, ...]) -> Handler | None:
     return next((_HANDLERS[part] for part in beginnings if part in _HANDLERS), None)
 
 
+class Access(NamedTuple):
+    """What an instruction accesses.
+
+    Attributes:
+        line: Of the PTX.
+        space: `"global"`, `"shared"`, `"tensor"`; `"landing"` where what is asynchronous ends,
+            `"barrier"` for a barrier of the block, its beginning and its end.
+        address: Where, one for each of `threads`.
+        size: Bytes (in tensor memory each address is two).
+        threads: Their numbers; -1 for what runs asynchronously, `EVERYBODY` for its end where all
+            threads wait for that.
+        write: Whether it writes.
+    """
+
+    line: int
+    space: str
+    address: Array
+    size: int
+    threads: Array | int
+    write: bool
+
+
 class Program:
     """A kernel with its handlers looked up, ready to run the blocks of a grid.
 
     Args:
         kernel: As parsed.
         shared: Bytes of shared memory.
-        watch: Called before each access of memory by threads, as `watch(line, space, addresses)`.
+        watch: Called with each `Access` before it is made.
 
     Raises:
         Unsupported: An opcode that no handler knows.
     """
 
     def __init__(
-        self, kernel: Kernel, shared: int, watch: Callable[[int, str, Array], None] | None = None
+        self, kernel: Kernel, shared: int, watch: Callable[[Access], None] | None = None
     ) -> None:
         self.kernel, self.shared, self.watch = kernel, shared, watch
         self.executed: set[int] = set()  # lines
@@ -122,6 +144,7 @@ class Block:
 
     Attributes:
         epoch: See `memory`.
+        line: The line of the instruction that runs.
         here: The threads at this line; None for all. Others are `parked` at theirs, to go on from
             there, or `waiting` there for the rest of the block.
         copies, groups: `cp.async` not yet committed, and committed but not waited for.
@@ -148,7 +171,7 @@ class Block:
         self.constants: dict[tuple[str, str], Array] = {}
         words = np.zeros(program.shared // program.granule, f"u{program.granule}")
         self.shared = Region("shared memory", SHARED_BASE, words, False)
-        self.epoch = 0
+        self.epoch = self.line = 0
         self.here: Mask = None
         self.parked: dict[int, Array] = {}
         self.waiting: dict[int, Array] = {}
@@ -168,10 +191,12 @@ class Block:
 
     def run(self) -> None:
         code, pc = self.program.kernel.code, 0
+        self.note("barrier", self.tid, 2, self.tid, False)  # nothing lies between two blocks
         while pc < len(code):
             if self.here is not None:
                 pc = self._meet(pc)
             instruction = code[pc]
+            self.line = instruction.line
             self.program.executed.add(instruction.line)
             self.program.instructions += 1
             try:
@@ -187,6 +212,7 @@ class Block:
                 text = f"{error} [{where}: {instruction.text}; {instruction.source}]"
                 raise type(error)(text) from None
             pc = pc + 1 if after is None else after
+        self.note("barrier", self.tid, 2, self.tid, False)
         self._end()
 
     def _meet(self, pc: int) -> int:
@@ -249,6 +275,14 @@ class Block:
             return np.full(self.threads, self.parameters[operand.name], dtype)
         raise Unsupported(f"operand {operand}")
 
+    def knows(self, operand: Any) -> bool:
+        """Whether an operand has a value; a register that was never written has none."""
+        return not isinstance(operand, Register) or operand.name in self.registers
+
+    def poison(self, kind: str) -> Array:
+        """What stands for an undefined value."""
+        return np.full(self.threads, _POISON[TYPES[kind].itemsize], TYPES[kind])
+
     def number(self, operand: Any, kind: str = "u32") -> int:
         """The value of an operand that is the same for all threads."""
         values = self.read(operand, kind)
@@ -299,19 +333,28 @@ class Block:
 
     # Memory
 
-    def load(self, i: Instruction, space: str, address: Array, size: int, threads: Array) -> Array:
-        """The bytes `[threads, size]` at an address for each."""
+    def note(
+        self, space: str, address: Array, size: int, threads: Array | int, write: bool
+    ) -> None:
+        """Tells the program's watcher of an access; thread -1 is the hardware."""
         if self.program.watch:
-            self.program.watch(i.line, space, address)
+            self.program.watch(Access(self.line, space, address, size, threads, write))
+
+    def landed(self, index: Array, threads: Array | int, write: bool) -> None:
+        """Tells the watcher that an asynchronous access of granules in shared memory has ended."""
+        address = self.shared.base + index * self.shared.granule
+        owners = np.broadcast_to(threads, address.shape).ravel()
+        self.note("landing", address.ravel(), self.shared.granule, owners, write)
+
+    def load(self, space: str, address: Array, size: int, threads: Array) -> Array:
+        """The bytes `[threads, size]` at an address for each."""
+        self.note(space, address, size, threads, False)
         if space == "shared":
             return self.shared.load(address, size, threads, self.epoch)
         return self.memory.load(address, size, threads, self.epoch, self.block)
 
-    def store(
-        self, i: Instruction, space: str, address: Array, values: Array, threads: Array
-    ) -> None:
-        if self.program.watch:
-            self.program.watch(i.line, space, address)
+    def store(self, space: str, address: Array, values: Array, threads: Array) -> None:
+        self.note(space, address, values.shape[1], threads, True)
         if space == "shared":
             self.shared.store(address, values, threads, self.epoch)
         else:
@@ -319,6 +362,7 @@ class Block:
 
     def next_epoch(self) -> None:
         """A barrier of the block."""
+        self.note("barrier", self.tid, 2, self.tid, False)
         self.epoch = (self.epoch >> WITHIN) + 1 << WITHIN
 
 

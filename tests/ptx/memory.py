@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 NOBODY, SEVERAL = -1, -2  # instead of a thread; below: several threads of warp -3 - n
+EVERYBODY = -2  # of accesses that every thread has waited for
 WARP = 32
 WITHIN = 12
 
