@@ -76,6 +76,8 @@ HUT_HD float multiplier(const Multiplier& m, float product) {
 HUT_HD float modulate(float weight, float T, float gamma) { return gamma * (weight * T); }
 
 // gamma * bias + beta.
-HUT_HD float shift(float bias, float gamma, float beta) { return fmaf(gamma, bias, beta); }
+HUT_HD float effective_bias(float bias, float gamma, float beta) {
+  return fmaf(gamma, bias, beta);
+}
 
 }  // namespace hut

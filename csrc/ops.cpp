@@ -32,7 +32,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return call("aten::linear", "", x, weight, bias);
 }
 
-// The dispatcher's stable door takes no Scalar, so aten::add with its alpha is not to be had.
+// The stable ABI cannot pass a Scalar, so aten::add's alpha is unavailable: subtract -1 times it.
 Tensor sum(const Tensor& left, const Tensor& right) {
   return torch::stable::subtract(left, right, -1.0);
 }
@@ -76,7 +76,7 @@ Vector vector_of(const std::optional<Tensor>& tensor) {
 }
 
 // gamma * bias + beta, to be written to a contiguous `out`.
-Shift writing(
+EffectiveBias writing(
     const Tensor& out, const std::optional<Tensor>& bias, const std::optional<Tensor>& gamma,
     const std::optional<Tensor>& beta) {
   return {vector_of(bias), vector_of(gamma), vector_of(beta), out.mutable_data_ptr(), type_of(out),
@@ -156,12 +156,14 @@ class Layer {
     return packed(from, row_stride(), column_stride(), item());
   }
 
-  // gamma (W0 * (T - minus)) in `type`, with weight's strides; writes the shift as well.
+  // gamma (W0 * T), or gamma (W0 * (T - 1)), in `type`, with weight's strides; writes the effective
+  // bias as well.
   Tensor stage(
-      ScalarType type, bool exact, double minus, const Shift& shift, void* stream) const {
+      ScalarType type, bool exact, bool subtract_identity, const EffectiveBias& bias,
+      void* stream) const {
     Multiplier multiplier = multiplier_;
-    multiplier.constant -= static_cast<float>(minus);
-    return launch(multiplier, type, two_sided_, exact, shift, stream);
+    if (subtract_identity) multiplier.constant -= 1.0f;
+    return launch(multiplier, type, two_sided_, exact, bias, stream);
   }
 
   // gamma W0 in `type`, which is T = 1 and no factor; W0 itself where nothing has to change.
@@ -171,7 +173,7 @@ class Layer {
     Multiplier one = multiplier_;
     one.r = 0;
     one.constant = 1.0f;
-    return launch(one, type, false, true, Shift{}, stream);
+    return launch(one, type, false, true, EffectiveBias{}, stream);
   }
 
  private:
@@ -179,12 +181,12 @@ class Layer {
 
   Tensor launch(
       const Multiplier& multiplier, ScalarType type, bool two_sided, bool exact,
-      const Shift& shift, void* stream) const {
+      const EffectiveBias& bias, void* stream) const {
     const Tensor out = empty_like(weight_, type);
     const int64_t out_row = out.stride(output_side()), out_column = out.stride(1 - output_side());
     const WeightArguments arguments{
         multiplier,
-        shift,
+        bias,
         weight(0),
         out.mutable_data_ptr(),
         {row_stride(), column_stride()},
@@ -206,7 +208,7 @@ Tensor weight(
     ScalarType dtype) {
   const Layer layer(weight, hut_A, hut_B, gamma, two_sided, constant, scaling);
   const OnDevice device(weight);
-  return layer.stage(dtype, true, 0.0, Shift{}, device.stream());
+  return layer.stage(dtype, true, false, EffectiveBias{}, device.stream());
 }
 
 Tensor forward(
@@ -223,22 +225,22 @@ Tensor forward(
   const ScalarType type = x.scalar_type();
 
   // gamma * bias + beta; a bias alone is the product's own where it has the type.
-  std::optional<Tensor> shifted = bias;
-  Shift shift{};
+  std::optional<Tensor> total = bias;
+  EffectiveBias effective{};
   if (beta || (bias && (gamma || bias->scalar_type() != type))) {
-    shifted = torch::stable::new_empty(x, {outputs});
-    shift = writing(*shifted, bias, gamma, beta);
+    total = torch::stable::new_empty(x, {outputs});
+    effective = writing(*total, bias, gamma, beta);
   }
-  const Tensor W = layer.stage(type, false, split ? 1.0 : 0.0, shift, device.stream());
-  if (!split) return linear(x, W, shifted);
-  const Tensor y = linear(x, layer.base(type, device.stream()), shifted);
+  const Tensor W = layer.stage(type, false, split, effective, device.stream());
+  if (!split) return linear(x, W, total);
+  const Tensor y = linear(x, layer.base(type, device.stream()), total);
   return sum(y, linear(x, W, std::nullopt));
 }
 
 // dx = (gamma * grad) W.
 Tensor grad_input(const Tensor& grad, const Layer& layer, bool split, void* stream) {
   const ScalarType type = grad.scalar_type();
-  const Tensor W = layer.stage(type, false, split ? 1.0 : 0.0, Shift{}, stream);
+  const Tensor W = layer.stage(type, false, split, EffectiveBias{}, stream);
   if (!split) return torch::stable::matmul(grad, W);
   const Tensor dx = torch::stable::matmul(grad, layer.base(type, stream));
   return sum(dx, torch::stable::matmul(grad, W));

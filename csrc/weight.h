@@ -9,7 +9,7 @@
 namespace hut {
 
 // gamma * bias + beta, `[out_features]`, which the same launch can write; `out` is null if not.
-struct Shift {
+struct EffectiveBias {
   Vector bias, gamma, beta;
   void* out;
   Type type;
@@ -18,7 +18,7 @@ struct Shift {
 
 struct WeightArguments {
   Multiplier multiplier;
-  Shift shift;
+  EffectiveBias effective_bias;
   const void* weight;
   void* out;
   int64_t weight_strides[2], out_strides[2];
@@ -38,13 +38,13 @@ HUT_HD int64_t weight_blocks(const WeightArguments& a) {
 }
 
 template <class Block>
-HUT_BLOCK void write_shift(Block& block, const Shift& shift, int64_t blocks) {
-  if (shift.out == nullptr) return;
+HUT_BLOCK void write_effective_bias(Block& block, const EffectiveBias& a, int64_t blocks) {
+  if (a.out == nullptr) return;
   int64_t o = block.index() * kThreads + block.thread();
-  for (; o < shift.size; o += blocks * kThreads) {
-    const float value = hut::shift(
-        element(shift.bias, o, 0.0f), element(shift.gamma, o, 1.0f), element(shift.beta, o, 0.0f));
-    store_from_float(shift.out, shift.type, o, value);
+  for (; o < a.size; o += blocks * kThreads) {
+    const float value = effective_bias(
+        element(a.bias, o, 0.0f), element(a.gamma, o, 1.0f), element(a.beta, o, 0.0f));
+    store_from_float(a.out, a.type, o, value);
   }
 }
 
@@ -81,7 +81,7 @@ HUT_HD void two_sided_products(
 
 template <class W, class Out, bool TWO_SIDED, bool EXACT, class Block>
 HUT_BLOCK void weight_kernel(Block& block, WeightShared& shared, const WeightArguments& a) {
-  write_shift(block, a.shift, weight_blocks(a));
+  write_effective_bias(block, a.effective_bias, weight_blocks(a));
   const Multiplier& m = a.multiplier;
   const int64_t height = m.side[0].size, width = m.side[1].size;
   // Blocks are counted in 32 bits (device.cuh), in which a division is a tenth of the work.

@@ -6,7 +6,6 @@ named, it would be a guard under `torch.compile`.
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
 import torch
@@ -95,7 +94,11 @@ def _backward(
 
 def _module(name: str) -> ModuleType:
     """A backend without plans; the extension's exists only where it was built."""
-    return importlib.import_module(f"{__package__}.cuda") if name == "cuda" else torch_backend
+    if name == "torch":
+        return torch_backend
+    from . import cuda
+
+    return cuda
 
 
 def plan_call(name: str, layer: Layer, *activations: Tensor | None) -> Plan:

@@ -94,10 +94,13 @@ class Plan:
 
     @property
     def operations(self) -> dict[str, int]:
-        """Floating-point operations of each part, the thin products included."""
+        """Operations of each part's matrix products, thin ones included, as FlopCounterMode counts.
+
+        The multiplications that form a `two_sided` T are elementwise, and not among them.
+        """
         p = self.problem
         product = 2 * p.N * p.O * p.K
-        multiplier = 2 * p.O * p.K * (p.r if p.transform == "low_rank" else 1)
+        multiplier = 2 * p.O * p.K * (p.r if p.transform == "low_rank" else 0)
         products = 2 if p.precision == "split" else 1
         return {
             "forward": products * product + multiplier,

@@ -1,11 +1,20 @@
 """Limits, inputs and float64 references that the tests share.
 
-`Case` holds a layer's inputs, its options and, by `expected()`, what they must give; `make` draws
-one, `run` puts it through `hut_linear`, `check` compares the results at the limits of
-docs/definition.md. Nothing here needs more than NumPy and PyTorch; strategies.py has Hypothesis's.
+How to read a test:
+
+    case = make_normal(9, 48, 36, 3, dtype=torch.float16, vectors="bias gamma")
+    check(case, run(case, backend="triton"))
+
+The first line draws one layer: 9 tokens, in_features 48, out_features 36, r 3. `make` draws values
+whose sums never cancel, `make_normal` those of a real layer. `run` computes y and every gradient by
+`hut_linear`, `operators` by `torch.ops.hut.*`; both give a dict by name. `check` compares each with
+`case.expected()`, float64, as ||out - ref|| / ||ref||, at the limits of docs/definition.md.
+`case.layer` is the package's own tuple, `laid_out` changes strides, and `cancelling` with
+`update_of` looks at the update on its own. tests/test_example.py needs none of this.
 
 The reference is written from the formulas of docs/definition.md in NumPy, with the groups by
-integer arithmetic; it shares no code with the package.
+integer arithmetic; it shares no code with the package. Nothing here needs more than NumPy and
+PyTorch; strategies.py has Hypothesis's.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def test_what_cannot_be_fused_is_not():
 
 
 def test_operations_by_hand():
-    """A full product is 2 N O K; T costs 2 r O K in low_rank and 2 O K in two_sided."""
+    """A full product is 2 N O K; T costs 2 r O K in low_rank, and no product in two_sided."""
     N, K, O, r = 64, 1024, 512, 8
     full, weight = 2 * N * K * O, K * O
     plan = planner.plan(problem(), A100)
@@ -127,7 +127,7 @@ def test_operations_by_hand():
         "grad_factors": full + 4 * r * weight,
     }
     two_sided = planner.plan(problem(transform="two_sided"), A100)
-    assert two_sided.operations["forward"] == full + 2 * weight
+    assert set(two_sided.operations.values()) == {full}
     split = planner.plan(problem(precision="split"), A100)
     assert split.operations["forward"] == 2 * full + 2 * r * weight
     assert split.operations["grad_factors"] == full + 4 * r * weight

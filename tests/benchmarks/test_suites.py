@@ -39,12 +39,14 @@ class TestShapes:
 
 class TestCost:
     @pytest.mark.parametrize("transform", ["low_rank", "two_sided"])
-    def test_operations_are_the_planners(self, transform):
+    def test_operations_are_the_planners_and_those_of_a_two_sided_T(self, transform):
         plan = explain(
             512, 1024, 4096, 16, dtype=BF16, device_name="A100", transform=transform
         ).operations
         counted = cost.METHODS[f"hut_{transform}"].operations(Shape(512, 1024, 4096), 16)
-        assert counted == (plan["forward"], plan["grad_input"] + plan["grad_factors"])
+        T = 2 * 1024 * 4096 if transform == "two_sided" else 0  # elementwise: no product
+        backward = plan["grad_input"] + plan["grad_factors"]
+        assert counted == (plan["forward"] + T, backward + 3 * T)
 
     def test_the_papers_claim_adaptation_does_not_grow_with_the_rank(self):
         two_sided = [cost.adaptation_per_weight("hut_two_sided", r) for r in (4, 16, 128)]

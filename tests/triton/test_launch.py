@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from hut_kernels.triton.launch import choose_num_splits, choose_reduction_splits
 
-from ..references import examples
+from ..strategies import examples
 
 
 @given(
