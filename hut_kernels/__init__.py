@@ -15,6 +15,7 @@ from .explain import explain
 from .functional import hut_linear, hut_weight
 from .grouped import hut_grouped_linear
 from .nn import PAPER, HUTLinear
+from .optim import parameter_groups
 
 flops.register()
 
@@ -36,5 +37,6 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "parameter_groups",
     "save_adapter",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .bypassed import is_untrained, untrained_message
 from .experts import HUTExperts
 from .layer import FLOAT_NAMES, FLOATS, PRECISIONS, TRANSFORMS
-from .nn import HUTLinear, check_data, fill, named
+from .nn import HUTLinear, check_data, fill, named, whole
 
 _FORMAT = "hut_kernels"
 _FORMAT_VERSION = "1"
@@ -82,7 +82,7 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
         ValueError: the model has no HUT layer.
         HUTBackendError: as for `adapter_state_dict`.
     """
-    factors = {name: _whole(factor) for name, factor in adapter_state_dict(model).items()}
+    factors = {name: whole(factor) for name, factor in adapter_state_dict(model).items()}
     # A copy each, since safetensors refuses tensors that share storage.
     tensors = {name: f.to("cpu", copy=True).contiguous() for name, f in factors.items()}
     _warn_of_untrained(model, tensors)
@@ -150,12 +150,14 @@ def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
     layers = _hut_layers(model)
     _check_same_names("HUT layers", saved_layers, layers)
     for name, layer in layers.items():
-        _check_same_options(name, saved_layers[name], _options(layer))
+        _check_same_options(name, dict(saved_layers[name]), _options(layer))
     _check_same_names("tensors", tensors, factors)
     for name, factor in factors.items():
         _check_fits(name, tensors[name], factor)
     # Last, for where a file does not fit the model the checks above say more.
     _check_undamaged(file, saved_layers, tensors, metadata)
+    for name, layer in layers.items():
+        layer.rms = saved_layers[name].get("rms")
     with torch.no_grad():
         for name, factor in factors.items():
             fill(factor, tensors[name])
@@ -169,7 +171,13 @@ def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
             that one call of `inject` cannot make them.
     """
     layers, _ = read(file)
-    (first, options), *others = layers.items()
+    # The layers' rms differ by nature, and load_adapter brings them.
+    shared = {
+        name: {k: v for k, v in options.items() if k != "rms"}
+        | ({"scale_by_rms": True} if "rms" in options else {})
+        for name, options in layers.items()
+    }
+    (first, options), *others = shared.items()
     for name, other in others:
         if other != options:
             raise ValueError(
@@ -208,7 +216,8 @@ def _join(name: str, key: str) -> str:
 
 def _options(layer: HUTLinear | HUTExperts) -> dict[str, Any]:
     options = {key: getattr(layer, key) for key in _OPTIONS if key != "factor_dtype"}
-    return options | {"factor_dtype": str(layer.hut_A.dtype).removeprefix("torch.")}
+    options["factor_dtype"] = str(layer.hut_A.dtype).removeprefix("torch.")
+    return options | ({"rms": layer.rms} if layer.scale_by_rms else {})
 
 
 def _read(
@@ -276,9 +285,12 @@ def _parse_metadata(
 
 def _well_formed(options: dict[str, Any]) -> bool:
     """Whether a layer's options are those of some `HUTLinear`; an exception may say no as well."""
-    r, alpha = options["r"], options["alpha"]
+    r, alpha, rms = options["r"], options["alpha"], options.get("rms", 1.0)
     return (
-        set(options) == set(_OPTIONS)
+        {*options, "rms"} == {*_OPTIONS, "rms"}
+        and type(rms) is float
+        and 0 < rms < math.inf
+        and ("rms" not in options or (options["transform"], options["offset"]) == ("low_rank", 1))
         and not any(type(options[name]) is bool for name in ("alpha", "offset", "dropout"))
         and type(r) is int
         and r >= 1
@@ -337,20 +349,14 @@ def _check_same_names(what: str, saved: Collection[str], present: Collection[str
 
 
 def _check_same_options(name: str, saved: dict[str, Any], present: dict[str, Any]) -> None:
-    for key in _OPTIONS:
+    for options in (saved, present):
+        options["scale_by_rms"] = "rms" in options
+    for key in (*_OPTIONS, "scale_by_rms"):
         if key not in _MAY_DIFFER and saved[key] != present[key]:
             raise ValueError(
                 f"{name or 'the layer'} has {key}={present[key]!r}, but the file {saved[key]!r}: "
                 f"inject with **adapter_options(file), or move the factors to the file's type"
             )
-
-
-def _whole(factor: Tensor) -> Tensor:
-    """The factor; where it is sharded, gathered from all ranks of its mesh."""
-    if not hasattr(factor, "_local_tensor"):  # a DTensor's: an import that others are spared
-        return factor
-    # Offloaded shards go back to where their mesh can send them from.
-    return factor.to(factor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def _check_fits(name: str, saved: Tensor, present: Tensor) -> None:

@@ -84,6 +84,15 @@ def check_form(transform: str, offset: float, alpha: float | None) -> None:
         raise ValueError(f"alpha must be a positive number; got {alpha}")
 
 
+def check_scale_by_rms(scale_by_rms: bool, transform: str, offset: float) -> None:
+    """Refuse to scale a form that has no scaling (ValueError), or no answer (TypeError)."""
+    if not isinstance(scale_by_rms, bool):
+        raise TypeError(f"scale_by_rms must be True or False; got {scale_by_rms!r}")
+    if scale_by_rms and (transform != "low_rank" or offset != 1):
+        given = f"transform={transform!r}, offset={offset}"
+        raise ValueError(f"scale_by_rms belongs to low_rank with offset 1; got {given}")
+
+
 def check_rank(r: int, transform: str, in_features: int, out_features: int) -> None:
     """Refuse a rank that is no rank, or more groups than features (ValueError)."""
     if r < 1:

@@ -60,6 +60,8 @@ class HUTExperts(nn.Module):
     # Adapter files hold these of every layer.
     dropout = 0.0
     precision = "merged"
+    scale_by_rms = False
+    rms: float | None = None
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import formats
-from .checks import check_dtype, check_form, check_number, check_rank, check_run_options
+from .checks import (
+    check_dtype,
+    check_form,
+    check_number,
+    check_rank,
+    check_run_options,
+    check_scale_by_rms,
+)
 from .errors import HUTBackendError
 from .functional import frozen_linear, hut_linear, hut_weight
 from .layer import FLOATS, effective_bias
@@ -41,6 +48,22 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+class TrainedFactors(NamedTuple):
+    """The trained tensors of one adapter, and what their learning rates follow from.
+
+    A module has some if it has a method `hut_factors` that lists them.
+    """
+
+    weight: Tensor  # W0, in any layout
+    hut_A: Tensor
+    hut_B: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    transform: str
+    offset: float
+    scale_by_rms: bool
 
 
 T = TypeVar("T", bound=type)
@@ -110,6 +133,9 @@ class HUTLinear(nn.Module):
         precision: `"merged"` rounds `W0 * T` once to the compute type; `"split"` keeps the update
             apart, at the price of a second product.
         fused: whether to recompute `T` tile by tile; False builds it under ordinary autograd.
+        scale_by_rms: whether `scaling = alpha / (r * rms)`, with the root mean square of W0 as it
+            is when the factors are made. A step then moves the weight as far as LoRA's does at the
+            same learning rate. Only for `low_rank` with offset 1.
         device: where the parameters are made; `"meta"` is allowed.
         dtype: type of `weight` and `bias`.
         factor_dtype: type of the trainable parameters.
@@ -125,6 +151,8 @@ class HUTLinear(nn.Module):
         hut_B: `[out_features, r]`.
         gamma: `[out_features]` or None.
         beta: `[out_features]` or None.
+        rms: what `scale_by_rms` divides by; saved with the state dict (as `rms`, float64) and in
+            adapter files, so that the scaling stays what it was over any base.
 
     Raises:
         ValueError: an unknown `transform` or `precision`, `r` out of range, `alpha` where it has no
@@ -155,6 +183,7 @@ class HUTLinear(nn.Module):
         scale_shift: bool = False,
         precision: str = "merged",
         fused: bool = True,
+        scale_by_rms: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         factor_dtype: torch.dtype = torch.float32,
@@ -166,6 +195,7 @@ class HUTLinear(nn.Module):
         check_form(transform, offset, alpha)
         check_rank(r, transform, in_features, out_features)
         check_run_options(precision, dropout)
+        check_scale_by_rms(scale_by_rms, transform, offset)
         check_dtype("dtype", dtype or torch.get_default_dtype())
         check_dtype("factor_dtype", factor_dtype)
         self.in_features = in_features
@@ -179,6 +209,8 @@ class HUTLinear(nn.Module):
         self.precision = precision
         self.fused = fused
         self.compute_dtype: torch.dtype | None = None
+        self.scale_by_rms = scale_by_rms
+        self.rms: float | None = None
         self._conv1d_class: type[nn.Module] | None = None
 
         base = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
@@ -242,7 +274,12 @@ class HUTLinear(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """The factor of `hut_B @ hut_A`: `alpha / r`, and 1 where alpha has no part."""
+        """The factor of `hut_B @ hut_A`: `alpha / r`, and 1 where alpha has no part.
+
+        With `scale_by_rms`, `alpha / (r * rms)`.
+        """
+        if self.scale_by_rms:
+            return scaling_by_rms(self.alpha, self.r, self.rms)
         return 1.0 if self.alpha is None else self.alpha / self.r
 
     @property
@@ -259,9 +296,23 @@ class HUTLinear(nn.Module):
         """What the layer trains: `hut_A`, `hut_B` and, with `scale_shift`, `gamma` and `beta`."""
         return [(name, p) for name in _FACTORS if (p := getattr(self, name)) is not None]
 
+    def hut_factors(self) -> list[TrainedFactors]:
+        """List the layer's one adapter, for `parameter_groups`."""
+        factors = self.hut_A, self.hut_B, self.gamma, self.beta
+        form = self.transform, self.offset, self.scale_by_rms
+        return [TrainedFactors(self._tensor("weight"), *factors, *form)]
+
     @torch.no_grad()
     def reset_factors(self) -> None:
-        """Make `T` 1, `gamma` 1 and `beta` 0: the layer computes its base layer again."""
+        """Make `T` 1, `gamma` 1 and `beta` 0: the layer computes its base layer again.
+
+        With `scale_by_rms`, the scaling follows the weight as it now is.
+
+        Raises:
+            ValueError: `scale_by_rms` over a weight that is all zero or not finite.
+        """
+        if self.scale_by_rms and not self.weight.is_meta:
+            self.rms = rms(self.weight)
         init_factors_(self.hut_A, self.hut_B, self.transform, self.offset)
         if self.gamma is not None and self.beta is not None:
             self.gamma.fill_(1.0)
@@ -407,6 +458,8 @@ class HUTLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, value in formats.statistics(self._parameters.get("weight")).items():
             destination[prefix + name] = value
+        if self.rms is not None:
+            destination[prefix + "rms"] = torch.tensor(self.rms, dtype=torch.float64)
 
     def _load_from_state_dict(
         self,
@@ -418,6 +471,8 @@ class HUTLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if self.scale_by_rms and prefix + "rms" in state_dict:
+            self.rms = float(state_dict.pop(prefix + "rms"))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -449,6 +504,7 @@ class HUTLinear(nn.Module):
             f"bias={self.bias is not None}, dropout={self.dropout}, "
             f"scale_shift={self.scale_shift}, precision={self.precision!r}, fused={self.fused}"
         )
+        text += ", scale_by_rms=True" if self.scale_by_rms else ""
         return text + (", fan_in_fan_out=True" if self.fan_in_fan_out else "")
 
 
@@ -509,6 +565,41 @@ def fill(parameter: Tensor, value: Tensor) -> None:
         # Shards, since an offloaded one is not where its mesh computes.
         parameter, value = parameter.to_local(), placed.to_local()
     parameter.copy_(value)
+
+
+def rms(weight: Tensor) -> float:
+    """Compute the root mean square of a weight (of a quantized one as it dequantizes), in float64.
+
+    Raises:
+        ValueError: it is zero or not finite.
+        HUTBackendError: it is on the meta device.
+    """
+    if weight.is_meta:
+        raise HUTBackendError("the size of a weight on the meta device (offloaded) is not known")
+    dense = formats.dense(weight.detach(), torch.float32)
+    norm = torch.linalg.vector_norm(dense, dtype=torch.float64)
+    value = float(whole(norm)) / math.sqrt(weight.numel())
+    if not 0 < value < math.inf:
+        raise ValueError(f"scale_by_rms needs a weight of a finite size that is not 0; got {value}")
+    return value
+
+
+def scaling_by_rms(alpha: float | None, r: int, rms: float | None) -> float:
+    """Compute `alpha / (r * rms)`; one formula, so that it is the same to the bit everywhere."""
+    if rms is None:
+        raise HUTBackendError(
+            "scale_by_rms: the weight was on the meta device when the layer was made; load its "
+            "state dict or adapter file, or call reset_factors() once the weight is there"
+        )
+    return (r if alpha is None else alpha) / (r * rms)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor from all ranks of its mesh; another is itself."""
+    if not hasattr(tensor, "_local_tensor"):  # a DTensor's: an import that others are spared
+        return tensor
+    # Offloaded shards go back to where their mesh can send them from.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -362,6 +362,31 @@ def test_dropout_precision_and_fused_may_differ(model, tmp_path):
     assert model.layers[1].q_proj.dropout == 0
 
 
+def test_a_scaling_by_rms_is_loaded_to_the_bit_over_any_base(model, tmp_path):
+    other = Model()
+    inject(model, TARGETS, r=2, alpha=3, scale_by_rms=True)
+    save_adapter(trained(model), tmp_path / "file")
+    options = adapter_options(tmp_path / "file")
+    assert options["scale_by_rms"] is True
+    inject(other, TARGETS, **options)
+    scalings = [model.get_submodule(name).scaling for name in NAMES]
+    assert [other.get_submodule(name).scaling for name in NAMES] != scalings
+    load_adapter(other, tmp_path / "file")
+    assert [other.get_submodule(name).scaling for name in NAMES] == scalings
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.eval()(TOKENS), model.eval()(TOKENS))
+    plain = Model()
+    inject(plain, TARGETS, r=2, alpha=3)
+    before = snapshot(plain)
+    with pytest.raises(ValueError, match="has scale_by_rms=False, but the file True"):
+        load_adapter(plain, tmp_path / "file")
+    assert_unchanged(plain, before)
+    for rms in (0.0, -1.0, float("nan"), 1, True, "1"):
+        rewrite(tmp_path / "file", change_metadata=set_option("rms", rms))
+        with pytest.raises(ValueError, match="has no readable layer options"):
+            load_adapter(other, tmp_path / "file")
+
+
 def test_a_wider_model_is_refused(tmp_path):
     narrow, wide = Model(8), Model(16)
     for model in (narrow, wide):

@@ -300,6 +300,61 @@ def test_scaling_is_alpha_over_r_and_1_elsewhere(options, scaling, alpha):
     assert (layer.scaling, layer.alpha) == (scaling, alpha)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_by_rms_divides_by_the_weights_size(dtype):
+    linear = nn.Linear(40, 24).to(dtype)
+    size = linear.weight.double().square().mean().sqrt().item()
+    layer = HUTLinear.from_linear(linear, 4, alpha=6, scale_by_rms=True)
+    assert layer.rms == pytest.approx(size, rel=1e-12)
+    assert layer.scaling == 6 / (4 * layer.rms)
+    assert HUTLinear.from_linear(linear, 4, scale_by_rms=True).scaling == 4 / (4 * layer.rms)
+    x = torch.randn(3, 40, dtype=dtype)
+    assert torch.equal(layer(x), linear(x))
+    with torch.no_grad():
+        layer.hut_B.normal_(0, 5e-2)
+    delta = layer.merged_weight().double() - linear.weight.double()
+    expected = linear.weight.double() * (layer.scaling * (layer.hut_B @ layer.hut_A).double())
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    assert (delta - expected).norm() < tolerance * expected.norm()
+
+
+def test_a_scaling_by_rms_stays_what_it_was():
+    layer = HUTLinear(16, 8, 2, scale_by_rms=True)
+    scaling = layer.scaling
+    assert scaling == copy.deepcopy(layer).scaling == pickle.loads(pickle.dumps(layer)).scaling
+    state = layer.state_dict()
+    assert (state["rms"].dtype, state["rms"].item()) == (torch.float64, layer.rms)
+    other = HUTLinear(16, 8, 2, scale_by_rms=True)
+    assert other.scaling != scaling
+    other.load_state_dict(state)
+    assert other.scaling == scaling
+    assert other.half().scaling == scaling
+    assert "rms" not in HUTLinear(16, 8, 2).state_dict()
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert layer.scaling == scaling
+    layer.reset_factors()
+    assert layer.scaling == scaling / 2
+
+
+def test_scale_by_rms_waits_for_a_weight():
+    layer = HUTLinear(16, 8, 2, scale_by_rms=True, device="meta")
+    with pytest.raises(HUTBackendError, match=r"scale_by_rms: the weight was on the meta device"):
+        layer.scaling  # noqa: B018
+    state = HUTLinear(16, 8, 2, scale_by_rms=True).state_dict()
+    layer.to_empty(device="cpu").load_state_dict(state)
+    assert layer.scaling > 1
+    zero = nn.Linear(4, 4)
+    nn.init.zeros_(zero.weight)
+    with pytest.raises(ValueError, match=r"a weight of a finite size that is not 0; got 0\.0"):
+        HUTLinear.from_linear(zero, 2, scale_by_rms=True)
+    for form in ({"offset": 0}, {"transform": "two_sided"}):
+        with pytest.raises(ValueError, match="scale_by_rms belongs to low_rank with offset 1"):
+            HUTLinear(4, 4, 2, scale_by_rms=True, **form)
+    with pytest.raises(TypeError, match="scale_by_rms must be True or False; got 1"):
+        HUTLinear(4, 4, 2, scale_by_rms=1)
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_from_linear_shares_storage_and_leaves_the_original_alone(trainable):
     base = nn.Linear(7, 5).requires_grad_(trainable).eval()

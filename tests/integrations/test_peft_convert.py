@@ -97,6 +97,13 @@ def test_scaling_is_folded_into_B(net, tmp_path):
     assert error(converted(x), model(x).detach().double()) < 2e-6
 
 
+def test_a_scaling_by_rms_is_folded_into_B(net, tmp_path):
+    config = HUTConfig(r=4, target_modules=LAYERS, init_weights=False, scale_by_rms=True)
+    model, x = saved(net, config, tmp_path), torch.randn(5, 24)
+    converted = to_hira(tmp_path).apply(copy.deepcopy(net)).eval()
+    assert error(converted(x), model(x).detach().double()) < 4e-6
+
+
 def test_ranks_are_those_of_the_tensors(net, tmp_path):
     """PEFT 0.21 makes a first adapter's layers with `r` whatever its rank_pattern says."""
     saved(net, hira_config(rank_pattern={"middle": 2}), tmp_path / "one")
@@ -192,6 +199,7 @@ def test_a_model_that_does_not_fit(net, tmp_path):
 
 NATIVE = {
     "residual": {"r": 3},
+    "by rms": {"r": 3, "alpha": 5, "scale_by_rms": True},
     "alpha": {"r": 3, "alpha": 5, "dropout": 0.25, "precision": "split"},
     "direct": {"r": 2, "offset": 0, "factor_dtype": torch.bfloat16},
     "paper": {"r": 4, "transform": "two_sided", "scale_shift": True},

@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from hut_kernels import inject, parameter_groups
 from hut_kernels.errors import HUTBackendError
 from hut_kernels.integrations.peft import HUTConfig, HUTLayer
 from hut_kernels.integrations.peft.experts import ParamWrapper
@@ -291,3 +292,24 @@ def test_nothing_is_warned_of():
         for category in (UserWarning, RuntimeWarning):
             warnings.simplefilter("error", category)
         adapted()
+
+
+def test_scale_by_rms_and_parameter_groups_know_stacks(tmp_path):
+    model = adapted(scale_by_rms=True).eval()
+    sizes = model.peft_config["default"].rms
+    assert len(sizes) == len(wrappers(model))
+    for wrapper in wrappers(model):
+        weight = getattr(wrapper.get_base_layer(), wrapper.parameter_name).double()
+        size = weight.square().mean().sqrt().item()
+        assert wrapper.hut_rms["default"] == pytest.approx(size, rel=1e-12)
+    groups = parameter_groups(model, 1e-3)
+    assert [(g["lr"], len(g["params"])) for g in groups] == [(1e-3, 2 * len(sizes))]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("qwen3_moe"), tmp_path)
+    scalings = [w.scaling for w in wrappers(model)]
+    assert [w.scaling for w in wrappers(loaded)] == scalings
+    base = tiny("qwen3_moe")
+    inject(base, [], target_parameters=["experts.down_proj"])
+    groups = parameter_groups(base, 1e-3)
+    assert len(groups) == 2
+    assert groups[0]["lr"] > 2e-3

@@ -35,7 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hut_kernels import autograd
+from hut_kernels import autograd, parameter_groups
 from hut_kernels.errors import HUTBackendError
 from hut_kernels.integrations.peft import HUTConfig, HUTLayer, HUTModel
 from hut_kernels.integrations.peft.layer import Form, Linear
@@ -583,6 +583,54 @@ def test_save_and_load(form, low_cpu_mem_usage, tmp_path):
     trained.delete_adapter("default")
     assert torch.equal(trained(x), y)
     assert not any("default" in name for name in trained.state_dict())
+
+
+def test_a_scaling_by_rms_is_loaded_to_the_bit_over_any_base(tmp_path):
+    given = config(scale_by_rms=True, hut_alpha=3, alpha_pattern={"last": 5})
+    model = get_peft_model(Net(), given).eval()
+    assert given.rms == {}  # the user's object is for any model
+    sizes = model.peft_config["default"].rms
+    assert sizes.keys() == {*LAYERS}
+    scalings = {}
+    for name in LAYERS:
+        layer = model.base_model.model.get_submodule(name)
+        weight = layer.base_layer.weight.double()
+        assert sizes[name] == pytest.approx(weight.square().mean().sqrt().item(), rel=1e-12)
+        alpha = 5 if name == "last" else 3
+        scalings[name] = alpha / (4 * sizes[name])
+        assert layer.scaling["default"] == scalings[name]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path)
+    other = get_peft_model(Net(), given)
+    for name in LAYERS:
+        layer = loaded.base_model.model.get_submodule(name)
+        assert layer.scaling["default"] == scalings[name]
+        layer.set_scale("default", 0.5)
+        layer.unscale_layer()
+        assert layer.scaling["default"] == scalings[name]
+        layer = other.base_model.model.get_submodule(name)
+        assert layer.scaling["default"] != scalings[name]
+    # A further adapter is made over W0, whatever is merged into it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+        model.add_adapter("second", config(scale_by_rms=True))
+    assert model.peft_config["second"].rms == sizes
+    for form in (FORMS["direct"], FORMS["two_sided"]):
+        with pytest.raises(ValueError, match="scale_by_rms belongs to low_rank with offset 1"):
+            HUTConfig(scale_by_rms=True, **form)
+
+
+def test_parameter_groups_of_a_peft_model():
+    model = get_peft_model(
+        bert(), HUTConfig(r=4, task_type="SEQ_CLS", target_modules=["query", "value"])
+    )
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 1e-3, weight_decay=0.1)
+    found = [{names[parameter].split(".")[-2] for parameter in g["params"]} for g in groups]
+    assert found == [{"hut_B"}, {"hut_A", "default"}]
+    assert groups[0]["lr"] > 10 * groups[1]["lr"] == 10 * 1e-3
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in names)
 
 
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])

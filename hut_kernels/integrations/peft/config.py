@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from ...checks import check_form, check_run_options
+from ...checks import check_form, check_run_options, check_scale_by_rms
 from ...nn import naming_own_options
 from .registration import peft_type
 
@@ -65,6 +65,10 @@ class HUTConfig(PeftConfig):
         precision: `"merged"` rounds `W0 * T` once; `"split"` keeps the update apart, for a second
             product.
         fused: whether to recompute T tile by tile; False builds it under ordinary autograd.
+        scale_by_rms: whether `scaling = hut_alpha / (r * rms)`, with the root mean square of each
+            adapted weight, so that LoRA's learning rate fits. Only for `low_rank` with offset 1.
+        rms: what `scale_by_rms` divided by, by the layer's name: filled in when the adapter is made
+            and saved with it, so that it is the same over any base.
         requires: the import that a program needs to load the adapter; for whoever reads the file.
 
     Raises:
@@ -115,6 +119,12 @@ class HUTConfig(PeftConfig):
     )
     precision: str = field(default="merged", metadata={"help": "'merged' or 'split'"})
     fused: bool = field(default=True, metadata={"help": "Whether to run the fused layer"})
+    scale_by_rms: bool = field(
+        default=False, metadata={"help": "Whether scaling is divided by the weight's RMS"}
+    )
+    rms: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "The RMS of each adapted weight, filled in by HUT"}
+    )
     requires: str = field(
         default=f"import {_IMPORT}", metadata={"help": "What a program must do to load the adapter"}
     )
@@ -127,6 +137,7 @@ class HUTConfig(PeftConfig):
         self.exclude_modules = _as_set(self.exclude_modules)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        self.rms = self.rms or {}
         self._check_types()
         for name, r in {"r": self.r, **self.rank_pattern}.items():
             if type(r) is not int or r < 1:
@@ -134,6 +145,7 @@ class HUTConfig(PeftConfig):
         for alpha in (self.hut_alpha, *self.alpha_pattern.values()):
             check_form(self.transform, self.offset, alpha)
         check_run_options(self.precision, self.hut_dropout)
+        check_scale_by_rms(self.scale_by_rms, self.transform, self.offset)
         self._check_layer_options()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -145,7 +157,7 @@ class HUTConfig(PeftConfig):
             card.write_text(text.rstrip("\n") + "\n" + _NOTE, encoding="utf-8")
 
     def _check_types(self) -> None:
-        for name in ("init_weights", "scale_shift", "fused"):
+        for name in ("init_weights", "scale_shift", "fused", "scale_by_rms"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         given = {name: getattr(self, name) for name in ("hut_alpha", "hut_dropout", "offset")}

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from ... import adapter_file
 from ...layer import acc_dtype
+from ...nn import scaling_by_rms
 from .config import HUTConfig
 
 _PREFIX = "base_model.model."
 _NATIVE_NAMES = {"hut_A": "hut_A", "hut_B": "hut_B", "hut_gamma": "gamma", "hut_beta": "beta"}
+_FORM = ("transform", "offset", "scale_shift", "precision", "scale_by_rms")
 _SHARED = (
     "task_type",
     "auto_mapping",
@@ -189,7 +191,8 @@ def from_native(file: str | os.PathLike[str]) -> ConvertedAdapter:
     layers, tensors = adapter_file.read(file)
     first = next(iter(layers.values()))
     for name, options in layers.items():
-        for key in {*options} - {"r", "alpha", "factor_dtype"}:
+        options["scale_by_rms"] = "rms" in options
+        for key in {*options} - {"r", "alpha", "factor_dtype", "rms"}:
             if options[key] != first[key]:
                 raise ValueError(
                     f"one HUTConfig has one {key}, but the layers of {file} have "
@@ -206,7 +209,8 @@ def from_native(file: str | os.PathLike[str]) -> ConvertedAdapter:
         rank_pattern=_pattern(layers, "r", r),
         alpha_pattern=_pattern(layers, "alpha", alpha),
         hut_dropout=first["dropout"],
-        **{key: first[key] for key in ("transform", "offset", "scale_shift", "precision")},
+        rms={name: options["rms"] for name, options in layers.items() if "rms" in options},
+        **{key: first[key] for key in _FORM},
     )
     peft_names = {native: peft for peft, native in _NATIVE_NAMES.items()}
     renamed = {}
@@ -253,7 +257,7 @@ def _native_options(config: HUTConfig, name: str, hut_A: Tensor) -> dict[str, An
         "scale_shift": config.scale_shift,
         "precision": config.precision,
         "factor_dtype": str(hut_A.dtype).removeprefix("torch."),
-    }
+    } | ({"rms": config.rms[name]} if config.scale_by_rms else {})
 
 
 def _pattern(layers: dict[str, dict[str, Any]], key: str, usual: Any) -> dict[str, Any]:
@@ -300,4 +304,6 @@ def _module(key: str) -> str:
 def _scaling(config: HUTConfig, module: str, r: int) -> float:
     alpha_key = get_pattern_key(list(config.alpha_pattern), module)
     alpha = config.alpha_pattern.get(alpha_key, config.hut_alpha)
+    if config.scale_by_rms:
+        return scaling_by_rms(alpha, r, config.rms[module])
     return 1.0 if alpha is None else alpha / r

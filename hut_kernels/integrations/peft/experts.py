@@ -27,6 +27,7 @@ class ParamWrapper(nn.Module, HUTLayer):
         r: as the patterns of `config` say.
         alpha: likewise.
         config: the adapter's options.
+        rms: of the whole stack, with `scale_by_rms`.
 
     Raises:
         ValueError: a rank out of range, or an option that experts do not have.
@@ -43,6 +44,7 @@ class ParamWrapper(nn.Module, HUTLayer):
         r: int,
         alpha: float | None,
         config: HUTConfig,
+        rms: float | None = None,
     ) -> None:
         super().__init__()
         self.parameter_name = self.weight_name = parameter_name
@@ -51,11 +53,16 @@ class ParamWrapper(nn.Module, HUTLayer):
         self.stack = (len(self._base_matrix()),)
         HUTLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, alpha, config)
+        self.update_layer(adapter_name, r, alpha, config, rms)
         attach(self.get_base_layer(), parameter_name, self)
 
     def update_layer(
-        self, adapter_name: str, r: int, alpha: float | None, config: HUTConfig
+        self,
+        adapter_name: str,
+        r: int,
+        alpha: float | None,
+        config: HUTConfig,
+        rms: float | None = None,
     ) -> None:
         """Adds an adapter, as every HUT layer does.
 
@@ -66,7 +73,7 @@ class ParamWrapper(nn.Module, HUTLayer):
             raise ValueError(f"experts have no hut_dropout; got {config.hut_dropout}")
         if config.precision != "merged":
             raise ValueError(f'experts have precision="merged" only; got {config.precision!r}')
-        super().update_layer(adapter_name, r, alpha, config)
+        super().update_layer(adapter_name, r, alpha, config, rms)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The experts under the adapters that are active."""

@@ -16,7 +16,14 @@ from ...checks import check_number, check_rank
 from ...errors import HUTBackendError
 from ...functional import frozen_linear, hut_linear, hut_weight
 from ...layer import FLOATS, acc_dtype, effective_bias
-from ...nn import check_data, dropout_forward, init_factors_, is_conv1d
+from ...nn import (
+    TrainedFactors,
+    check_data,
+    dropout_forward,
+    init_factors_,
+    is_conv1d,
+    scaling_by_rms,
+)
 from .base import bias, drops, is_watched, matrix
 from .config import HUTConfig
 
@@ -75,10 +82,18 @@ class HUTLayer(BaseTunerLayer):
         scaling: the factor of `hut_B @ hut_A`.
         hut_dropout: `nn.Dropout`, or `nn.Identity` where it is 0.
         hut_form: `Form` of each.
+        hut_rms: root mean square of W0 as it was, of the adapters with `scale_by_rms`.
     """
 
     adapter_layer_names: tuple[str, ...] = ("hut_A", "hut_B", "hut_gamma", "hut_beta")
-    other_param_names: tuple[str, ...] = ("r", "hut_alpha", "scaling", "hut_dropout", "hut_form")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "hut_alpha",
+        "hut_rms",
+        "scaling",
+        "hut_dropout",
+        "hut_form",
+    )
     weight_name: str = "weight"
     bias_name: str = "bias"
     stack: tuple[int, ...] = ()  # the experts, where the weight is a stack of theirs
@@ -95,15 +110,28 @@ class HUTLayer(BaseTunerLayer):
         self.hut_alpha: dict[str, float | None] = {}
         self.scaling: dict[str, float] = {}
         self.hut_form: dict[str, Form] = {}
+        self.hut_rms: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, _Unmerged | None] = {}
         *_, self.out_features, self.in_features = formats.stored(self._base_matrix()).shape
 
     def update_layer(
-        self, adapter_name: str, r: int, alpha: float | None, config: HUTConfig
+        self,
+        adapter_name: str,
+        r: int,
+        alpha: float | None,
+        config: HUTConfig,
+        rms: float | None = None,
     ) -> None:
-        """Adds an adapter, or makes one anew; `r` and `alpha` as the patterns of `config` say.
+        """Add an adapter, or make one anew; `r` and `alpha` as the patterns of `config` say.
+
+        Args:
+            adapter_name: the adapter's name.
+            r: its rank.
+            alpha: its `hut_alpha`, or None.
+            config: its other options.
+            rms: the size of W0 that its scaling is divided by; None where it is not.
 
         Raises:
             ValueError: `r` is out of range for this layer.
@@ -111,6 +139,9 @@ class HUTLayer(BaseTunerLayer):
         check_rank(r, config.transform, self.in_features, self.out_features)
         self.r[adapter_name] = r
         self.hut_alpha[adapter_name] = alpha
+        self.hut_rms.pop(adapter_name, None)
+        if rms is not None:
+            self.hut_rms[adapter_name] = rms
         self.scaling[adapter_name] = self._configured_scaling(adapter_name)
         self.hut_form[adapter_name] = Form(
             config.transform, float(config.offset), config.precision, config.fused
@@ -177,8 +208,27 @@ class HUTLayer(BaseTunerLayer):
             self.scaling[name] = self._configured_scaling(name)
 
     def _configured_scaling(self, name: str) -> float:
-        alpha = self.hut_alpha[name]
-        return 1.0 if alpha is None else alpha / self.r[name]
+        alpha, r = self.hut_alpha[name], self.r[name]
+        if name in self.hut_rms:
+            return scaling_by_rms(alpha, r, self.hut_rms[name])
+        return 1.0 if alpha is None else alpha / r
+
+    def hut_factors(self) -> list[TrainedFactors]:
+        """List the layer's adapters, for `parameter_groups`."""
+        weight = self.base_weight()
+        return [
+            TrainedFactors(
+                weight,
+                A,
+                self.hut_B[name],
+                _entry(self.hut_gamma, name),
+                _entry(self.hut_beta, name),
+                self.hut_form[name].transform,
+                self.hut_form[name].offset,
+                name in self.hut_rms,
+            )
+            for name, A in self.hut_A.items()
+        ]
 
     def _can_scale(self, name: str, scale: float) -> bool:
         """Whether the update is proportional to a scale; one that is not has 1 and no other."""
@@ -250,15 +300,15 @@ class HUTLayer(BaseTunerLayer):
         check_data(base, self.weight_name, self.bias_name)
         like = getattr(base, self.weight_name)
         for name, kept in self._unmerged.items():
-            parameter = None if kept is None else kept.original.get()
-            if kept is not None and (
-                parameter is None
-                or (parameter.device, parameter.dtype) != (like.device, like.dtype)
-            ):
-                parameter = nn.Parameter(kept.value.to(like), requires_grad=False)
-            setattr(base, name, parameter)
+            setattr(base, name, None if kept is None else kept.parameter(like))
         self._unmerged = {}
         self.merged_adapters.clear()
+
+    def base_weight(self) -> Tensor:
+        """Return W0, also while adapters are merged, in the base layer's layout."""
+        if self.merged or self.stack:
+            return self._before_merging()[0]
+        return formats.base_weight(self.get_base_layer())
 
     def _before_merging(self) -> tuple[Tensor, Tensor | None]:
         """The base layer's weight and bias without adapters, on its device."""
@@ -335,11 +385,12 @@ class Linear(nn.Module, HUTLayer):
         r: int,
         alpha: float | None,
         config: HUTConfig,
+        rms: float | None = None,
     ) -> None:
         super().__init__()
         HUTLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, alpha, config)
+        self.update_layer(adapter_name, r, alpha, config, rms)
 
     @property
     def fan_in_fan_out(self) -> bool:

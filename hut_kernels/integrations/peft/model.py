@@ -27,7 +27,7 @@ from ...bypassed import (
     untrained_message,
 )
 from ...errors import HUTBackendError
-from ...nn import is_conv1d
+from ...nn import is_conv1d, rms
 from .base import check_base
 from .config import HUTConfig
 from .layer import HUTLayer, Linear
@@ -56,6 +56,9 @@ class HUTModel(BaseTuner):
     ) -> None:
         """Put an adapter into the model, as PEFT does, and warn of what it was told in vain."""
         asked = copy.copy(self.peft_config[adapter_name])
+        if asked.scale_by_rms:
+            # What is filled in must not follow the user's object to another model.
+            self.peft_config[adapter_name] = copy.deepcopy(asked)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         switch_off_fused_inference(model, HUTLayer)
         _warn_of_unmatched(asked, model, adapter_name)
@@ -81,10 +84,11 @@ class HUTModel(BaseTuner):
         else:  # of several wrappers around a module each has a parameter of its own
             present = getattr(target, "parameter_name", None) == parameter_name
         try:
+            size = _rms(config, current_key, target, parameter_name)
             if present:
-                cast(HUTLayer, target).update_layer(adapter_name, r, alpha, config)
+                cast(HUTLayer, target).update_layer(adapter_name, r, alpha, config, size)
                 return
-            layer = _new_layer(target, adapter_name, parameter_name, r, alpha, config)
+            layer = _new_layer(target, adapter_name, parameter_name, r, alpha, config, size)
         except ValueError as error:
             raise ValueError(f"{current_key}: {error}") from error
         if adapter_name not in self.active_adapters:
@@ -200,14 +204,33 @@ def _new_layer(
     r: int,
     alpha: float | None,
     config: HUTConfig,
+    size: float | None,
 ) -> nn.Module:
     if parameter_name is None:
         if formats.is_quantized(formats.base_weight(target)):
-            return QuantizedLinear(target, adapter_name, r, alpha, config)
-        return Linear(target, adapter_name, r, alpha, config)
+            return QuantizedLinear(target, adapter_name, r, alpha, config, size)
+        return Linear(target, adapter_name, r, alpha, config, size)
     from .experts import ParamWrapper  # for which transformers must know of experts
 
-    return ParamWrapper(target, adapter_name, parameter_name, r, alpha, config)
+    return ParamWrapper(target, adapter_name, parameter_name, r, alpha, config, size)
+
+
+def _rms(
+    config: HUTConfig, name: str, target: nn.Module, parameter_name: str | None
+) -> float | None:
+    """What a layer's scaling is divided by: as the adapter was made, or measured now and noted."""
+    if not config.scale_by_rms:
+        return None
+    key = name if parameter_name is None else f"{name}.{parameter_name}"
+    if key not in config.rms:
+        layer: Any = target
+        if isinstance(target, HUTLayer) and target.weight_name == (parameter_name or "weight"):
+            weight = layer.base_weight()
+        else:  # an inner wrapper's module has other parameters, too
+            base = layer.get_base_layer() if isinstance(target, HUTLayer) else layer
+            weight = getattr(base, parameter_name) if parameter_name else formats.base_weight(base)
+        config.rms[key] = rms(weight)
+    return config.rms[key]
 
 
 def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
