@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 
-from . import records
+from . import data_sheets, records
 from .measure import OtherPrograms, memory_method, settle_threads
 from .progress import Progress
 from .providers import COMPILED, GRAPH, PROVIDERS, Admission, admit, named
 from .report import compare, documents, tables, targets
 from .report import text as texts
 from .shapes import MODELS, Shape, parsed
-from .suites import cost, layer, memory, model, overhead
+from .suites import cost, estimate, layer, memory, model, overhead
+from .suites.cost import FEW_AND_ALL
 
 Row = dict[str, Any]
 
@@ -50,6 +51,7 @@ BASELINES = ("peft_lora", "lora", "hut_low_rank", "peft_hira", "hut_low_rank_eag
 SLOW_TO_COMPILE = "compiling takes long on a CPU; name it with --provider"
 COMPILED_TOKENS = 512
 COMPILED_ONCE = f"compiled at {COMPILED_TOKENS} tokens alone; name it with --provider"
+LONGEST = 2048  # tokens of a text in an estimate
 SEQUENCE = 128  # tokens of a text in the model suite; half of it on a CPU
 
 
@@ -65,7 +67,6 @@ class Size:
     checkpointing: tuple[bool, ...] = (False, True)
 
 
-TRAINED = tuple(model.RECIPES)
 # What targets.ON_CPU judges, as commands.
 CPU_PARTS = (
     "layer --dtype float32 bfloat16 --shapes 16x1024x4096 512x1024x4096 2048x1024x1024 --provider "
@@ -92,10 +93,10 @@ SIZES = {
     ),
     "overhead": (Size(seconds=8), Size(seconds=2), Size(seconds=8), Size(seconds=2)),
     "model": (
-        Size(TRAINED, (64,), 1, blocks=2),
-        Size(TRAINED[:1], (64,), 0.5, blocks=2, checkpointing=(False,)),
-        Size(TRAINED, (4096,), 3),
-        Size(TRAINED[:1], (2048,), 1, blocks=6),
+        Size(model.TRAINED, (64,), 1, blocks=2),
+        Size(model.TRAINED[:1], (64,), 0.5, blocks=2, checkpointing=(False,)),
+        Size(model.TRAINED, (4096,), 3),
+        Size(model.TRAINED[:1], (2048,), 1, blocks=6),
     ),
     "cost": (Size(("1024x1024", "4096x4096"), (4096,)), Size(("4096x4096",), (4096,))) * 2,
 }
@@ -130,6 +131,26 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for suite in records.SUITES:
         _add_suite(commands, suite)
+    one = commands.add_parser("estimate", help="memory and time on a GPU that is not here")
+    add = one.add_argument
+    add("--model", default="llama-3.1-8b", help=f"{', '.join(model.RECIPES)}, or a configuration")
+    add("--device", default="RTX 4090", help="a GPU's name, or memory=GiB,bandwidth=GB/s,tflops=N")
+    add("--rank", type=_positive, default=16, help="rank of the factors (16)")
+    add(
+        "--target-modules",
+        nargs="+",
+        default=["all"],
+        help="all, few (as papers do), or names (all)",
+    )
+    add(
+        "--base",
+        choices=estimate.BASES,
+        default="bf16",
+        help="storage of the frozen weights (bf16)",
+    )
+    add("--tokens", type=_positive, default=2048, help="tokens of a step (2048)")
+    add("--checkpointing", action="store_true", help="compute blocks again in backward")
+    one.set_defaults(command=_estimate)
     one = commands.add_parser("cpu", help="the CPU path and the host, judged by the targets")
     _add_files(one)
     one.add_argument("--seconds", type=_seconds, default=8, help="time for each group of rows (8)")
@@ -172,7 +193,8 @@ def _add_suite(commands: Any, suite: str) -> None:
     if suite in ("layer", "memory", "cost"):
         add("--shapes", nargs="+", help=f"INxOUT, TOKENSxINxOUT, or of {', '.join(MODELS)}")
     if suite == "model":
-        add("--shapes", nargs="+", choices=model.RECIPES, help="models to train")
+        add("--shapes", nargs="+", help=f"of {', '.join(model.RECIPES)}, or configuration files")
+        add("--target-modules", nargs="+", help="names of the layers to adapt (few, then all)")
         add("--blocks", type=_positive, help="how many of the models' blocks to build")
     if suite != "overhead":
         add("--tokens", type=_positive, nargs="+", help="numbers of tokens")
@@ -289,6 +311,8 @@ def _check_before(options: argparse.Namespace) -> None:
     shapes = []
     if options.suite in ("layer", "memory", "cost") and options.shapes:
         shapes = parsed(options.shapes, options.tokens or [1])
+    for name in options.shapes or () if options.suite == "model" else ():
+        model.recipe_of(name)
     for shape in shapes if options.suite == "memory" else ():
         memory.check(shape)
     if options.suite != "cost":
@@ -477,10 +501,11 @@ def _model_groups(
 def _settings(options: argparse.Namespace, size: Size) -> Iterator[model.Setting]:
     longest = SEQUENCE if _device(options).type == "cuda" else SEQUENCE // 2
     for name in options.shapes or size.shapes:
-        blocks = options.blocks or size.blocks or MODELS[name].blocks
+        blocks = options.blocks or size.blocks or model.recipe_of(name).blocks
+        few_and_all = ["+".join(options.target_modules)] if options.target_modules else FEW_AND_ALL
         for tokens in options.tokens or size.tokens:
             sequence = min(tokens, longest)
-            for adapted in cost.FEW_AND_ALL:
+            for adapted in few_and_all:
                 for checkpointing in size.checkpointing:
                     for r in options.rank:
                         yield model.Setting(
@@ -503,6 +528,18 @@ def _cost_rows(options: argparse.Namespace, size: Size) -> list[Row]:
 
 def _shapes(options: argparse.Namespace, size: Size) -> list[Shape]:
     return parsed(options.shapes or size.shapes, options.tokens or size.tokens)
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    sheet, recipe = data_sheets.find(options.device), model.recipe_of(options.model)
+    longest = getattr(recipe.config().get_text_config(), "max_position_embeddings", LONGEST)
+    sequence = min(options.tokens, LONGEST, longest // 64 * 64 or longest)
+    request = estimate.Request(
+        recipe, "+".join(options.target_modules), options.rank, options.base,
+        options.tokens // sequence, sequence, options.checkpointing,
+    )  # fmt: skip
+    print(tables.estimate(estimate.estimates(request, sheet), request, sheet, options.model).text())
+    return 0
 
 
 # Files

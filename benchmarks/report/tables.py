@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data_sheets import Sheet
 from ..records import machine
 from ..suites import cost
+from ..suites import estimate as estimates
 from ..suites.layer import PASSES
 from . import text as texts
 
@@ -383,6 +385,42 @@ def _model_cost(rows: Sequence[Row]) -> Table:
         body,
         ["Full fine-tuning trains every layer, whichever are adapted."],
     )
+
+
+def estimate(
+    found: Sequence[estimates.Estimate], request: estimates.Request, sheet: Sheet, model: str
+) -> Table:
+    """Memory and time of a training step by each method on a GPU."""
+    parts = ("weights", "adapters", "gradients", "optimizer", "kept", "workspace", "total")
+    full = (sheet.memory - estimates.RESERVED) * estimates.GIB
+    notes = [
+        "GiB at a step's peak; what is kept goes as gradients come, so parts may exceed the total. "
+        f"Fits: with {estimates.RESERVED:g} GiB for CUDA, into {sheet.memory:g}.",
+        estimates.FORMULA,
+    ]
+    if not sheet.has_kernels:
+        notes.append(f"{sheet.name} ({sheet.arch}) runs none of HUT's kernels: PyTorch path.")
+    again = ", checkpointing" if request.checkpointing else ""
+    return Table(
+        f"ESTIMATE: {model}, {request.targets} adapted, r {request.r}, {request.base} base, "
+        f"{request.batch} x {request.sequence} tokens{again}, on {sheet.name}",
+        [
+            "", "trained", "weights", "adapters", "gradients", "optimizer", "kept for backward",
+            "workspace", "total", "fits", "step ms, ESTIMATE", "tokens/s, ESTIMATE",
+        ],
+        [
+            [
+                one.label,
+                f"{one.trained / 1e6:,.1f} M",
+                *(f"{getattr(one, part) / estimates.GIB:.2f}" for part in parts),
+                "yes" if one.total <= full else "NO",
+                f"{1e3 * one.seconds:.0f}",
+                f"{request.tokens / one.seconds:,.0f}",
+            ]
+            for one in found
+        ],
+        notes,
+    )  # fmt: skip
 
 
 OTHERS = ("hut_two_sided", "peft_hira", "full")

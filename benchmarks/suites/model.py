@@ -1,14 +1,16 @@
 """The model suite: whole training steps of RoBERTa-large and GPT-2 medium, random weights.
 
-Built from their configurations, dropout off, so nothing is downloaded. A step is forward, loss,
+Or of any transformers configuration; nothing is downloaded. A step is forward, loss,
 backward and AdamW over the adapters; embeddings, heads and everything else are frozen.
 """
 
 import gc
+import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,6 @@ from hut_kernels.nn import is_conv1d
 from ..measure import Call, Quantiles, interleaved, peak_bytes, ratios, survived
 from ..methods import sharing_copy
 from ..providers import PROVIDERS
-from ..shapes import MODELS
 from . import cost
 from .layer import labels
 
@@ -28,67 +29,134 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model to build, and its layers to adapt.
+    """A model of transformers to build, dropout off, weights random.
 
     Attributes:
-        build: Makes it with so many blocks.
-        vocabulary: Tokens are drawn from 5 up to here.
-        labels: The batch's labels, from its tokens.
-        targets: Regular expressions over whole names, for `few` and `all`.
+        kind: Its class.
+        options: Of its configuration, `model_type` among them.
+        few: Names of the layers that papers adapt.
     """
 
-    build: Callable[[int], nn.Module]
-    vocabulary: int
-    labels: Callable[[Tensor], Tensor]
-    targets: Mapping[str, str]
+    kind: str
+    options: Mapping[str, Any]
+    few: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, file: str) -> "Recipe":
+        """A model by the configuration in a file or a directory.
+
+        Raises:
+            ValueError: There is none, or transformers knows no such model.
+        """
+        import transformers
+
+        place = Path(file)
+        place = place / "config.json" if place.is_dir() else place
+        try:
+            options = json.loads(place.read_text())
+            transformers.AutoConfig.for_model(**options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            known = ", ".join(RECIPES)
+            raise ValueError(
+                f"a model is one of {known}, or a transformers configuration; got {file!r} "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        kind = (options.get("architectures") or ["AutoModelForCausalLM"])[0]
+        return cls(kind, options)
+
+    def config(self, blocks: int | None = None) -> Any:
+        """The configuration, with so many blocks where told."""
+        import transformers
+
+        config = transformers.AutoConfig.for_model(**self.options)
+        if blocks is not None:
+            config.num_hidden_layers = blocks
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:blocks]
+        return config
+
+    @property
+    def blocks(self) -> int:
+        return self.config().num_hidden_layers
+
+    def build(self, blocks: int | None = None) -> nn.Module:
+        """The frozen model, in training mode."""
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # on checkpoints and generation
+        kind = getattr(transformers, self.kind)
+        config = self.config(blocks)
+        model = (
+            kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+        )
+        return model.train().requires_grad_(False)
+
+    def names(self, targets: str, model: nn.Module) -> list[str]:
+        """Names of the layers to adapt: `"few"`, `"all"` of the blocks, or those joined by `+`."""
+        if targets == "few" and self.few:
+            return list(self.few)
+        if targets not in ("few", "all"):
+            return targets.split("+")
+        linear = {
+            name.rpartition(".")[2]: None
+            for name, module in model.named_modules()
+            if (isinstance(module, nn.Linear) or is_conv1d(module)) and re.search(r"\.\d+\.", name)
+        }
+        return list(linear)
+
+    def pattern(self, targets: str, model: nn.Module) -> str:
+        """A regular expression of the whole names of the layers to adapt."""
+        return rf".*\.\d+\.(?:.*\.)?(?:{'|'.join(self.names(targets, model))})"
+
+    def batch(self, batch: int, sequence: int, device: torch.device) -> dict[str, Tensor]:
+        """Random tokens, and labels: the tokens themselves, or a class for a classifier."""
+        size = (batch, sequence)
+        tokens = torch.randint(5, self.config().get_text_config().vocab_size, size, device=device)
+        labels = tokens[:, 0] % 2 if "Classification" in self.kind else tokens
+        return {"input_ids": tokens, "labels": labels}
 
 
-def _roberta_large(blocks: int) -> nn.Module:
+def _roberta(blocks: int, width: int, heads: int) -> Recipe:
     """A classifier, as for GLUE."""
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    config = RobertaConfig(
-        vocab_size=50265,
-        hidden_size=1024,
-        num_hidden_layers=blocks,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=2,
-    )
-    return RobertaForSequenceClassification(config)
+    options = {
+        "model_type": "roberta", "vocab_size": 50265, "hidden_size": width,
+        "num_hidden_layers": blocks, "num_attention_heads": heads, "intermediate_size": 4 * width,
+        "max_position_embeddings": 514, "type_vocab_size": 1, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "num_labels": 2,
+    }  # fmt: skip
+    return Recipe("RobertaForSequenceClassification", options, ("query", "value"))
 
 
-def _gpt2_medium(blocks: int) -> nn.Module:
-    """A language model, as for E2E."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def _decoder(
+    kind: str, vocabulary: int, blocks: int, width: int, heads: int, key_value: int, mlp: int,
+    tied: bool = False,
+) -> Recipe:  # fmt: skip
+    options = {
+        "model_type": kind.lower(), "vocab_size": vocabulary, "num_hidden_layers": blocks,
+        "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": key_value,
+        "intermediate_size": mlp, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    return Recipe(f"{kind}ForCausalLM", options, ("q_proj", "v_proj"))
 
-    config = GPT2Config(
-        n_embd=1024, n_layer=blocks, n_head=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    )
-    return GPT2LMHeadModel(config)
 
-
+_GPT2 = {
+    "model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
 RECIPES = {
-    "roberta-large": Recipe(
-        _roberta_large,
-        50265,
-        lambda tokens: tokens[:, 0] % 2,
-        {
-            "few": r".*\.(query|value)",
-            "all": r".*\.encoder\..*\.(query|key|value|dense)",
-        },
-    ),
-    "gpt2-medium": Recipe(
-        _gpt2_medium,
-        50257,
-        lambda tokens: tokens,
-        {"few": r".*\.c_attn", "all": r".*\.(c_attn|c_proj|c_fc)"},
-    ),
+    "roberta-base": _roberta(12, 768, 12),
+    "roberta-large": _roberta(24, 1024, 16),
+    "gpt2-medium": Recipe("GPT2LMHeadModel", _GPT2, ("c_attn",)),
+    "llama-3.2-1b": _decoder("Llama", 128256, 16, 2048, 32, 8, 8192, tied=True),
+    "llama-3.1-8b": _decoder("Llama", 128256, 32, 4096, 32, 8, 14336),
+    "qwen2.5-7b": _decoder("Qwen2", 152064, 28, 3584, 28, 4, 18944),
 }
+TRAINED = ("roberta-large", "gpt2-medium")  # by default
+
+
+def recipe_of(model: str) -> Recipe:
+    """A recipe by its name, or by the path of a transformers configuration."""
+    return RECIPES[model] if model in RECIPES else Recipe.read(model)
 
 
 @dataclass(frozen=True)
@@ -96,8 +164,8 @@ class Setting:
     """One model and how it is trained.
 
     Attributes:
-        model: A key of `RECIPES`.
-        targets: `"few"`, as in papers, or `"all"` linear layers of the blocks.
+        model: A key of `RECIPES`, or the path of a transformers configuration.
+        targets: `"few"`, as in papers, `"all"` linear layers of the blocks, or names joined by `+`.
         checkpointing: Whether blocks are computed again in backward.
         blocks: How many; the model's own number, or fewer.
         batch, sequence: Of the tokens.
@@ -118,13 +186,13 @@ class Setting:
 
     def case(self) -> Row:
         """The setting as a record holds it."""
-        few = "+".join(MODELS[self.model].few)
+        recipe = recipe_of(self.model)
         return {
             "model": self.model,
-            "targets": few if self.targets == "few" else "all",
+            "targets": "+".join(recipe.few) or "all" if self.targets == "few" else self.targets,
             "checkpointing": self.checkpointing,
             "blocks": self.blocks,
-            "blocks_of": MODELS[self.model].blocks,
+            "blocks_of": recipe.blocks,
             "batch": self.batch,
             "sequence": self.sequence,
             "r": self.r,
@@ -133,15 +201,16 @@ class Setting:
 
 def build(setting: Setting, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The frozen model, in training mode."""
-    import transformers
+    model = recipe_of(setting.model).build(setting.blocks).to(device, dtype)
+    return checkpointed(model) if setting.checkpointing else model
 
-    transformers.logging.set_verbosity_error()  # what it says is about checkpoints and generation
-    model = RECIPES[setting.model].build(setting.blocks).to(device, dtype).train()
-    if setting.checkpointing:
-        with warnings.catch_warnings():  # its new name is not there in every supported version
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.requires_grad_(False)
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """The model, its blocks computed again in backward."""
+    with warnings.catch_warnings():  # its new name is not there in every supported version
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def measure(
@@ -169,10 +238,9 @@ def measure(
     Returns:
         One row per provider.
     """
-    recipe = RECIPES[setting.model]
-    targets = recipe.targets[setting.targets]
-    tokens = torch.randint(5, recipe.vocabulary, (setting.batch, setting.sequence), device=device)
-    batch = {"input_ids": tokens, "labels": recipe.labels(tokens)}
+    recipe = recipe_of(setting.model)
+    targets = recipe.pattern(setting.targets, base)
+    batch = recipe.batch(setting.batch, setting.sequence, device)
     share = adapted_share(base, targets)
     left_out: dict[str, str] = {}
     cases: dict[str, Call] = {}

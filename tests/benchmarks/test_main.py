@@ -225,7 +225,7 @@ class TestSuites:
     def test_defaults_reach_each_group_of_the_model_suite(self):
         options = SimpleNamespace(
             shapes=None, blocks=None, tokens=None, rank=[16], suite="model",
-            device=torch.device("cpu"),
+            target_modules=None, device=torch.device("cpu"),
         )  # fmt: skip
         settings = list(cli._settings(options, cli.SIZES["model"][0]))
         assert len({(s.model, s.targets, s.checkpointing) for s in settings}) == 8

@@ -200,30 +200,23 @@ class TestOverhead:
         assert rows[1]["versus"]["lora"]["backward"]["median"] > 0
 
 
-def _small_roberta(blocks):
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    return RobertaForSequenceClassification(
-        RobertaConfig(
-            vocab_size=50265, hidden_size=16, num_hidden_layers=blocks, num_attention_heads=2,
-            intermediate_size=64, num_labels=2, pad_token_id=1,
-        )
-    )  # fmt: skip
-
-
-def _small_gpt2(blocks):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=blocks, n_head=2))
+SMALL = {
+    "roberta-large": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 64},
+    "gpt2-medium": {"n_embd": 16, "n_head": 2},
+    "qwen2.5-7b": {
+        "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 32, "vocab_size": 99,
+    },
+}  # fmt: skip
 
 
 class TestModel:
     @pytest.fixture(autouse=True)
     def _small(self, monkeypatch):
         pytest.importorskip("peft")
-        for name, build in (("roberta-large", _small_roberta), ("gpt2-medium", _small_gpt2)):
+        for name, options in SMALL.items():
             recipe = model.RECIPES[name]
-            small = model.Recipe(build, recipe.vocabulary, recipe.labels, recipe.targets)
+            small = replace(recipe, options={**recipe.options, **options})
             monkeypatch.setitem(model.RECIPES, name, small)
 
     @pytest.mark.parametrize("checkpointing", [False, True])
@@ -234,6 +227,8 @@ class TestModel:
             ("roberta-large", "all", 6),
             ("gpt2-medium", "few", 1),
             ("gpt2-medium", "all", 4),
+            ("qwen2.5-7b", "all", 7),
+            ("qwen2.5-7b", "o_proj+up_proj", 2),
         ],
     )
     def test_a_step_is_measured_beside_the_baselines(self, name, targets, layers, checkpointing):
@@ -245,10 +240,21 @@ class TestModel:
         assert not [row for row in rows if "left_out" in row]
         assert by["lora"]["counts"]["trainable"] == by["hut_low_rank"]["counts"]["trainable"]
         assert by["hut_low_rank"]["versus"]["peft_lora"]["step"]["median"] > 0
-        assert by["lora"]["case"]["blocks_of"] == 24
+        assert by["lora"]["case"]["blocks_of"] == (28 if "qwen" in name else 24)
         assert by["lora"]["case"]["checkpointing"] is checkpointing
-        hut = PROVIDERS["hut_low_rank"].adapt(base, model.RECIPES[name].targets[targets], 2)
+        pattern = model.RECIPES[name].pattern(targets, base)
+        hut = PROVIDERS["hut_low_rank"].adapt(base, pattern, 2)
         assert sum("hut_A" in key for key, _ in hut.named_parameters()) == layers
+
+    def test_a_model_may_be_a_configuration_file(self, tmp_path):
+        recipe = model.RECIPES["qwen2.5-7b"]
+        recipe.config(1).save_pretrained(tmp_path)
+        for place in (tmp_path, tmp_path / "config.json"):
+            read = model.recipe_of(str(place))
+            assert read.blocks == 1
+            assert len(read.names("few", read.build())) == 7
+        with pytest.raises(ValueError, match=r"a model is one of roberta-base, .*; got 'gpt5'"):
+            model.recipe_of("gpt5")
 
     def test_what_a_model_cannot_have_is_left_out(self):
         setting = model.Setting("gpt2-medium", "few", False, 1, 1, 4, 2)
@@ -261,7 +267,7 @@ class TestModel:
         base = model.build(setting, FP32, CPU)
         before = {name: p.clone() for name, p in base.named_parameters()}
         adapted = PROVIDERS["hut_low_rank"].adapt(
-            base, model.RECIPES[setting.model].targets["few"], 2
+            base, model.RECIPES[setting.model].pattern("few", base), 2
         )
         tokens = torch.randint(5, 100, (1, 4))
         step = model.training_step(adapted, {"input_ids": tokens, "labels": tokens[:, 0] % 2})
