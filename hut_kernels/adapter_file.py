@@ -49,15 +49,26 @@ _REPLICAS = (
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What the HUT layers of `model` train: `hut_A`, `hut_B`, `gamma` and `beta`, by full name.
+    """Collect what HUT layers train: `hut_A`, `hut_B`, `gamma` and `beta`, by full name.
 
     The tensors are detached and share the parameters' storage, as in `model.state_dict()`. Those of
     a sharded model are DTensors.
+
+    Args:
+        model: a model with HUT layers, wrapped or not.
 
     Raises:
         ValueError: the model has no HUT layer.
         HUTBackendError: a factor is on the meta device (offloaded), or is not stored as itself
             (pruned, parametrized).
+
+    Example:
+        >>> from torch import nn
+        >>> from hut_kernels import adapter_state_dict, inject
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> names = inject(model, ["0"], r=4)
+        >>> {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}
+        {'0.hut_A': (4, 8), '0.hut_B': (8, 4)}
     """
     factors = {}
     for name, layer in _hut_layers(model).items():
@@ -78,9 +89,27 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     A warning names the layers that training left as they were made while it changed others.
 
+    Args:
+        model: a model with HUT layers, wrapped or not.
+        file: the path to write.
+
     Raises:
         ValueError: the model has no HUT layer.
         HUTBackendError: as for `adapter_state_dict`.
+
+    Example:
+        >>> import os, tempfile
+        >>> from torch import nn
+        >>> from hut_kernels import adapter_options, inject, load_adapter, save_adapter
+        >>> model, other = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+        >>> names = inject(model, ["0"], r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = os.path.join(folder, "adapter.safetensors")
+        ...     save_adapter(model, file)
+        ...     names = inject(other, ["0"], **adapter_options(file))
+        ...     load_adapter(other, file)
+        >>> bool((other[0].hut_A == model[0].hut_A).all())
+        True
     """
     factors = {name: whole(factor) for name, factor in adapter_state_dict(model).items()}
     # A copy each, since safetensors refuses tensors that share storage.
@@ -137,7 +166,12 @@ def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     The model must have the file's layers, with the file's options (`dropout`, `precision` and
     `fused` may differ); `inject(model, target_modules, **adapter_options(file))` makes them. All
-    ranks of a sharded model must call, each with the file; what is dealt out is the first rank's.
+    ranks of a sharded model must call, each with the file; rank 0's tensors are scattered.
+    `save_adapter` has an example.
+
+    Args:
+        model: the model to fill.
+        file: a file of `save_adapter`.
 
     Raises:
         ValueError: the file is damaged or is no adapter, or its layers, options, shapes or types
@@ -164,7 +198,12 @@ def load_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
 
 def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The layer options of an adapter file, for `inject(model, target_modules, **options)`.
+    """Read the layer options of an adapter file, for `inject(model, target_modules, **options)`.
+
+    `save_adapter` has an example.
+
+    Args:
+        file: a file of `save_adapter`.
 
     Raises:
         ValueError: the file is damaged or is no adapter, or its layers differ in their options, so

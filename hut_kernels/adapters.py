@@ -54,6 +54,15 @@ def inject(
             option is wrong. The model is unchanged, as after every error.
         TypeError: a linear layer whose class has a `forward` of its own.
         HUTBackendError: a quantised, sharded or computed weight.
+
+    Example:
+        >>> from torch import nn
+        >>> from hut_kernels import inject
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> inject(model, ["0"], r=4)
+        ['0']
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.hut_A', '0.hut_B']
     """
     if target_parameters and not target_modules:
         targets = []
@@ -121,6 +130,14 @@ def merge(model: nn.Module) -> nn.Module:
             a hook from other parameters (pruning). The model is unchanged.
         TypeError: a layer has a `forward` of its own, such as accelerate's. The model is unchanged.
         ValueError: a layer was compiled by itself. The model is unchanged.
+
+    Example:
+        >>> from torch import nn
+        >>> from hut_kernels import inject, merge
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> names = inject(model, ["0", "2"])
+        >>> merge(model)[0]
+        Linear(in_features=8, out_features=8, bias=True)
     """
     if isinstance(model, HUTLinear):
         linear = model.to_linear()

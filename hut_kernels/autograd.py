@@ -87,6 +87,29 @@ class HUTLinearFunction(_Function):
 
     Saves x (where a factor or gamma is trained) and the parameters; nothing of size out x in. W is
     recomputed in backward. Only the gradients asked for are computed. Differentiable once.
+    `hut_linear` checks its arguments and calls it; `apply` itself checks nothing, and takes them
+    all by position:
+
+    Args:
+        x: `[..., in_features]`.
+        weight: W0, `[out_features, in_features]`; it has no gradient.
+        hut_A: `[r, in_features]`.
+        hut_B: `[out_features, r]`.
+        bias: `[out_features]` or None.
+        gamma: `[out_features]` or None.
+        beta: `[out_features]` or None.
+        spec: The options, a `hut_kernels.layer.Spec`.
+        backend: `"torch"`, `"triton"`, `"cuda"` or `"auto"`, Triton and the extension each at its
+            parts.
+        stored: How a quantized weight is stored; nothing for a dense one.
+
+    Example:
+        >>> import torch
+        >>> from hut_kernels import HUTLinearFunction
+        >>> from hut_kernels.layer import Spec
+        >>> x, weight, A, B = (torch.ones(*s) for s in ((2, 4), (3, 4), (1, 4), (3, 1)))
+        >>> HUTLinearFunction.apply(x, weight, A, B, None, None, None, Spec(), "torch")[0]
+        tensor([8., 8., 8.])
     """
 
     @staticmethod
@@ -237,7 +260,7 @@ class StoredLinearFunction(_Function):
 
 
 class HUTGroupedFunction(_Function):
-    """What `HUTLinearFunction` is, of a stack of experts: saves x, the parameters and the offsets.
+    """The same as `HUTLinearFunction` for a stack of experts; saves the offsets as well.
 
     Nothing of the size of an expert's weight is saved.
     """

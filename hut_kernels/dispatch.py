@@ -29,6 +29,11 @@ def backends() -> dict[str, dict[str, object]]:
     Returns:
         For each of `torch`, `triton` and `cuda`: `available` (bool), `reason` (why not, or on what
         it runs) and, where there is one, `version`.
+
+    Example:
+        >>> from hut_kernels import backends
+        >>> backends()["torch"]["reason"]
+        'runs on every device of PyTorch'
     """
     missing = _triton_missing() or _no_device()
     extension = _extension_missing() or _extension_idle()
@@ -187,7 +192,7 @@ def _extension() -> Any:
 
 
 def architectures() -> str:
-    """What the compiled extension, which must be there, is compiled for: `"80 90 120+PTX"`."""
+    """The targets of the compiled extension, which must be there: `"80 90 120+PTX"`."""
     return _extension().architectures
 
 
@@ -233,7 +238,7 @@ def _device_uncovered(index: int | None) -> str | None:
 
 
 def covers(compiled: str, capability: tuple[int, int]) -> bool:
-    """Whether a build for `"80 90 120+PTX"` runs on a device.
+    """True where a build for `"80 90 120+PTX"` runs on a device.
 
     Machine code runs on later devices of the same major version, PTX on all later ones. What is
     compiled for `"100f"` stays in its family, the major version, and for `"90a"` on that device.

@@ -26,17 +26,20 @@ def explain(
     transform: str = "low_rank",
     precision: str = "merged",
 ) -> Plan:
-    """The strategy that would run, with its operations, bytes and workspace; needs no GPU.
+    """Plans a call without running it: strategies, operations, bytes, workspace; needs no GPU.
 
     Args:
         N: Tokens.
-        in_features, out_features, r: The layer.
+        in_features: The layer's inputs.
+        out_features: The layer's outputs.
+        r: The layer's rank.
         dtype: The compute type.
         device_name: A known GPU by (part of) its name, such as `"A100"` or `"RTX 4090"`, or
             `"cpu"`; None means this machine's own device, with the compiled extension where it is
             loaded.
         weight_dtype: W0's type, or `"nf4"`, `"fp4"` or `"int8"`; None means `dtype`.
-        transform, precision: As in `hut_linear`.
+        transform: As in `hut_linear`.
+        precision: As in `hut_linear`.
 
     Returns:
         A `Plan`; `str(plan)` is a readable table.
@@ -45,6 +48,14 @@ def explain(
         ValueError: A size below 0, r below 1 or not possible with `two_sided`, an unknown option,
             an unknown device.
         TypeError: A size that is no integer, a type that `hut_linear` does not take.
+
+    Example:
+        >>> import torch
+        >>> from hut_kernels import explain
+        >>> print(explain(512, 4096, 4096, 16, dtype=torch.bfloat16, device_name="A100"))
+        HUT low_rank, r = 16, merged, bfloat16 over bfloat16: 512 tokens, 4096 -> 4096
+        on NVIDIA A100 (sm_80), backend triton; break-evens: ...
+        ...
     """
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     sizes = {"N": N, "in_features": in_features, "out_features": out_features, "r": r}

@@ -38,11 +38,11 @@ def hut_linear(
     fused: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """The product of x with a frozen weight under a trainable multiplier.
+    """Multiplies x by a frozen weight that a trainable T scales element by element.
 
     Computes `y = gamma * (x (W0 * T)^T + bias) + beta` (docs/definition.md, "Forward") with
-    `T = offset + scaling * hut_B @ hut_A` (`low_rank`) or
-    `T[o, i] = hut_B[o, q(i)] * hut_A[p(o), i]` (`two_sided`).
+    `T = offset + scaling * hut_B @ hut_A` (`low_rank`, HiRA's form) or
+    `T[o, i] = hut_B[o, q(i)] * hut_A[p(o), i]` (`two_sided`, that of arXiv 2409.13501).
 
     Args:
         x: Activations, `[..., in_features]`; its type is the compute type. Under autocast x, and
@@ -68,10 +68,19 @@ def hut_linear(
     Raises:
         ValueError: Shapes that do not fit, an unknown option, tensors on different devices, a
             weight that requires grad.
-        TypeError: What is no dense floating-point tensor, an offset or scaling that is no real
-            number, or float64 on Triton or CUDA.
-        HUTBackendError: The backend cannot run here, the weight is quantised or on the meta device,
-            or a tensor is sharded (a DTensor).
+        TypeError: If an input is not a dense floating-point tensor, if offset or scaling is not a
+            real number, or if float64 is used with Triton or CUDA.
+        HUTBackendError: If the backend cannot run here, if the weight is quantized or on the meta
+            device, or if a tensor is sharded (a DTensor).
+
+    Example:
+        >>> import torch
+        >>> from hut_kernels import hut_linear
+        >>> x, weight = torch.randn(5, 24), torch.randn(16, 24)
+        >>> hut_A, hut_B = torch.randn(3, 24), torch.randn(16, 3)
+        >>> y = hut_linear(x, weight, hut_A, hut_B)
+        >>> torch.allclose(y, x @ (weight * (1 + hut_B @ hut_A)).T, atol=1e-4)
+        True
     """
     spec = Spec(
         transform, check_number("offset", offset), check_number("scaling", scaling), precision
@@ -108,7 +117,7 @@ def hut_weight(
     gamma: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The merged weight `gamma[:, None] * (W0 * T)` (docs/definition.md, "Forward").
+    """Merges the weight: `gamma[:, None] * (W0 * T)` (docs/definition.md, "Forward").
 
     Args:
         weight: W0, `[out_features, in_features]`.
@@ -126,6 +135,13 @@ def hut_weight(
 
     Raises:
         ValueError, TypeError, HUTBackendError: As `hut_linear`.
+
+    Example:
+        >>> import torch
+        >>> from hut_kernels import hut_weight
+        >>> weight, hut_A, hut_B = torch.ones(16, 24), torch.ones(3, 24), torch.ones(16, 3)
+        >>> hut_weight(weight, hut_A, hut_B, scaling=0.5).unique()  # 1 + 0.5 * 3
+        tensor([2.5000])
     """
     spec = Spec(transform, check_number("offset", offset), check_number("scaling", scaling))
     check_options(spec)

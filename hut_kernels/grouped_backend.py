@@ -170,7 +170,7 @@ def _multiply(x: Tensor, W: Tensor, group: Sequence[Expert], out: Tensor) -> Non
 
 
 def _grouped_mm_fits(x: Tensor, W: Tensor) -> bool:
-    """Whether `torch._grouped_mm` takes these: no float64, every row at a multiple of 16 bytes."""
+    """True where `torch._grouped_mm` takes these: no float64, rows at multiples of 16 bytes."""
     if x.dtype == torch.float64 or x.dtype != W.dtype:
         return False
     dense = all(min(t.stride()[-2:]) == 1 and t.data_ptr() % 16 == 0 for t in (x, W))

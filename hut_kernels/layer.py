@@ -38,7 +38,7 @@ class Spec(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a call computes with, apart from its activations.
+    """The operands and options of a call, apart from its activations.
 
     Attributes:
         weight: The frozen weight W0, `[out_features, in_features]`: a tensor of any strides, or a

@@ -159,6 +159,13 @@ class HUTLinear(nn.Module):
             part, an `offset` without an identity at init, or `dropout` outside [0, 1).
         TypeError: an `r` that is no integer, an `alpha`, `offset` or `dropout` that is no real
             number, or a type other than float16, bfloat16, float32 or float64.
+
+    Example:
+        >>> import torch
+        >>> from hut_kernels import HUTLinear
+        >>> layer = HUTLinear(24, 16, r=4)
+        >>> layer(torch.randn(5, 24)).shape
+        torch.Size([5, 16])
     """
 
     dense_default: torch.dtype = torch.float16

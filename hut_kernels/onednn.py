@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the fused operators take these tensors: on a CPU, of one type that it multiplies."""
+    """True where the fused operators take these tensors: on a CPU, of one type it multiplies."""
     first = tensors[0]
     return (
         first.device.type == "cpu"

@@ -261,7 +261,7 @@ def grouped_backward(
     need_sums: bool,
     backend: str,
 ) -> list[Tensor]:
-    """What `backward` gives of each expert, and, with `need_sums`, `sum_n grad`, in this order."""
+    """The gradients of `backward` for each expert and, with `need_sums`, `sum_n grad`, in order."""
     spec, needs = Spec(transform, offset, scaling), Needs(need_A, need_B, need_gamma)
     layer = grouped_backend.Stack(weight, hut_A, hut_B, None, gamma, None, spec)
     return grouped_backend.backward(grad, x, layer, offsets, need_x, needs, need_sums)

@@ -2,7 +2,7 @@
 
 The cost model is that of docs/performance.md: a full product is `2 N O K` operations; forward is
 one, backward two. `fused` makes W tile by tile inside the product and stores nothing; `staged`
-writes W into a workspace for the BLAS; `chunked` takes G from the BLAS a block of rows at a time.
+materializes W for cuBLAS; `chunked` takes G from cuBLAS a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs, and what it costs.
+    """A plan: the strategy and backend of each part, and its costs.
 
     Attributes:
         problem: What was asked.
@@ -215,7 +215,7 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
         rows = max(1, (1 << 22) // max(1, problem.K))
         return Plan(problem, device, "torch", STAGED, STAGED, CHUNKED, rows, "not needed")
     even = break_even(device)
-    # Unaligned loads are not asynchronous, and split is two products: both go to the BLAS.
+    # Unaligned loads are not asynchronous, and split is two products: both go to cuBLAS.
     # A stored weight is read once, on its way to a workspace: in a loop it would cost each pass.
     whole = problem.aligned and not problem.stored
     fusible = whole and problem.precision == "merged"
@@ -253,7 +253,7 @@ def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
 
 
 def _with_extension(made: Plan) -> Plan:
-    """What becomes of Triton's plan where the extension takes the parts that it is faster at."""
+    """Triton's plan, except for the parts that the extension is faster at."""
     compiled = tuple(part for part in PARTS if extension_wins(part, made))
     of_extension = _plan(made.problem, made.device, "cuda")
     if compiled == PARTS:
@@ -274,14 +274,14 @@ LAUNCH_BOUND = 1 << 21
 
 
 def launch_bound(O: int, K: int) -> bool:
-    """Whether a layer is so small that the extension gets it, whatever Triton's plan is."""
+    """True where a layer is so small that the extension gets it, whatever Triton's plan is."""
     return not _forced and O * K <= LAUNCH_BOUND  # strategies by name are Triton's
 
 
 def extension_wins(part: str, made: Plan) -> bool:
-    """Whether the extension is expected to be faster at a part of a layer than Triton's plan.
+    """True where the extension is expected to be faster at a part than Triton's plan.
 
-    Where Triton too would go through a workspace and the BLAS, or has no kernel, the extension does
+    Where Triton too would go through a workspace and cuBLAS, or has no kernel, the extension does
     the same with less to launch; where Triton's fused kernels save device time, they keep the
     layers that are large enough to show it.
     """
@@ -296,7 +296,7 @@ _RESIDENT = 3  # of its blocks on a multiprocessor at once
 def strips(
     rows: int, columns: int, r: int, weight_item: int, device: Device
 ) -> tuple[int, int, int]:
-    """How the extension divides the reduction of G, `[rows, columns]` as W0 is stored.
+    """Divides the extension's reduction of G, `[rows, columns]` as W0 is stored.
 
     A block sums a strip of rows (of columns) over one span of the columns (of the rows). As many
     spans as fill the device, while the partial sums stay within a quarter of W0's bytes.

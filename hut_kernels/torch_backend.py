@@ -289,7 +289,7 @@ def _blockwise(
 
 
 def _fits_fresh(size: int, dtype: torch.dtype) -> bool:
-    """Whether a matrix has the size at which one fused pass over it pays, in fresh memory."""
+    """True where a matrix has the size at which one fused pass over it pays, in fresh memory."""
     return size >= _LARGE and size * dtype.itemsize <= _FRESH
 
 

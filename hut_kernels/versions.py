@@ -1,4 +1,4 @@
-"""What the package stands on: a PyTorch too old is refused, what Triton miscompiles is listed."""
+"""Versions of PyTorch and Triton: one too old is refused, miscompiles of the other are listed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def _precedes(version: str, fixed: str) -> bool:
-    """Whether a version may lack what came with a release; so may what led up to that release."""
+    """True where a version may lack what came with a release, as its pre-releases may."""
     unfinished = re.search(r"\d(a|b|rc)\d|\.dev|\+git", version)
     return release(version) < release(fixed) or (
         unfinished is not None and release(version) == release(fixed)
@@ -49,7 +49,7 @@ class Miscompile:
     dtypes: tuple[str, ...] = ()
 
     def concerns(self, dtype: str) -> bool:
-        """Whether it has a part in calls of a compute type, `"bfloat16"` and the like."""
+        """True where it has a part in calls of a compute type, `"bfloat16"` and the like."""
         return not self.dtypes or dtype in self.dtypes
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ FALLBACKS = ("weight", "grad_reduce")
 
 
 def miscompiled(triton: str | None, arch: str) -> tuple[Miscompile, ...]:
-    """What a version of Triton, if one is installed, compiles wrongly on an architecture."""
+    """Lists what a version of Triton (None: there is none) compiles wrongly on an architecture."""
     if triton is None:
         return ()
     return tuple(

@@ -78,15 +78,15 @@ MUTANTS = (
     Mutant(
         "split computed as merged",
         TORCH,
-        "        return split_forward(x, layer, _update(layer, x.dtype), total_bias)\n",
+        "        return split_forward(x, layer, _stage(layer, x.dtype), total_bias)\n",
         "        return F.linear(x, _merged(layer, x.dtype), total_bias)\n",
         ("tests/test_functional.py", "thousandth or cancels"),
     ),
     Mutant(
         "T rounded to 16 bits first",
         TORCH,
-        "        torch.mul(weight[rows], T, out=out[rows])\n",
-        "        torch.mul(weight[rows], T.to(dtype), out=out[rows])\n",
+        "if stored else weight[rows], T, out=out[rows])\n",
+        "if stored else weight[rows], T.to(dtype), out=out[rows])\n",
         ("tests/test_functional.py", "cancels"),
     ),
     Mutant(
@@ -157,22 +157,22 @@ MUTANTS = (
     Mutant(
         "sums over the tokens in 16 bits",
         AUTOGRAD,
-        ".sum(0, dtype=acc_dtype(grad.dtype))",
-        ".sum(0)",
+        "sums = as_rows(grad).sum(0, dtype=acc_dtype(grad.dtype))",
+        "sums = as_rows(grad).sum(0)",
         ("tests/test_autograd.py", "autocast"),
     ),
     Mutant(
         "an out x in tensor saved for backward",
         AUTOGRAD,
-        "(x if uses_G else None, weight, hut_A, hut_B, bias, gamma)\n",
-        "(x if uses_G else None, weight.clone(), hut_A, hut_B, bias, gamma)\n",
+        "(x if uses_G else None, weight, hut_A, hut_B, bias, gamma, *scales)\n",
+        "(x if uses_G else None, weight.clone(), hut_A, hut_B, bias, gamma, *scales)\n",
         ("tests/test_autograd.py", "saved"),
     ),
     Mutant(
         "x saved where nobody needs it",
         AUTOGRAD,
-        "(x if uses_G else None, weight, hut_A, hut_B, bias, gamma)\n",
-        "(x, weight, hut_A, hut_B, bias, gamma)\n",
+        "(x if uses_G else None, weight, hut_A, hut_B, bias, gamma, *scales)\n",
+        "(x, weight, hut_A, hut_B, bias, gamma, *scales)\n",
         ("tests/test_autograd.py", "saved"),
     ),
     Mutant(
@@ -236,8 +236,8 @@ MUTANTS = (
     Mutant(
         "the planner fuses split",
         PLANNER,
-        '    fusible = problem.aligned and problem.precision == "merged"\n',
-        "    fusible = problem.aligned\n",
+        '    fusible = whole and problem.precision == "merged"\n',
+        "    fusible = whole\n",
         ("tests/test_planner.py", "plan"),
     ),
     Mutant(
@@ -349,15 +349,15 @@ MUTANTS = (
     Mutant(
         "kernel: a tile addressed in 32 bits",
         f"{TRITON}/tiles.py",
-        "    o_columns = o_columns.to(tl.int64)\n",
-        "",
+        "    o_columns = o_columns.to(tl.int64)\n    offsets",
+        "    offsets",
         ("tests/reliability/test_limits.py", "widened or kernels_read"),
     ),
     Mutant(
         "the fake gives another shape",
         OPS,
-        "    return x.new_empty((*x.shape[:-1], weight.shape[0]))\n",
-        "    return x.new_empty((*x.shape[:-1], weight.shape[1]))\n",
+        "    return x.new_empty((*x.shape[:-1], hut_B.shape[0]))\n",
+        "    return x.new_empty((*x.shape[:-1], hut_A.shape[1]))\n",
         ("tests/reliability/test_compile.py", "one_graph_for_any"),
     ),
     Mutant(
@@ -398,7 +398,7 @@ MUTANTS = (
     Mutant(
         "operations: G's product not counted",
         FLOPS,
-        "        operations += _product(grad, weight) + thin * ",
+        "        operations += _product(grad, sizes) + thin * ",
         "        operations += thin * ",
         ("tests/reliability/test_flops.py", "step"),
     ),
