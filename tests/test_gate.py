@@ -1,6 +1,7 @@
 """The gate reads machine code: what it passes, and, planted here, what it must fail."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hut_kernels.triton import split_k
 from hut_kernels.triton.launch import LaunchConfig
 from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 from tools import gate
@@ -53,11 +55,48 @@ def test_a_plain_load_in_the_main_loop_is_found():
     assert "no asynchronous copy" in found
 
 
-def test_a_serialised_wgmma_is_found():
-    tiles = LaunchConfig(64, 64, 64, 4, 3, W_FIRST=True)
-    assert "C7515" in broken("sm_90", "forward", tiles)
-    settled = LaunchConfig(64, 64, 64, 4, 3, W_FIRST=True, wgmma_async=True)
-    assert broken("sm_90", "forward", settled) == ""
+PRODUCTS = """
+.version 8.5
+.target sm_90a
+.address_size 64
+.visible .entry two_products(.param .u64 out, .param .u64 operand)
+{
+  .reg .b32 %r<2>;
+  .reg .f32 %f<5>;
+  .reg .b64 %rd<3>;
+  ld.param.u64 %rd1, [out];
+  ld.param.u64 %rd2, [operand];
+  mov.b32 %r1, 0;
+  mov.f32 %f1, 0f00000000; mov.f32 %f2, %f1; mov.f32 %f3, %f1; mov.f32 %f4, %f1;
+  wgmma.fence.sync.aligned;
+  PRODUCT
+  BETWEEN
+  PRODUCT
+  wgmma.wait_group.sync.aligned 0;
+  st.global.v4.f32 [%rd1], {%f1, %f2, %f3, %f4};
+  ret;
+}
+""".replace(
+    "PRODUCT",
+    "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, "
+    "{%r1, %r1, %r1, %r1}, %rd2, 1, 1, 1, 0;\n  wgmma.commit_group.sync.aligned;",
+)
+USE = "add.f32 %f1, %f1, %f1;"
+WAIT, ARRIVE = "wgmma.wait_group.sync.aligned 0;", "wgmma.fence.sync.aligned;"
+
+
+@pytest.mark.parametrize(
+    ("between", "found"), [("", False), (USE, True), (f"{WAIT} {USE} {ARRIVE}", False)]
+)
+def test_a_serialised_wgmma_is_found(between, found, monkeypatch):
+    """By ptxas, in text of our own: which kernels Triton makes it serialise differs by version."""
+    tiles = LaunchConfig(64, 64, 64, 4, 3, W_FIRST=True, wgmma_async=True)
+    compiled = gate.compile_config(config("sm_90", "forward", tiles))
+    assert broken("sm_90", "forward", tiles) == ""
+    asm = {**compiled.asm, "ptx": PRODUCTS.replace("BETWEEN", between)}
+    planted = SimpleNamespace(asm=asm, metadata=compiled.metadata)
+    monkeypatch.setattr(gate, "compile_config", lambda config: planted)
+    assert ("serialised wgmma: ptxas C75" in broken("sm_90", "forward", tiles)) == found
 
 
 def test_too_much_shared_memory_is_found():
@@ -80,6 +119,26 @@ def test_a_thin_product_alone_on_the_tensor_core_is_found():
 
 def test_what_does_not_compile_is_a_finding():
     assert "does not compile" in broken("sm_80", "forward", LaunchConfig(48, 64, 32, 4, 2))
+
+
+# The launch
+
+
+@pytest.mark.parametrize("kernel", gate.KERNELS)
+def test_every_launch_says_that_multiplications_may_be_fused(kernel, monkeypatch):
+    """What is left unset changes with Triton 3.10."""
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    tiles = launch_config(kernel, "sm_80", 16, 16, "fp32")
+    assert gate.compile_config(config("sm_80", kernel, tiles, "fp32", 16)).metadata.enable_fp_fusion
+
+
+def test_so_does_the_sum_of_partial_products(monkeypatch):
+    options = {}
+    monkeypatch.setattr(
+        split_k.hut_split_k_kernel, "run", lambda *args, **given: options.update(given)
+    )
+    split_k.add_partial_sums(torch.empty(2, 4, 4), torch.empty(4, 4), None, None, None)
+    assert options["enable_fp_fusion"]
 
 
 # Races of sm_100

@@ -185,18 +185,18 @@ def ceilings(bench: Bench, size: int = 8192, copy_bytes: int = 1 << 31) -> Row:
         "copy_bytes_per_second": 2 * copy_bytes / copied.median,
     }
     for name, dtype, precision in (
-        ("bfloat16", torch.bfloat16, "highest"),
-        ("float16", torch.float16, "highest"),
-        ("tf32", torch.float32, "high"),
-        ("float32", torch.float32, "highest"),
+        ("bfloat16", torch.bfloat16, "ieee"),
+        ("float16", torch.float16, "ieee"),
+        ("tf32", torch.float32, "tf32"),
+        ("float32", torch.float32, "ieee"),
     ):
         a, b = random(size, size, dtype=dtype, device=bench.device, count=2)
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
+        before = torch.backends.cuda.matmul.fp32_precision  # the older getters may raise
+        torch.backends.cuda.matmul.fp32_precision = precision
         try:
             took = bench.device_timer([lambda a=a, b=b: a @ b], bench.seconds)
         finally:
-            torch.set_float32_matmul_precision(before)
+            torch.backends.cuda.matmul.fp32_precision = before
         found[name] = took.as_dict()
         found[f"{name}_per_second"] = 2 * size**3 / took.median
     return found

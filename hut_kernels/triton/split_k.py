@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, optional
+from .launch import FP_FUSION, cdiv, optional
 from .tiles import scale_shift
 
 
@@ -66,4 +66,5 @@ def add_partial_sums(
         BN=BN,
         BO=BO,
         num_warps=4,
+        **FP_FUSION,
     )

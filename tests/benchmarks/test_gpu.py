@@ -194,14 +194,28 @@ def test_the_cuda_names_exist_with_the_arguments_used():
     for name in ("record", "synchronize", "elapsed_time"):
         assert callable(getattr(torch.cuda.Event, name))
     assert issubclass(torch.OutOfMemoryError, RuntimeError)
-    before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision("high")
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-        torch.set_float32_matmul_precision("highest")
-        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):  # hence the switch itself is read, which always can be
+            torch.get_float32_matmul_precision()
+        matmul.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
     finally:
-        torch.set_float32_matmul_precision(before)
+        matmul.fp32_precision = before
+
+
+def test_a_users_own_precision_is_no_obstacle_and_stays():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with cases.forced(cases.Check(16, 64, 64, 4)):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_host_times_are_per_call():

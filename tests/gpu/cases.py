@@ -392,14 +392,14 @@ def _merged(case: Check, inputs: Inputs) -> Tensor:
 @contextlib.contextmanager
 def forced(case: Check) -> Iterator[None]:
     """The case's strategies, and its float32 precision."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     strategies = {} if case.strategies is None else dict(zip(PARTS, case.strategies, strict=True))
     try:
         with planner.force(**strategies):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @contextlib.contextmanager
