@@ -129,27 +129,29 @@ def unpaired(b_pairs, BO: tl.constexpr, BK: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def modulate_pairs(b_pairs, b_t, BO: tl.constexpr, BK: tl.constexpr, dtype: tl.constexpr):
     """`fma(w, t, w)` of pairs of 16-bit weights with `[BO, BK]` increments, t rounded first."""
-    PAIR: tl.constexpr = (
-        "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; fma.rn.bf16x2 $0, $1, t, $1; }"
-        if dtype == tl.bfloat16
-        else "{ .reg .b32 t; cvt.rn.f16x2.f32 t, $3, $2; fma.rn.f16x2 $0, $1, t, $1; }"
-    )
+    BF16: tl.constexpr = dtype == tl.bfloat16
+    PACK: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if BF16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    FMA: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $1;" if BF16 else "fma.rn.f16x2 $0, $1, $2, $1;"
     even, odd = tl.split(tl.reshape(b_t, (BO, BK // 2, 2)))
+    # Packed where the product leaves them: from there to the look-up's layout they go as words.
+    b_t = tl.inline_asm_elementwise(
+        PACK, "=r,f,f", [even, odd], dtype=tl.int32, is_pure=True, pack=1
+    )
     return tl.inline_asm_elementwise(
-        PAIR, "=r,r,f,f", [b_pairs, even, odd], dtype=tl.int32, is_pure=True, pack=1
+        FMA, "=r,r,r", [b_pairs, b_t], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
 def stored_tile(
     p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o, pid_k, O, K, row_bytes,
-    FORMAT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, WHOLE: tl.constexpr,
+    FORMAT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, IN_ROWS: tl.constexpr,
     PAIRS: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The tile `[BO, BK]` of W0 at rows o_o and column `pid_k * BK`, as the library rounds it.
 
     int8: BLOCK is 1 where codes are over 127 (bitsandbytes), NESTED where rows have zero points.
-    WHOLE: blocks lie within rows, so that a byte's two codes do, and share one absmax.
+    IN_ROWS: blocks lie within rows, so that a byte's two codes do, and share one absmax.
     PAIRS: weights are looked up in pairs of 16 bits, rounded in the block's table.
     """
     o_k = pid_k * BK + tl.arange(0, BK)
@@ -164,7 +166,7 @@ def stored_tile(
         if BLOCK:
             b_w = b_w * _RECIPROCAL
         return b_w.to(dtype)
-    elif WHOLE:
+    elif IN_ROWS:
         b_q, b_s = code_tile(
             p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
             BLOCK, NESTED, BO, BK, ASM,
@@ -198,7 +200,7 @@ def stored_options(weight: Stored, dtype: torch.dtype) -> dict[str, Any]:
             "FORMAT": "int8",
             "BLOCK": weight.form.sizes[2],
             "NESTED": len(weight.scales) > 1,
-            "WHOLE": True,
+            "IN_ROWS": True,
             "PAIRS": False,
             "ASM": False,
         }
@@ -208,7 +210,7 @@ def stored_options(weight: Stored, dtype: torch.dtype) -> dict[str, Any]:
         "FORMAT": weight.form.name,
         "BLOCK": block,
         "NESTED": nested,
-        "WHOLE": whole,
+        "IN_ROWS": whole,
         "PAIRS": whole and compiled and dtype.itemsize == 2,
         "ASM": compiled,
     }

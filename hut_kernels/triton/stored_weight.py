@@ -51,10 +51,12 @@ def hut_stored_weight_kernel(
     RESIDUAL: tl.constexpr,
     FACTOR: tl.constexpr,
     THIN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WHOLE_R: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
-    WHOLE: tl.constexpr,
+    IN_ROWS: tl.constexpr,
     ASM: tl.constexpr,
     PAIRS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -97,7 +99,7 @@ def hut_stored_weight_kernel(
     else:
         b_w = stored_tile(
             p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o, pid_k, O, K, row_bytes,
-            FORMAT, BLOCK, NESTED, WHOLE, PAIRS, BO, BK, ASM, dtype,
+            FORMAT, BLOCK, NESTED, IN_ROWS, PAIRS, BO, BK, ASM, dtype,
         )  # fmt: skip
         if HAS_GAMMA:
             gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)
@@ -132,6 +134,7 @@ def launch_dequantize(weight: Stored, dtype: torch.dtype, config: LaunchConfig) 
     options = {
         "TWO_SIDED": False, "UNIFORM_P": False, "UNIFORM_Q": False, "RESIDUAL": True,
         "FACTOR": tl.float32, "THIN": "ieee", "BO": config.BO, "BK": config.BK, "BR": 16,
+        "WHOLE": False, "WHOLE_R": False,
     }  # fmt: skip
     return _launch(weight, None, None, 0.0, 1.0, dtype, config, options)
 
