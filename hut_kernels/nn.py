@@ -26,8 +26,10 @@ from .checks import (
     check_scale_by_rms,
 )
 from .errors import HUTBackendError
+from .explain import explain
 from .functional import frozen_linear, hut_linear, hut_weight
 from .layer import FLOATS, effective_bias
+from .planner import Plan
 
 PAPER: dict[str, Any] = {"transform": "two_sided", "scale_shift": True}
 """The paper's layer, `HUTLinear(..., **PAPER)`: one multiplication per side, scale and shift."""
@@ -382,6 +384,42 @@ class HUTLinear(nn.Module):
         """
         parameters = self._parameters
         return parameters[name] if name in parameters else getattr(self, name)
+
+    def explain(self, N: int, device_name: str | None = None) -> Plan:
+        """Plan a call of this layer on any known device, without running it.
+
+        Dropout, which adds a second product while training, is left out.
+
+        Args:
+            N: tokens.
+            device_name: as in `hut_kernels.explain`; None means this machine's own device.
+
+        Returns:
+            A `Plan`; `str(plan)` is a readable table.
+
+        Raises:
+            ValueError: a negative N or an unknown device.
+            TypeError: an N that is not an integer.
+
+        Example:
+            >>> HUTLinear(4096, 4096, r=16, dtype=torch.bfloat16).explain(2048, "A100").forward
+            'fused'
+        """
+        W0 = formats.stored(self.weight)
+        weight_dtype: torch.dtype | str = W0.dtype
+        if isinstance(W0, formats.Stored):
+            weight_dtype = W0.form.name.partition("_")[0]
+        return explain(
+            N,
+            self.in_features,
+            self.out_features,
+            self.r,
+            dtype=self.compute_dtype or W0.dtype,
+            device_name=device_name,
+            weight_dtype=weight_dtype,
+            transform=self.transform,
+            precision=self.precision,
+        )
 
     def merged_weight(self) -> Tensor:
         """Compute `gamma[:, None] * W0 * T`, detached, in `weight`'s own layout and `dense_dtype`.

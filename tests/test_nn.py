@@ -12,6 +12,7 @@ import torch.nn.utils.prune  # which torch does not import by itself
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from hut_kernels import explain
 from hut_kernels.errors import HUTBackendError
 from hut_kernels.nn import PAPER, HUTLinear
 
@@ -374,6 +375,57 @@ def test_from_linear_of_a_subclass_gives_the_subclass():
         pass
 
     assert type(Mine.from_linear(nn.Linear(4, 4), r=2)) is Mine
+
+
+@pytest.mark.parametrize("device_name", [None, "cpu", "A100", "RTX 4090"])
+def test_a_layer_explains_itself(device_name):
+    layer = HUTLinear(1024, 512, 8, precision="split", dtype=torch.bfloat16)
+    expected = explain(
+        64, 1024, 512, 8, dtype=torch.bfloat16, precision="split", device_name=device_name
+    )
+    assert layer.explain(64, device_name) == expected
+    paper = HUTLinear.from_linear(nn.Linear(64, 64).half(), r=4, **PAPER)
+    plan = paper.explain(7, device_name)
+    assert plan.problem.transform == "two_sided"
+    assert (plan.problem.dtype, plan.problem.weight_dtype) == ("float16", "float16")
+    with pytest.raises(ValueError, match="N"):
+        layer.explain(-1)
+
+
+# Zeros stay zero.
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"offset": 0}, {"transform": "two_sided"}, PAPER, {"precision": "split"}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_zero_of_a_pruned_base_is_a_zero_of_the_merged_weight(form, dtype):
+    linear = nn.Linear(64, 32, dtype=dtype)
+    prune.l1_unstructured(linear, "weight", 0.6)
+    prune.remove(linear, "weight")
+    zeros = linear.weight == 0
+    layer = trained(HUTLinear.from_linear(linear, 4, **form))
+    merged = layer.to_linear().weight
+    assert zeros.sum() >= 0.59 * zeros.numel()
+    assert (merged[zeros] == 0).all()
+    assert (merged[~zeros] != linear.weight[~zeros]).any()
+
+
+def test_a_2_4_sparse_base_merges_to_a_2_4_sparse_weight():
+    semi_structured = pytest.importorskip("torch.sparse._semi_structured_conversions")
+    linear = nn.Linear(128, 64)
+    groups = linear.weight.data.view(64, 32, 4)
+    groups.scatter_(2, groups.abs().topk(2, largest=False).indices, 0.0)
+    layer = trained(HUTLinear.from_linear(linear, 4))
+    merged = layer.to_linear().weight.data.view(64, 32, 4)
+    assert ((merged != 0).sum(2) <= 2).all()
+    # What torch.sparse.to_sparse_semi_structured packs on a GPU, in PyTorch's own form for CPUs.
+    weight = merged.view(64, 128).half()
+    packed = semi_structured.sparse_semi_structured_from_dense_cutlass(weight)
+    assert packed[0].shape == (64, 64)
+    assert torch.equal(semi_structured.sparse_semi_structured_to_dense_cutlass(*packed), weight)
+    delta = merged.view(64, 128) - linear.weight.data
+    assert torch.linalg.matrix_rank(delta.double()) > 4  # of more than LoRA's rank
 
 
 def test_repr_names_every_option():
