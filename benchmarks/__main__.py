@@ -1,8 +1,8 @@
 """Benchmarks of HUT next to LoRA, HiRA and plain PyTorch, on this machine.
 
-Suites: `layer`, `memory`, `overhead`, `model`, and `cost`, which counts and measures nothing. On
-their records: `compare`, `plot`, `check`, `targets`, and in a checkout `tables`, which writes the
-tables and pictures of README.md and docs/ anew.
+Suites: `layer`, `memory`, `overhead`, `model`, `experts`, and `cost`, which counts and measures
+nothing. On their records: `compare`, `plot`, `check`, `targets`, and in a checkout `tables`, which
+writes the tables and pictures of README.md and docs/ anew.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from .providers import COMPILED, GRAPH, PROVIDERS, Admission, admit, named
 from .report import compare, documents, tables, targets
 from .report import text as texts
 from .shapes import MODELS, Shape, parsed
-from .suites import cost, estimate, layer, memory, model, overhead
+from .suites import cost, estimate, experts, layer, memory, model, overhead
 from .suites.cost import FEW_AND_ALL
 
 Row = dict[str, Any]
@@ -97,6 +97,12 @@ SIZES = {
         Size(model.TRAINED[:1], (64,), 0.5, blocks=2, checkpointing=(False,)),
         Size(model.TRAINED, (4096,), 3),
         Size(model.TRAINED[:1], (2048,), 1, blocks=6),
+    ),
+    "experts": (
+        Size(("8x2x512x512", "64x8x512x512"), (256, 1024, 4096), 20),
+        Size(("8x2x256x256",), (256,), 2),
+        Size(("8x2x2048x1024", "128x8x2048x768"), (4096, 16384), 4),
+        Size(("8x2x2048x1024",), (4096,), 2),
     ),
     "cost": (Size(("1024x1024", "4096x4096"), (4096,)), Size(("4096x4096",), (4096,))) * 2,
 }
@@ -177,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_suite(commands: Any, suite: str) -> None:
     module = {"layer": layer, "memory": memory, "overhead": overhead, "model": model, "cost": cost}
+    module["experts"] = experts
     description = str(module[suite].__doc__)
     one = commands.add_parser(
         suite,
@@ -187,11 +194,13 @@ def _add_suite(commands: Any, suite: str) -> None:
     add = one.add_argument
     add("--quick", action="store_true", help="less of everything")
     _add_files(one)
-    ranks = list(cost.RANKS) if suite == "cost" else [16]
+    ranks = list(cost.RANKS) if suite == "cost" else [8] if suite == "experts" else [16]
     shown = " ".join(map(str, ranks))
     add("--rank", type=_positive, nargs="+", default=ranks, help=f"ranks of the factors ({shown})")
     if suite in ("layer", "memory", "cost"):
         add("--shapes", nargs="+", help=f"INxOUT, TOKENSxINxOUT, or of {', '.join(MODELS)}")
+    if suite == "experts":
+        add("--shapes", nargs="+", help="EXPERTSxTOPxHIDDENxINTERMEDIATE")
     if suite == "model":
         add("--shapes", nargs="+", help=f"of {', '.join(model.RECIPES)}, or configuration files")
         add("--target-modules", nargs="+", help="names of the layers to adapt (few, then all)")
@@ -204,13 +213,14 @@ def _add_suite(commands: Any, suite: str) -> None:
     if suite != "cost":
         add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
         add("--device", type=_torch_device, help="cpu, cuda, cuda:1 … (a GPU where there is one)")
+    if suite not in ("cost", "experts"):
         add("--provider", nargs="+", help="names or shell patterns of what to run")
         add(
             "--baseline",
             nargs="+",
             help=f"what to compare with ({' '.join(BASELINES)}); tables show the first three",
         )
-    if suite in ("layer", "overhead", "model"):
+    if suite in ("layer", "overhead", "model", "experts"):
         add("--seconds", type=_seconds, help="time for each group of rows")
     one.set_defaults(command=_run, suite=suite)
 
@@ -272,7 +282,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     print("", *tables.left_out(rows), sep="\n")
     _say_how(environment, threads, options)
-    among = targets.ON_CPU if options.suite == "cpu" else ()
+    among = {"cpu": targets.ON_CPU, "experts": targets.EXPERTS}.get(options.suite, ())
     if device.type == "cuda":
         among = tuple(one for one in targets.ON_GPU if one.suite == options.suite)
     judged = targets.table([{**row, "environment": environment} for row in rows], among)
@@ -315,7 +325,9 @@ def _check_before(options: argparse.Namespace) -> None:
         model.recipe_of(name)
     for shape in shapes if options.suite == "memory" else ():
         memory.check(shape)
-    if options.suite != "cost":
+    if options.suite == "experts":
+        experts.parsed(options.shapes or (), options.tokens or [1])
+    elif options.suite != "cost":
         _names(options)
 
 
@@ -361,6 +373,9 @@ def _groups(options: argparse.Namespace, wrong: list[str]) -> Iterator[list[Row]
     if options.suite == "cost":
         yield _cost_rows(options, size)
         return
+    if options.suite == "experts":
+        yield from _experts_groups(options, size)
+        return
     for text in options.dtype or ["bfloat16" if on_cuda else "float32"]:
         dtype = getattr(torch, text)
         names, baselines = _names(options)
@@ -378,6 +393,17 @@ def _groups(options: argparse.Namespace, wrong: list[str]) -> Iterator[list[Row]
                 row["proof"] = admitted.errors[row["provider"]]
             wrong += [row["provider"] for row in rows if row.get("wrong")]
             yield [*rows, *_not_admitted(admitted, rows, dtype)]
+
+
+def _experts_groups(options: argparse.Namespace, size: Size) -> Iterator[list[Row]]:
+    device, seconds = _device(options), options.seconds or size.seconds
+    shapes = experts.parsed(options.shapes or size.shapes, options.tokens or size.tokens)
+    for text in options.dtype or ("float32", "bfloat16"):
+        for r in options.rank:
+            for shape in shapes:
+                with Progress(f"experts {'x'.join(map(str, shape))}, r {r}", 1) as progress:
+                    dtype = getattr(torch, text)
+                    yield experts.measure(shape, r, dtype, device, seconds, progress.to)
 
 
 def _names(options: argparse.Namespace) -> tuple[list[str], list[str]]:

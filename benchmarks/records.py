@@ -22,7 +22,7 @@ import hut_kernels
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
-SUITES = ("layer", "memory", "overhead", "model", "cost")
+SUITES = ("layer", "memory", "overhead", "model", "experts", "cost")
 # Runs that are one row each, with whatever it holds: an older form of the CPU's ratios is one.
 RUNS = ("cpu_ratios", "gpu", "demo", "finetune")
 BUSY = 0.05  # of the CPUs, taken by other programs
@@ -49,6 +49,7 @@ _FIGURES = {
     "memory": ("types", "bytes"),
     "overhead": ("types", "seconds", "versus"),
     "model": ("types", "seconds", "tokens_per_second", "versus", "bytes", "counts"),
+    "experts": ("types", "seconds", "versus", "bytes"),
     "cost": ("counts",),
 }
 # What makes one machine another. Threads count: a figure of one thread says nothing on two.

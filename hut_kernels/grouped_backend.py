@@ -90,7 +90,7 @@ def backward(
             _multiply(grad, _stage(group, grad.dtype), group, dx)
         for number, one, rows in group:
             if x is not None and any(needs):
-                parts = torch_backend.grad_factors(grad[rows], x[rows], one, needs)
+                parts = torch_backend.grad_factors(grad[rows], x[rows], one, needs, fresh=True)
                 for whole, part in zip((d_A, d_B, d_gamma), parts, strict=True):
                     if whole is not None and part is not None:
                         whole[number] = part
@@ -111,7 +111,8 @@ def _groups(layer: Stack, ends: list[int], dtype: torch.dtype) -> Iterator[list[
     That is one on a CPU, and a quarter of the stack elsewhere.
     """
     weight, hut_A, hut_B, bias, gamma, beta, spec = layer
-    if dtype == torch.bfloat16 and gamma is None and spec.transform == "low_rank":
+    most = 2 * sum(start < end for start, end in pairwise(ends)) > len(weight)
+    if most and dtype == torch.bfloat16 and gamma is None and spec.transform == "low_rank":
         # Once for all experts; the torch backend would cast them to this type one by one.
         hut_A = None if hut_A is None else cast(hut_A, dtype)
         hut_B = None if hut_B is None else cast(hut_B, dtype)
@@ -149,7 +150,7 @@ def _stage(group: Sequence[Expert], dtype: torch.dtype) -> Tensor:
 def _staged(one: Layer, dtype: torch.dtype) -> Tensor:
     if one.hut_A is None or one.hut_B is None:
         return cast(one.weight, dtype)
-    return torch_backend._merged(one, dtype)
+    return torch_backend._merged(one, dtype, fresh=True)
 
 
 def _multiply(x: Tensor, W: Tensor, group: Sequence[Expert], out: Tensor) -> None:

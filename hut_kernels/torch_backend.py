@@ -95,8 +95,13 @@ def split_grad_input(grad: Tensor, layer: Layer, stage: Stage) -> Tensor:
     return dx.add_(grad @ stage(True))
 
 
-def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorGrads:
-    """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
+def grad_factors(
+    grad: Tensor, x: Tensor, layer: Layer, needs: Needs, fresh: bool = False
+) -> FactorGrads:
+    """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed.
+
+    `fresh` allows G memory of its own beside the workspace, where that saves time.
+    """
     weight, hut_A, hut_B, _, gamma, _, spec = layer
     x, grad, x_dtype = as_rows(x), as_rows(grad), x.dtype
     # bf16 has the range of float32, so G may be rounded to it once; in fp16 G would overflow.
@@ -109,7 +114,7 @@ def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorG
     reduce = _reduce_low_rank if spec.transform == "low_rank" else _reduce_two_sided
     parts = []
     for rows in _row_blocks(weight):
-        H0 = _weighted(_take(grad_t, rows), x, weight, rows, x_dtype)
+        H0 = _weighted(_take(grad_t, rows), x, weight, rows, x_dtype, fresh)
         Q, P = reduce(H0, A, _take(B, rows), rows, len(weight), needs)
         row_sums = H0.sum(1, dtype=acc) if needs.gamma and spec.constant else None
         parts.append((Q, P, row_sums))
@@ -119,12 +124,17 @@ def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorG
 
 
 def _weighted(
-    grad_t: Tensor, x: Tensor, weight: Tensor | Stored, rows: slice | None, dtype: torch.dtype
+    grad_t: Tensor,
+    x: Tensor,
+    weight: Tensor | Stored,
+    rows: slice | None,
+    dtype: torch.dtype,
+    fresh: bool,
 ) -> Tensor:
     """`H0 = (grad^T x) * W0` of a block of rows, `[rows, in]`, in x's type; W0's is `dtype`."""
     sizes = len(grad_t), x.shape[1]
-    fits = x.dtype == torch.float32 and _fits_fresh(math.prod(sizes), x.dtype)
-    if fits and onednn.takes(grad_t, x):
+    fresh &= x.dtype == torch.float32 and _fits_fresh(math.prod(sizes), x.dtype)
+    if fresh and onednn.takes(grad_t, x):
         G = onednn.linear(grad_t, x.t())
     else:
         G = torch.mm(grad_t, x, out=_workspace(*sizes, x.dtype, x.device))
@@ -197,15 +207,16 @@ def _scaled_base(layer: Layer, dtype: torch.dtype, stage: Stage) -> Tensor:
     return (cast(weight, acc_dtype(dtype)) * gamma[:, None]).to(dtype)
 
 
-def _merged(layer: Layer, dtype: torch.dtype) -> Tensor:
+def _merged(layer: Layer, dtype: torch.dtype, fresh: bool = False) -> Tensor:
     """`gamma W` for a product in `dtype`; in the residual form `W0 + W0 * m` in m's own buffer.
 
     The increment m may be formed in bf16 (its error stays relative to itself), but not in fp16,
-    where small factors would underflow.
+    where small factors would underflow. `fresh` allows W memory of its own beside the workspace,
+    where that saves time.
     """
     weight, hut_A, hut_B, _, gamma, _, spec = layer
     stored = isinstance(weight, Stored)
-    if spec.transform == "low_rank" and gamma is None and dtype == torch.bfloat16:
+    if fresh and spec.transform == "low_rank" and gamma is None and dtype == torch.bfloat16:
         scaled = hut_B if spec.scaling == 1.0 else hut_B * spec.scaling
         A, B = cast(hut_A, dtype), cast(scaled, dtype)
         fits = not stored and _fits_fresh(weight.numel(), weight.dtype)

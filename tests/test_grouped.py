@@ -207,7 +207,7 @@ def test_only_experts_with_rows_are_staged(monkeypatch):
     staged = []
     merged = torch_backend._merged
     monkeypatch.setattr(
-        torch_backend, "_merged", lambda *args: staged.append(args) or merged(*args)
+        torch_backend, "_merged", lambda *args, **how: staged.append(args) or merged(*args, **how)
     )
     experts = stack(9, 8, 2, (0, 4, 0, 0, 2))
     experts.check(experts.run())

@@ -42,6 +42,7 @@ def of(rows: Sequence[Row]) -> list[Table]:
         "overhead": _overhead,
         "memory": _memory,
         "model": _model,
+        "experts": _experts,
         "cost": _cost,
     }
     return [table for suite, some in grouped(rows, "suite") for table in makers[suite](some)]
@@ -91,6 +92,8 @@ def where_of(case: Mapping[str, Any]) -> str:
     """A case in a few words."""
     if "width" in case:
         return f"{case['depth']} x {case['width']}, {case['tokens']} tokens"
+    if "top_k" in case:
+        return _experts_of(case)
     if "model" in case:
         checkpointing = ", checkpointing" if case["checkpointing"] else ""
         return f"{case['model']}, {case['targets']}{checkpointing}"
@@ -251,6 +254,41 @@ def _model(rows: Sequence[Row]) -> list[Table]:
             )
         )
     return tables
+
+
+def _experts(rows: Sequence[Row]) -> list[Table]:
+    tables = []
+    keys = ("tokens", "experts", "top_k", "hidden", "intermediate", "r")
+    for (*_, r, dtype), some in grouped(rows, *(f"case.{key}" for key in keys), "types.compute"):
+        baselines = _baselines(some)
+        tables.append(
+            Table(
+                f"{_experts_of(some[0]['case'])}, r {r}, {dtype}; a step",
+                ["", "ms", *(f"/ {label}" for label in baselines.values()), "peak MiB",
+                 "above frozen", "kept above frozen"],
+                [
+                    [
+                        row["label"],
+                        _milliseconds(row, "step"),
+                        *(_versus(row, other) for other in baselines),
+                        *(
+                            _mebibytes(at(row, f"bytes.{key}"))
+                            for key in ("peak", "peak_above", "saved_above")
+                        ),
+                    ]
+                    for row in measured(some)
+                ],
+                [_types(some)],
+            )
+        )  # fmt: skip
+    return tables
+
+
+def _experts_of(case: Mapping[str, Any]) -> str:
+    return (
+        f"{case['experts']} experts, top {case['top_k']}, {case['hidden']} → "
+        f"2x{case['intermediate']} → {case['hidden']}, {case['tokens']} tokens"
+    )
 
 
 def by_setting(rows: Sequence[Row]) -> list[list[Row]]:

@@ -19,6 +19,7 @@ FIGURES = {
     "saved": "kept for backward",
     "peak": "peak memory",
     "resident": "resident high-water mark",
+    "peak_above": "peak memory above the frozen experts'",
 }
 _LABELS = {PRODUCTS: "its plain products", WEIGHT: "one weight", "plain": "the product without T"}
 
@@ -89,7 +90,7 @@ class Target:
 
     def _bytes_ratio(self, over: Row, under: Row) -> Mapping[str, float] | None:
         weight = 0
-        if over:
+        if over and (self.under == WEIGHT or self.workspace):
             weight = over["case"]["width"] ** 2 * (
                 4 if "float32" in over["types"]["compute"] else 2
             )
@@ -230,7 +231,23 @@ ON_CPU = tuple(
         ),
     )
 )  # fmt: skip
-TARGETS = (*ON_GPU, *KERNELS, *ON_CPU)
+_EXPERTS: dict[str, Any] = {"suite": "experts", "device": "cpu"}
+EXPERTS = tuple(
+    Target(**_EXPERTS, place=place, where={"tokens": tokens, "r": [8]} | more, **ratio)
+    for place, tokens, more, ratio in (
+        ("256 and 1024 tokens", [256, 1024], {}, {"over": HUT, "under": PEFT, "limit": 0.8}),
+        ("4096 tokens", [4096], {}, {"over": HUT, "under": PEFT, "limit": 0.95}),
+        (
+            "any number of tokens", range(1, _ANY), {},
+            {"over": HUT, "under": PEFT, "limit": 0.3, "figure": "peak_above"},
+        ),
+        (
+            "64 experts of which 8 have tokens", [256, 1024], {"experts": [8]},
+            {"over": "hut_idle", "under": HUT, "limit": 1.2},
+        ),
+    )
+)  # fmt: skip
+TARGETS = (*ON_GPU, *KERNELS, *ON_CPU, *EXPERTS)
 
 
 def table(rows: Sequence[Row], among: Sequence[Target]) -> Table:

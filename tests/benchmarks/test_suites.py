@@ -9,7 +9,7 @@ from benchmarks import shapes
 from benchmarks.methods import LoRALinear
 from benchmarks.providers import PROVIDERS, _own, prove
 from benchmarks.shapes import MODELS, Shape
-from benchmarks.suites import cost, layer, memory, model, overhead
+from benchmarks.suites import cost, experts, layer, memory, model, overhead
 from hut_kernels import explain
 
 CPU = torch.device("cpu")
@@ -275,3 +275,33 @@ class TestModel:
         after = dict(adapted.named_parameters())
         assert all(torch.equal(p, after[name]) for name, p in before.items())
         assert any("hut_B" in name and p.abs().sum() > 0 for name, p in after.items())
+
+
+class TestExperts:
+    def test_shapes(self):
+        found = experts.parsed(["8x2x64x48"], [1, 2])
+        assert found == [experts.Shape(1, 8, 2, 64, 48), experts.Shape(2, 8, 2, 64, 48)]
+        with pytest.raises(ValueError, match="8x2x64 is no shape of experts"):
+            experts.parsed(["8x2x64"], [1])
+
+    @pytest.mark.parametrize("dtype", [FP32, BF16])
+    def test_rows(self, dtype):
+        """Each method has proved its formula, or there would be no rows."""
+        shape = experts.Shape(24, 4, 2, 32, 24)
+        rows = experts.measure(shape, 2, dtype, CPU, 0)
+        assert [row["provider"] for row in rows] == list(experts.LABELS)
+        by = {row["provider"]: row["bytes"] for row in rows}
+        stack = 4 * 3 * 24 * 32 * dtype.itemsize
+        assert by["frozen"]["peak_above"] == 0
+        assert by["peft_lora"]["saved_above"] > stack  # the sum of stack and factors is kept
+        assert by["hut_low_rank"]["saved_above"] < stack
+
+    def test_a_method_that_is_wrong_is_not_timed(self, monkeypatch):
+        monkeypatch.setattr(
+            "hut_kernels.integrations.experts._project",
+            lambda self, name, x, offsets, found: torch.zeros(
+                len(x), getattr(self, name).shape[1], dtype=x.dtype
+            ),
+        )
+        with pytest.raises(ArithmeticError, match="hut_low_rank does not compute its formula"):
+            experts.measure(experts.Shape(8, 4, 2, 16, 8), 2, FP32, CPU, 0)
