@@ -263,9 +263,14 @@ def _with_extension(made: Plan) -> Plan:
 
 
 def _chunk_rows(columns: int, device: Device) -> int:
-    """Rows of G, float32, that take half of L2; a multiple of 128, so that tiles stay whole."""
-    rows = device.l2 // 2 // max(1, 4 * columns)
-    return max(128, rows // 128 * 128)
+    """Rows of G, float32, that take at most half of L2, and whole waves of the BLAS's tiles.
+
+    Its tiles are taken to be 128 x 256; a wave is one for each multiprocessor.
+    """
+    most = device.l2 // 2 // max(1, 4 * columns) // 128
+    across = max(1, -(-columns // 256))
+    waves = most * across // device.sms
+    return 128 * max(1, waves * device.sms // across if waves else most)
 
 
 # Weights of a layer up to which a call takes longer to launch than to run, so that the extension's

@@ -154,6 +154,13 @@ def test_a_chunk_of_G_fits_half_of_L2_or_is_one_tile(K, device):
     assert rows == 128 or rows * K * 4 <= device.l2 // 2
 
 
+def test_a_chunk_of_G_is_whole_waves_of_the_products_tiles():
+    """On an H200 1,536 rows of 4,096 columns would be 192 tiles for 132 multiprocessors."""
+    H200 = next(device for device in DEVICES if "H200" in device.name)
+    assert planner.plan(problem(N=4096, K=4096), H200).chunk == 1024
+    assert planner.plan(problem(N=4096, K=1024), H200).chunk == 4224  # 132 tiles
+
+
 # The compiled extension
 
 

@@ -96,9 +96,10 @@ def launch_grad_reduce(
     """
     (O, K, r), (o_splits, k_splits) = layer.sizes, splits
     partials = PartialSums(x, layer, splits, needs)
+    G = torch.empty((min(chunk, O), K), dtype=torch.float32, device=x.device)  # all that is alive
     for start in range(0, O, chunk):
         rows = min(chunk, O - start)
-        G = _gram(grad[:, start : start + rows], x)  # [rows, K]
+        _gram(grad[:, start : start + rows], x, out=G[:rows])
         with on_device(x):
             hut_grad_reduce_kernel[(o_splits * k_splits,)](
                 G,
@@ -129,8 +130,9 @@ def launch_grad_reduce(
     return partials.finish()
 
 
-def _gram(left: Tensor, right: Tensor) -> Tensor:
-    """`left^T right` in float32; on CUDA the 16-bit operands stay as they are."""
+def _gram(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Writes `left^T right` in float32; on CUDA the 16-bit operands stay as they are."""
     if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return torch.mm(left.float().t(), right.float())
+        torch.mm(left.t(), right, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(left.float().t(), right.float(), out=out)

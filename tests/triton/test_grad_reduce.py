@@ -94,6 +94,21 @@ def test_G_does_not_overflow_in_float16():
     check(case, grad_reduce(case))
 
 
+def test_one_block_of_G_is_alive(monkeypatch):
+    blocks = []
+    mm = torch.mm
+
+    def watched(*operands, out):
+        blocks.append((out.data_ptr(), len(out)))
+        return mm(*operands, out=out)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    case = make_normal(9, 35, 70, 3)
+    check(case, grad_reduce(case, chunk=32))
+    assert [rows for _, rows in blocks] == [32, 32, 6]
+    assert len({address for address, _ in blocks}) == 1
+
+
 def test_two_runs_are_equal_to_the_bit():
     case = make_normal(19, 70, 70, 3, vectors="gamma")
     one, two = (grad_reduce(case, chunk=40, splits=(3, 2)) for _ in range(2))
