@@ -34,6 +34,7 @@ __all__ = [
     "FORMATS",
     "FourBit",
     "Layout",
+    "RepackedFourBit",
     "Stored",
     "base_weight",
     "compute_dtype",
