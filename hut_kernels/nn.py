@@ -9,7 +9,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -713,7 +713,7 @@ def check_linear(linear: nn.Module) -> None:
             raise HUTBackendError(f"{kind} keeps no plain weight (quantised?); dequantise it first")
         raise TypeError(f"expected an nn.Linear or a Conv1D, got {kind}")
     quantized = isinstance(weight, Tensor) and formats.is_quantized(formats.base_weight(linear))
-    if not quantized and (type(weight) is not nn.Parameter or weight.dtype not in FLOATS):
+    if not quantized and (not _is_parameter(weight) or weight.dtype not in FLOATS):
         dtype = getattr(weight, "dtype", None)
         raise HUTBackendError(
             f"the weight of {kind} is a {type(weight).__name__} of {dtype}, but HUT needs an "
@@ -721,13 +721,20 @@ def check_linear(linear: nn.Module) -> None:
             f"remove its parametrisation, first"
         )
     bias = getattr(linear, "bias", None)
-    if bias is not None and type(bias) is not nn.Parameter:
+    if bias is not None and not _is_parameter(bias):
         raise HUTBackendError(
             f"the bias of {kind} is a {type(bias).__name__}, but HUT needs an nn.Parameter: make "
             f"what a hook or a parametrization computes permanent first"
         )
     if not (conv1d or formats.multiplies_only(linear)) or is_replaced(linear):
         raise TypeError(f"{kind} {_own_forward(linear)}, which a HUTLinear would not run")
+
+
+def _is_parameter(tensor: Any) -> TypeGuard[nn.Parameter]:
+    """Whether it is PyTorch's own parameter, or a memory estimator's stand-in for one."""
+    kind = type(tensor)
+    fake = kind.__name__ == "FakeTensor" and isinstance(tensor, nn.Parameter)
+    return kind is nn.Parameter or fake
 
 
 def is_replaced(module: nn.Module) -> bool:

@@ -1,8 +1,8 @@
 """The suite beside other versions of Triton, PyTorch and Python, as far as they can be had.
 
 `python -m tests.matrix [--only TEXT ...] [--list] [--quick | --ptx] [--folder DIR]` installs each
-Triton into a folder of its own, puts that before this environment's, and runs the suite's two halves.
-Other versions of PyTorch and Python are looked for and, where they are not to be had at a
+Triton into a folder of its own, puts that before this environment's, and runs the suite's two
+halves. Other versions of PyTorch and Python are looked for and, where they are not to be had at a
 reasonable size, listed with the reason. The exit status is 1 if a cell that could run has failed.
 """
 

@@ -253,6 +253,21 @@ def test_only_the_forward_runs_without_gradients():
     assert recorder.names() == ["hut::forward"]
 
 
+def test_a_backward_in_two_parts_is_right_and_computes_all_of_it_twice():
+    """As pipeline schedules take it that part dx from the weights' gradients: dx first, alone."""
+    case = leaves(make(6, 9, 7, 2, vectors=ALL))
+    factors = [getattr(case, name) for name in TRAINABLE[1:]]
+    whole = torch.autograd.grad(linear(case), [case.x, *factors], case.grad)
+    y = linear(case)
+    with Recorder() as recorder:
+        (dx,) = torch.autograd.grad(y, case.x, case.grad, retain_graph=True)
+        rest = torch.autograd.grad(y, factors, case.grad)
+    assert all(map(torch.equal, (dx, *rest), whole))
+    assert [args[10:14] for name, args in recorder.calls if name == "hut::backward"] == [
+        (True,) * 4
+    ] * 2
+
+
 # Once differentiable
 
 

@@ -112,6 +112,30 @@ def test_fsdp_trains_under_a_bf16_policy(ranks, form):
     ranks.run(trains_under_a_policy, form)
 
 
+def keeps_factors_in_float32():
+    seen = {}
+    model = nn.Sequential(HUTLinear(8, 6, 2, dtype=torch.float32))
+    policy = MixedPrecisionPolicy(
+        torch.bfloat16, param_dtype_override_fn=lambda p: p.dtype if p.requires_grad else None
+    )
+    model[0].register_forward_pre_hook(
+        lambda layer, _: seen.update({n: p.dtype for n, p in layer.named_parameters()})
+    )
+    fully_shard(model, mp_policy=policy)
+    model(torch.randn(4, 8)).float().square().sum().backward()
+    assert seen["weight"] == torch.bfloat16
+    assert seen["hut_A"] == seen["hut_B"] == torch.float32
+    assert model[0].hut_B.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(
+    not hasattr(MixedPrecisionPolicy(), "param_dtype_override_fn"),
+    reason="MixedPrecisionPolicy has no param_dtype_override_fn before torch 2.15",
+)
+def test_fsdp_factors_may_stay_float32_under_a_bf16_policy(ranks):
+    ranks.run(keeps_factors_in_float32)
+
+
 def starts_from_meta(options):
     with torch.device("meta"):
         model = nn.Sequential(HUTLinear(8, 6, 4, dtype=torch.float64, **options))

@@ -4,17 +4,19 @@ import gc
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from hut_kernels import hut_linear
+from hut_kernels import hut_linear, inject, merge
 
 from ..references import Recorder, make
 from .models import (
     WIDTH,
+    Block,
     assert_same_gradients,
     block,
     every_form,
@@ -140,6 +142,19 @@ def test_selective_checkpointing_can_save_the_operators_output(kind, forwards):
     assert len(seen.names("hut::forward")) == forwards
 
 
+@pytest.mark.parametrize("kind", ["non-reentrant", "selective"])
+def test_within_torch_compile_checkpointing_gives_the_same(kind):
+    """Around it PyTorch gives wrong gradients of an operator whose output is saved."""
+    torch.compiler.reset()
+    model = block()
+    plain = twin(model)
+    x = torch.randn(2, 8, WIDTH)
+    expected = backward(plain, x)
+    run = torch.compile(lambda x: checkpoint(model, x, **KINDS[kind]), backend="aot_eager")
+    torch.testing.assert_close(backward(model, x, run), expected)
+    assert_same_gradients(model, plain)
+
+
 def test_a_checkpointed_layer_keeps_nothing_but_its_input():
     model = layer((64, 64))
     x = torch.randn(16, 64, requires_grad=True)
@@ -148,6 +163,33 @@ def test_a_checkpointed_layer_keeps_nothing_but_its_input():
         y = checkpoint(model, x, use_reentrant=False)
     assert [id(tensor) for tensor in kept] == [id(x)]
     y.sum().backward()
+
+
+# Memory estimators
+
+
+@every_form
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_model_without_data_is_adapted_and_trained(form, dropout):
+    """As estimators of a training's memory do: all of it under FakeTensorMode."""
+    with FakeTensorMode():
+        model = Block()
+        assert inject(model, ["qkv", "down"], r=3, dropout=dropout, **form)
+        backward(model, torch.randn(2, 8, WIDTH))
+        assert gradients(model)
+        assert isinstance(merge(model).qkv.weight, FakeTensor)
+
+
+def test_so_is_a_model_of_pefts():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from hut_kernels.integrations.peft import HUTConfig
+
+    with FakeTensorMode():
+        config = HUTConfig(r=3, target_modules=["qkv", "down"])
+        model = peft.get_peft_model(Block(), config)
+        backward(model, torch.randn(2, 8, WIDTH))
+        assert gradients(model)
+        assert isinstance(model.merge_and_unload().qkv.weight, FakeTensor)
 
 
 # Saved tensors
