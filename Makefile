@@ -22,7 +22,7 @@ endif
 
 # Two pip calls at once would spoil the environment.
 .NOTPARALLEL:
-.PHONY: help venv demo finetune test test-cpu test-kernels dist lint types mutants ptx ptx-mutants bench fuzz matrix bench-cpu gate ext gpu peft-suite docs clean
+.PHONY: help venv demo finetune test test-cpu test-kernels dist lint types mutants ptx ptx-mutants bench fuzz matrix bench-cpu gate slots ext gpu peft-suite docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-15s %s\n", $$1, $$2 }'
@@ -83,6 +83,9 @@ bench-cpu: $(call ready,bench) ## times of the CPU fallback as ratios to its pla
 
 gate: $(call ready,test) ## compile every kernel for every architecture, and check the machine code
 	$(PY) -m tools.gate $(ARGS)
+
+slots: $(call ready,test) ## what each kernel's machine code must cost, beside a plain product's
+	$(PY) -m tools.slots $(ARGS)
 
 ptx: $(call ready,test) ## run the PTX of every compiled kernel on the CPU: numbers, races, bounds
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/ptx -m ptx -n $(JOBS) --benchmark-disable $(ARGS)

@@ -1,0 +1,52 @@
+"""The slot model: what it counts in a known loop, and that a worse one misses its target."""
+
+import pytest
+
+from hut_kernels.dispatch import interpreting
+
+pytest.importorskip("triton", reason="triton is not installed: there is no compiler to read from")
+if interpreting():
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from hut_kernels.triton.launch import LaunchConfig
+from tools import slots
+
+
+def test_pipes_by_hand():
+    lines = [
+        "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+        "@P0 LDSM.16.M88.4 R8, [R0]",
+        "LDGSTS.E.BYPASS.128 [R15], [R6.64], !P3",
+        "IADD3 R5, R4, 0x1, RZ",
+        "HFMA2.BF16_V2 R1, R2, R3, R2",
+    ]
+    pipes = slots.count(lines, "sm_80", warps=8)
+    # Per part of a multiprocessor two warps; shared memory serves all eight.
+    assert (pipes["issue"], pipes["tensor"], pipes["shared"]) == (10, 16, 64)
+    assert (pipes["alu"], pipes["fp16"]) == (4, 4)
+    wgmma = ["HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24"]
+    assert slots.count(wgmma, "sm_90", warps=8)["tensor"] == 128
+
+
+def test_the_plain_product_is_tensor_bound_where_its_tiles_are_large():
+    tiles = LaunchConfig(256, 128, 32, 8, 3)
+    cost = slots.plain_cost("sm_80", "forward", 4096, tiles)
+    assert cost.by == "tensor"
+    assert cost.bound == cost.useful == 1024
+
+
+def test_a_tile_of_T_made_twice_misses_the_target(monkeypatch):
+    assert slots.line("sm_90", "grad_input", 16, 4096).missed == ()
+    # Two warp groups on 128 tokens, and T's product, of 64 rows, made by each of them.
+    twice = LaunchConfig(128, 64, 128, 8, 3, TMA=True)
+    monkeypatch.setattr(slots, "launch_config", lambda *_: twice)
+    (missed,) = slots.line("sm_90", "grad_input", 16, 4096).missed
+    assert "of a plain product's" in missed
+
+
+def test_the_command_fails_on_a_missed_target(monkeypatch, capsys):
+    arguments = ["--arch", "sm_80", "--kernel", "forward", "--rank", "16", "--tokens", "4096"]
+    assert slots.main(arguments) == 0
+    monkeypatch.setitem(slots.SLOTS, "sm_80", 1.0)
+    assert slots.main(arguments) == 1
+    assert "MISSED sm_80 forward r16 N4096: issue slots" in capsys.readouterr().out
