@@ -25,6 +25,7 @@ def explain(
     weight_dtype: torch.dtype | str | None = None,
     transform: str = "low_rank",
     precision: str = "merged",
+    experts: int = 0,
 ) -> Plan:
     """Plans a call without running it: strategies, operations, bytes, workspace; needs no GPU.
 
@@ -40,6 +41,7 @@ def explain(
         weight_dtype: W0's type, or `"nf4"`, `"fp4"` or `"int8"`; None means `dtype`.
         transform: As in `hut_linear`.
         precision: As in `hut_linear`.
+        experts: The experts of `hut_grouped_linear`, N rows in all; 0 means a layer.
 
     Returns:
         A `Plan`; `str(plan)` is a readable table.
@@ -59,6 +61,7 @@ def explain(
     """
     weight_dtype = dtype if weight_dtype is None else weight_dtype
     sizes = {"N": N, "in_features": in_features, "out_features": out_features, "r": r}
+    sizes["experts"] = experts
     for name, size in sizes.items():
         check_size(name, size)
     check_choice("transform", transform, TRANSFORMS)
@@ -78,6 +81,7 @@ def explain(
         aligned=in_features % 16 == 0 and out_features % 16 == 0,
         transform=transform,
         precision=precision,
+        experts=experts,
     )
     if device == CPU or torch.float64 in (dtype, weight_dtype):
         backend = "torch"

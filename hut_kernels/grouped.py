@@ -8,9 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import definition, dispatch, grouped_backend, ops
+from . import definition, dispatch, formats, grouped_backend, ops
 from .autograd import HUTGroupedFunction
 from .checks import check_frozen, check_number, check_options, check_tensors, check_weight
+from .errors import HUTBackendError
 from .functional import autocast_input
 from .layer import Layer, Spec
 
@@ -74,7 +75,7 @@ def hut_grouped_linear(
     """
     spec = Spec(transform, check_number("offset", offset), check_number("scaling", scaling))
     check_options(spec)
-    check_weight(weight)
+    check_stack(weight)
     _check_stacks(x, weight, hut_A, hut_B, offsets, bias, gamma, beta)
     if transposed:
         weight = weight.mT
@@ -92,6 +93,16 @@ def hut_grouped_linear(
         return HUTGroupedFunction.apply(*operands, spec, chosen)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():
         return _eager(x, weight, hut_A, hut_B, offsets, bias, gamma, beta, spec)
+
+
+def check_stack(weight: Tensor) -> None:
+    """Refuses a stack that is sharded or quantized (HUTBackendError)."""
+    check_weight(weight)
+    if isinstance(weight, Tensor) and formats.is_quantized(weight):
+        raise HUTBackendError(
+            f"the stack of experts is quantized ({type(weight).__name__}), which HUT reads of "
+            f"single layers only: dequantize it first"
+        )
 
 
 def grouped_product(

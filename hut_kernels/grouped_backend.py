@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import onednn, torch_backend
+from . import onednn, planner, torch_backend
 from .layer import Layer, Needs, Spec, acc_dtype, cast, effective_bias
 
 # Multiplications from which oneDNN's product repays its longer call.
@@ -106,10 +106,7 @@ def _zeros(factor: Tensor) -> Tensor:
 
 
 def _groups(layer: Stack, ends: list[int], dtype: torch.dtype) -> Iterator[list[Expert]]:
-    """The experts that have rows, those together whose weights are staged together.
-
-    That is one on a CPU, and a quarter of the stack elsewhere.
-    """
+    """The experts that have rows, those together whose weights are staged together."""
     weight, hut_A, hut_B, bias, gamma, beta, spec = layer
     most = 2 * sum(start < end for start, end in pairwise(ends)) > len(weight)
     if most and dtype == torch.bfloat16 and gamma is None and spec.transform == "low_rank":
@@ -126,12 +123,8 @@ def _groups(layer: Stack, ends: list[int], dtype: torch.dtype) -> Iterator[list[
         )
         if start < end
     ]
-    size = _group_size(weight)
+    size = planner.group_size(len(weight), weight.device.type)
     return (found[first : first + size] for first in range(0, len(found), size))
-
-
-def _group_size(weight: Tensor) -> int:
-    return 1 if weight.device.type == "cpu" else max(1, len(weight) // 4)
 
 
 def _stage(group: Sequence[Expert], dtype: torch.dtype) -> Tensor:

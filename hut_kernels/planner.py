@@ -38,6 +38,7 @@ class Problem(NamedTuple):
             asynchronous copies.
         transform: `"low_rank"` or `"two_sided"`.
         precision: `"merged"` or `"split"`.
+        experts: The experts of a stack, N rows in all; 0 for a layer.
     """
 
     N: int
@@ -49,6 +50,7 @@ class Problem(NamedTuple):
     aligned: bool = True
     transform: str = "low_rank"
     precision: str = "merged"
+    experts: int = 0
 
     @property
     def stored(self) -> bool:
@@ -59,7 +61,12 @@ class Problem(NamedTuple):
     def weight_bytes(self) -> int:
         """Bytes of W0."""
         format_ = self.weight_dtype.removesuffix("_repacked")
-        return round(self.O * self.K * (_BYTES | STORED_BYTES)[format_])
+        return round(self.layers * self.O * self.K * (_BYTES | STORED_BYTES)[format_])
+
+    @property
+    def layers(self) -> int:
+        """Weights that the call has: one for each expert."""
+        return max(1, self.experts)
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Plan:
         """
         p = self.problem
         product = 2 * p.N * p.O * p.K
-        multiplier = 2 * p.O * p.K * (p.r if p.transform == "low_rank" else 0)
+        multiplier = 2 * p.layers * p.O * p.K * (p.r if p.transform == "low_rank" else 0)
         products = 2 if p.precision == "split" else 1
         return {
             "forward": products * product + multiplier,
@@ -113,9 +120,11 @@ class Plan:
         """The fewest bytes each part moves: everything read once and written once."""
         p, item = self.problem, _BYTES[self.problem.dtype]
         weight = p.weight_bytes
-        factors = 4 * p.r * (p.O + p.K)
+        factors = 4 * p.layers * p.r * (p.O + p.K)
         activations = p.N * (p.O + p.K) * item
-        staging = 2 * p.O * p.K * item  # written by the weight kernel, read by the product
+        staging = (
+            2 * p.layers * p.O * p.K * item
+        )  # written by the weight kernel, read by the product
         twice = weight if p.precision == "split" else 0
         forward = grad_input = weight + twice + factors + activations
         return {
@@ -128,7 +137,8 @@ class Plan:
     def workspace(self) -> dict[str, int]:
         """Bytes alive during each part beyond inputs and outputs."""
         p = self.problem
-        staging = p.O * p.K * _BYTES[p.dtype]
+        staged = group_size(p.experts, self.device.arch) if p.experts else 1
+        staging = staged * p.O * p.K * _BYTES[p.dtype]
         item = _BYTES[p.dtype if p.stored else p.weight_dtype]
         partials = p.O * p.K * item if self.backend != "torch" else 0
         chunk = min(self.chunk, p.O) * p.K * 4 if self.grad_factors == CHUNKED else 0
@@ -142,7 +152,7 @@ class Plan:
         p = self.problem
         lines = [
             f"HUT {p.transform}, r = {p.r}, {p.precision}, {p.dtype} over {p.weight_dtype}: "
-            f"{p.N} tokens, {p.K} -> {p.O}",
+            f"{p.N} tokens, {p.K} -> {p.O}" + (f", {p.experts} experts" if p.experts else ""),
             f"on {self.device.name} ({self.device.arch}), backend {self.backend}; "
             f"break-evens: {self.source}",
             *(str(one) for one in self.device.miscompiles if one.concerns(self.problem.dtype)),
@@ -202,16 +212,16 @@ def plan(problem: Problem, device: Device, backend: str = "triton") -> Plan:
 def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     if backend == "auto":
         made = _plan(problem, device, "triton")
-        return made if problem.stored else _with_extension(made)
+        return made if problem.stored or problem.experts else _with_extension(made)
     empty = 0 in (problem.N, problem.K, problem.O)
-    if backend == "cuda" and not empty:
+    if backend == "cuda" and not (empty or problem.experts):
         rows = _chunk_rows(problem.K, device)
         return Plan(problem, device, "cuda", STAGED, STAGED, CHUNKED, rows, "not needed")
     index = max(problem.N, max(problem.K, problem.O) * problem.r)
     # What a CPU's evaluation made of a weight is read by PyTorch only, wherever it is moved to.
     repacked = problem.weight_dtype.endswith("_repacked")
     unsupported = problem.r > MAX_RANK or index >= _MAX_INDEX or repacked
-    if backend == "torch" or unsupported or empty:
+    if backend == "torch" or unsupported or empty or problem.experts:
         rows = max(1, (1 << 22) // max(1, problem.K))
         return Plan(problem, device, "torch", STAGED, STAGED, CHUNKED, rows, "not needed")
     even = break_even(device)
@@ -260,6 +270,11 @@ def _with_extension(made: Plan) -> Plan:
         return of_extension
     strategies = {part: getattr(of_extension, part) for part in compiled}
     return dataclasses.replace(made, compiled=compiled, **strategies)
+
+
+def group_size(experts: int, arch: str) -> int:
+    """Experts that are staged together: one on a CPU, a quarter of the stack on a GPU."""
+    return 1 if arch == "cpu" else max(1, experts // 4)
 
 
 def _chunk_rows(columns: int, device: Device) -> int:

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hut_kernels import HUTBackendError, grouped_backend, hut_grouped_linear, onednn, torch_backend
+from hut_kernels import (
+    HUTBackendError,
+    explain,
+    hut_grouped_linear,
+    onednn,
+    planner,
+    torch_backend,
+)
 from hut_kernels.layer import acc_dtype
 
 from .references import Case, check, error, lay, limit, make, make_normal
@@ -179,7 +186,7 @@ def in_groups(monkeypatch):
         calls.append(args)
         return grouped_mm(*args, **kwargs)
 
-    monkeypatch.setattr(grouped_backend, "_group_size", lambda weight: 2)
+    monkeypatch.setattr(planner, "group_size", lambda experts, arch: 2)
     monkeypatch.setattr(torch, "_grouped_mm", recorded)
     return calls
 
@@ -251,6 +258,18 @@ def test_without_onednn_the_results_are_right(monkeypatch):
     experts.check(experts.run())
 
 
+def test_the_workspace_is_an_expert_or_a_quarter_of_the_stack():
+    def workspace(device, experts):
+        options = {"dtype": torch.bfloat16, "device_name": device, "experts": experts}
+        plan = explain(512, 64, 32, 8, **options)
+        assert f"{experts} experts" in str(plan)
+        return plan.workspace["forward"] // (64 * 32 * 2)
+
+    assert workspace("cpu", 64) == 1
+    assert workspace("H200", 64) == 16
+    assert workspace("H200", 3) == 1
+
+
 # What surrounds a call
 
 
@@ -259,7 +278,10 @@ def test_flops_are_those_of_the_rows_and_of_every_expert(transform, thin):
     experts = stack(9, 8, 2, (2, 0, 3), tail=0, transform=transform)
     with FlopCounterMode(display=False) as counter:
         experts.run()
-    assert counter.get_total_flops() == 3 * 2 * 5 * 9 * 8 + thin * 3 * 2 * 9 * 8 * 2
+    operations = 3 * 2 * 5 * 9 * 8 + thin * 3 * 2 * 9 * 8 * 2
+    assert counter.get_total_flops() == operations
+    options = {"dtype": torch.float32, "transform": transform, "device_name": "cpu", "experts": 3}
+    assert sum(explain(5, 9, 8, 2, **options).operations.values()) == operations
 
 
 def arguments(experts, name):
@@ -348,6 +370,16 @@ def test_arguments_are_checked(error, match, changes):
 
 def test_offsets_are_checked_without_the_kernels_too():
     refused(ValueError, "offsets must not decrease", fused=False, offsets=ends(1, 3, 2, 4, 5))
+
+
+def test_a_quantized_stack_is_refused():
+    class Packed(torch.Tensor):
+        def dequantize(self):
+            return self
+
+    refused(
+        HUTBackendError, r"quantized \(Packed\)", weight=torch.ones(5, 6, 8).as_subclass(Packed)
+    )
 
 
 def test_a_backend_that_cannot_run_here_is_refused():

@@ -22,12 +22,11 @@ except ImportError as error:
     ) from error
 
 from ..adapters import near_matches
-from ..checks import check_weight
 from ..errors import HUTBackendError
 from ..experts import Factors, HUTExperts, merged_stack
-from ..grouped import grouped_product, hut_grouped_linear
+from ..grouped import check_stack, grouped_product, hut_grouped_linear
 from ..layer import FLOATS, effective_bias
-from ..nn import check_data
+from ..nn import check_data, named
 
 _PREFIX = "hut_kernels:"
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -119,7 +118,8 @@ def check_experts(name: str, experts: Any, parameter: str) -> None:
             f"before they are sharded by FSDP2, and not under expert parallelism"
         )
     _check_implementation(experts.config._experts_implementation)
-    check_weight(weight)
+    with named(f"{name}.{parameter}"):
+        check_stack(weight)
     if weight.dtype not in FLOATS:
         raise HUTBackendError(f"{name}.{parameter} is {weight.dtype}: dequantize the experts first")
     if weight.is_meta and hasattr(experts, "_hf_hook"):

@@ -5,6 +5,7 @@ import importlib
 import io
 import pickle
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -457,6 +458,23 @@ def test_a_partitioned_parameter_is_refused():
         experts.gate_up_proj = nn.Parameter(torch.empty(0))
         experts.gate_up_proj.ds_shape = torch.Size((4, 48, 32))
     refused(HUTBackendError, "DeepSpeed ZeRO-3", model)
+
+
+def test_offloaded_experts_are_refused():
+    """Between calls accelerate leaves them on the meta device."""
+    model = tiny("qwen3_moe")
+    accelerate.cpu_offload(experts_of(model)[0], "cpu")
+    refused(HUTBackendError, "gate_up_proj is offloaded", model)
+
+
+def test_quantized_experts_are_refused():
+    """Stacks of torchao run under eager only; load_in_4bit leaves experts as they are."""
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+    model = tiny("qwen3_moe", experts_implementation="eager").bfloat16()
+    config = FqnToConfig({"re:.*experts.gate_up_proj": Int8WeightOnlyConfig(version=2)})
+    quantize_(model, config, filter_fn=None)
+    refused(HUTBackendError, r"quantized \(Int8Tensor\)", model)
 
 
 def test_a_shift_without_a_bias_cannot_be_merged():
