@@ -12,9 +12,9 @@ whose sums never cancel, `make_normal` those of a real layer. `run` computes y a
 `case.layer` is the package's own tuple, `laid_out` changes strides, and `cancelling` with
 `update_of` looks at the update on its own. tests/test_example.py needs none of this.
 
-The reference is written from the formulas of docs/definition.md in NumPy, with the groups by
-integer arithmetic; it shares no code with the package. Nothing here needs more than NumPy and
-PyTorch; strategies.py has Hypothesis's.
+The reference is written from the formulas of docs/definition.md in float64, with the groups by
+integer arithmetic, on the case's device; it shares no code with the package. Nothing here needs
+more than NumPy and PyTorch; strategies.py has Hypothesis's.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+SAMPLED = 1 << 26  # elements of a float64 tensor of the reference, at most
 TRAINABLE = ("x", "hut_A", "hut_B", "gamma", "beta", "bias")
 
 TF32_LIMIT = 2e-3  # of float32 where tf32 is allowed
@@ -64,15 +65,13 @@ def update_limit(dtype: torch.dtype, transform: str, precision: str) -> float:
 
 def error(out: Tensor, ref: Any) -> float:
     """`||out - ref|| / ||ref||` in float64; infinite for another shape or anything not finite."""
-    out64 = out.detach().cpu().double().numpy()
-    ref64 = np.asarray(ref, dtype=np.float64)
-    if out64.shape != ref64.shape or not np.isfinite(out64).all():
+    ref64 = torch.as_tensor(ref, dtype=torch.float64, device=out.device)
+    if out.shape != ref64.shape or not bool(torch.isfinite(out).all()):
         return math.inf
-    size = np.linalg.norm(ref64)
-    difference = np.linalg.norm(out64 - ref64)
+    size, difference = float(ref64.norm()), float((out.detach().double() - ref64).norm())
     if size == 0.0:
         return 0.0 if difference == 0.0 else math.inf
-    return float(difference / size)
+    return difference / size
 
 
 def groups(size: int, r: int) -> list[int]:
@@ -145,59 +144,111 @@ class Case:
         }
         return self.replace(**tensors)
 
+    @torch.no_grad()
     def multiplier(self) -> np.ndarray:
         """T, `[O, K]`."""
-        A, B = _np(self.hut_A), _np(self.hut_B)
-        if self.transform == "low_rank":
-            return self.offset + self.scaling * np.einsum("ok,ki->oi", B, A)
-        r, K = A.shape
-        p, q = groups(len(B), r), groups(K, r)
-        return np.array([[B[o, q[i]] * A[p[o], i] for i in range(K)] for o in range(len(B))])
+        return self._multiplier(*self._indices(At())).cpu().numpy()
 
+    @torch.no_grad()
     def merged_weight(self) -> np.ndarray:
         """`gamma W0 T`, `[O, K]`."""
-        T = self.multiplier().reshape(self.weight.shape)
-        return self._gamma()[:, None] * _np(self.weight) * T
+        return self._gamma().cpu().numpy()[:, None] * _np(self.weight) * self.multiplier()
 
     def expected(self) -> dict[str, np.ndarray]:
         """`y`, and the gradient of each input by name."""
-        x, W0, g = _np(self.x), _np(self.weight), _np(self.grad)
-        O, K = W0.shape
-        W = W0 * self.multiplier().reshape(O, K)
-        gamma = self._gamma()
-        bias = np.zeros(O) if self.bias is None else _np(self.bias)
-        beta = np.zeros(O) if self.beta is None else _np(self.beta)
-        rows, grads = x.reshape(math.prod(x.shape[:-1]), K), g.reshape(math.prod(g.shape[:-1]), O)
-        G = grads.T @ rows
-        H0 = G * W0
-        d_A, d_B = self._factor_gradients(gamma[:, None] * H0)
-        sums = grads.sum(0)
+        return {name: value.cpu().numpy() for name, value in self.exact().items()}
+
+    @torch.no_grad()
+    def exact(self, at: At | None = None) -> dict[str, Tensor]:
+        """`expected` on the case's device, of a large case only a sample of it."""
+        x, grad = self.x, self.grad
+        O, K = self.weight.shape
+        rows, cols = self._indices(at or At())
+        gamma, A, B = self._gamma(), self.hut_A.double(), self.hut_B.double()
+        bias, beta = (self._vector(v, 0.0) for v in (self.bias, self.beta))
+        W0_rows, W0_cols = self.weight[rows].double(), self.weight[:, cols].double()
+        every_row, every_col = self._indices(At())
+        W_rows = W0_rows * self._multiplier(rows, every_col)
+        W_cols = W0_cols * self._multiplier(every_row, cols)
+        tokens = x.reshape(math.prod(x.shape[:-1]), K), grad.reshape(math.prod(grad.shape[:-1]), O)
+        G_rows, G_cols = _products(*tokens, rows, cols)
+        H_rows, H_cols = gamma[rows, None] * G_rows * W0_rows, gamma[:, None] * G_cols * W0_cols
+        if self.transform == "low_rank":
+            d_B, d_A = self.scaling * H_rows @ A.T, self.scaling * B.T @ H_cols
+        else:
+            p, q = self._groups()
+            d_B = B.new_zeros(len(rows), len(A)).index_add_(1, q, H_rows * A[p[rows]])
+            d_A = A.new_zeros(len(A), len(cols)).index_add_(0, p, H_cols * B[:, q[cols]])
+        if at is not None:
+            x, grad = x[at.tokens], grad[at.tokens]
+        sums = tokens[1].sum(0, dtype=torch.float64)
         return {
-            "y": gamma * (x @ W.T + bias) + beta,
-            "x": (gamma * g) @ W,
+            "W": gamma[rows, None] * W_rows,
+            "y": gamma[rows] * (x.double() @ W_rows.T + bias[rows]) + beta[rows],
+            "x": (gamma * grad.double()) @ W_cols,
             "hut_A": d_A,
             "hut_B": d_B,
-            "gamma": (W * G).sum(1) + bias * sums,
-            "WG": (W * G).sum(1),
-            "beta": sums,
-            "bias": gamma * sums,
+            "gamma": (W_rows * G_rows).sum(1) + (bias * sums)[rows],
+            "WG": (W_rows * G_rows).sum(1),
+            "beta": sums[rows],
+            "bias": (gamma * sums)[rows],
         }
 
-    def _factor_gradients(self, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        A, B = _np(self.hut_A), _np(self.hut_B)
+    def _multiplier(self, rows: Tensor, cols: Tensor) -> Tensor:
+        A, B = self.hut_A.detach().double(), self.hut_B.detach().double()
         if self.transform == "low_rank":
-            return self.scaling * B.T @ H, self.scaling * H @ A.T
-        d_A, d_B = np.zeros_like(A), np.zeros_like(B)
-        (O, K), r = H.shape, len(A)
-        p, q = groups(O, r), groups(K, r)
-        for o in range(O):
-            for i in range(K):
-                d_B[o, q[i]] += H[o, i] * A[p[o], i]
-                d_A[p[o], i] += H[o, i] * B[o, q[i]]
-        return d_A, d_B
+            return self.offset + self.scaling * (B[rows] @ A[:, cols])
+        p, q = self._groups()
+        return B[rows][:, q[cols]] * A[p[rows]][:, cols]
 
-    def _gamma(self) -> np.ndarray:
-        return np.ones(len(self.weight)) if self.gamma is None else _np(self.gamma)
+    def _groups(self) -> tuple[Tensor, Tensor]:
+        """The group of each row of W0, and of each column."""
+        (O, K), r = self.weight.shape, len(self.hut_A)
+        options: Any = {"dtype": torch.int64, "device": self.weight.device}
+        return torch.tensor(groups(O, r), **options), torch.tensor(groups(K, r), **options)
+
+    def _indices(self, at: At) -> tuple[Tensor, Tensor]:
+        O, K = self.weight.shape
+        device = self.weight.device
+        rows = torch.arange(O, device=device) if at.rows is None else at.rows
+        return rows, torch.arange(K, device=device) if at.cols is None else at.cols
+
+    def _gamma(self) -> Tensor:
+        return self._vector(self.gamma, 1.0)
+
+    def _vector(self, vector: Tensor | None, default: float) -> Tensor:
+        options: Any = {"dtype": torch.float64, "device": self.weight.device}
+        if vector is None:
+            return torch.full((len(self.weight),), default, **options)
+        return vector.detach().double()
+
+
+class At(NamedTuple):
+    """A sample of tokens, and of the rows and columns of W0; None is all of them."""
+
+    tokens: Tensor | None = None
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+
+    def pick(self, name: str, result: Tensor) -> Tensor:
+        """The part of a result that `Case.exact` gives at this sample."""
+        places = {"y": self[:2], "x": (self.tokens, self.cols), "hut_A": (None, self.cols)}
+        for dim, index in enumerate(places.get(name, (self.rows,))):
+            result = result if index is None else result.index_select(dim, index)
+        return result
+
+
+def _products(x: Tensor, grad: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows and the columns of `G = grad^T x`, a block of tokens at a time."""
+    options: Any = {"dtype": torch.float64, "device": x.device}
+    G_rows = torch.zeros(len(rows), x.shape[1], **options)
+    G_cols = torch.zeros(grad.shape[1], len(cols), **options)
+    block = max(1, SAMPLED // max(1, x.shape[1] + grad.shape[1]))
+    for start in range(0, len(x), block):
+        x_n, g_n = (one[start : start + block].detach().double() for one in (x, grad))
+        G_rows += g_n[:, rows].T @ x_n
+        G_cols += g_n.T @ x_n[:, cols]
+    return G_rows, G_cols
 
 
 def _np(tensor: Tensor) -> np.ndarray:
@@ -356,18 +407,20 @@ def gain(out: Tensor, update: np.ndarray) -> float:
 # Running a layer
 
 
-def run(case: Case, **how: Any) -> dict[str, Tensor]:
-    """`y` and every gradient, through `hut_linear` and autograd."""
+def run(case: Case, trained: tuple[str, ...] = TRAINABLE, **how: Any) -> dict[str, Tensor]:
+    """`y` and the gradients of what is trained, through `hut_linear` and autograd."""
     from hut_kernels import hut_linear
 
     leaves = {
         name: value.detach().requires_grad_()
-        for name in TRAINABLE
+        for name in trained
         if (value := getattr(case, name)) is not None
     }
-    x, A, B = leaves["x"], leaves["hut_A"], leaves["hut_B"]
-    options = {**case.options, "gamma": leaves.get("gamma"), "beta": leaves.get("beta"), **how}
-    y = hut_linear(x, case.weight, A, B, leaves.get("bias"), **options)
+    x, A, B, bias = (leaves.get(n, getattr(case, n)) for n in ("x", "hut_A", "hut_B", "bias"))
+    vectors = {name: leaves.get(name, getattr(case, name)) for name in ("gamma", "beta")}
+    y = hut_linear(x, case.weight, A, B, bias, **{**case.options, **vectors, **how})
+    if not leaves:
+        return {"y": y}
     grads = torch.autograd.grad(y, list(leaves.values()), case.grad)
     return {"y": y, **dict(zip(leaves, grads, strict=True))}
 

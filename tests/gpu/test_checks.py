@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from .. import references
 from . import cases, lists, sanitizer, workers
 from .cases import FUSED, STAGED, Check
 
@@ -55,33 +56,18 @@ def test_a_staged_case_looks_at_the_merged_weight_too():
     assert "W" in result["errors"]
 
 
-def test_the_reference_is_the_definition():
-    """At all indices and at a sample of them."""
-    from hut_kernels import definition
-    from hut_kernels.layer import Layer, Spec
-
+def test_a_sample_of_the_reference_is_the_whole_at_it(monkeypatch):
     for form in FORMS[:5]:
         case = Check(30, 200, 220, 5, "float32", **{**TORCH, **form})
         inputs = cases.make(case, CPU)
-        double = [
-            None if value is None else value.double().requires_grad_()
-            for value in (
-                inputs.x, inputs.weight, inputs.hut_A, inputs.hut_B,
-                inputs.bias, inputs.gamma, inputs.beta,
-            )
-        ]  # fmt: skip
-        y = definition.linear(double[0], Layer(*double[1:], Spec(**case.spec)))
-        names = ("x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta")
-        leaves = {n: v for n, v in zip(names, double, strict=True) if v is not None}
-        grads = torch.autograd.grad(y, list(leaves.values()), inputs.grad.double())
-        right = {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-        for most in (1 << 26, 1 << 10):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cases, "_SAMPLED", most)
-                wanted = cases.expected(case, inputs)
-            for name in set(right) - {"weight"}:
-                assert cases.error(right[name], wanted[name]) < 1e-12, name
-            assert most > 1 << 20 or len(wanted["hut_B"][1][0]) < 220
+        whole = inputs.exact()
+        monkeypatch.setattr(references, "SAMPLED", 1 << 10)
+        at = cases.sample(case, CPU)
+        monkeypatch.undo()
+        assert len(at.rows) < 220
+        for name, value in inputs.exact(at).items():
+            picked = at.pick(name, whole[name]) if name != "W" else whole[name][at.rows]
+            assert references.error(picked, value) < 1e-14, name
 
 
 def test_a_sample_has_its_ends():
@@ -170,8 +156,6 @@ def test_limits_are_those_of_the_definition():
     assert cases.limit(fp32, torch.float32) == 2e-6 * math.sqrt(14336 / 4096)
     assert cases.limit(dataclasses.replace(fp32, tf32=True), torch.float32) == 2e-3
     assert cases.limit(fp32, torch.bfloat16) > 2e-6 + 1e-3
-    assert cases.update_limit(dataclasses.replace(bf16, precision="split")) == 5e-3
-    assert cases.update_limit(dataclasses.replace(bf16, transform="two_sided")) == 6e-2
 
 
 # Lists
