@@ -95,7 +95,7 @@ HUT_HD float element(const Vector& vector, int64_t index, float absent) {
   return load_as_float(vector.data, vector.type, index * vector.stride);
 }
 
-// Eight neighbours in a row: one 16-byte access in a 16-bit type, two in float32.
+// Eight neighbors in a row: one 16-byte access in a 16-bit type, two in float32.
 constexpr int kPack = 8;
 
 template <class T>
@@ -119,7 +119,7 @@ struct alignas(16) Pack {
 };
 
 // A matrix of known type and any strides. `packed`: rows are contiguous and begin on 16 bytes, so
-// that eight neighbours from a column divisible by eight can be moved at once.
+// that eight neighbors from a column divisible by eight can be moved at once.
 template <class T>
 struct Matrix {
   T* data;

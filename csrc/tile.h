@@ -1,6 +1,6 @@
 // A warp's 16-row tile of a product of two small matrices in shared memory.
 //
-// A lane owns rows g and g + 8 (g = lane / 4) and, in each chunk of 4 V columns, the V neighbours from
+// A lane owns rows g and g + 8 (g = lane / 4) and, in each chunk of 4 V columns, the V neighbors from
 // t V (t = lane % 4): enough of them for a 16-byte access to the matrix that the product is for. The
 // tensor core's accumulator has this shape if its column c of step j stands for column
 // (c / 2) V + 2 j + c % 2 of the chunk, so both ways of multiplying share one layout.

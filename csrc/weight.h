@@ -28,7 +28,7 @@ struct WeightArguments {
 constexpr int kDepth = 16;  // of r, at a time in shared memory
 
 struct WeightShared {
-  // Rows of 20 and 68 floats: they begin on 16 bytes, and neighbouring ones on other banks.
+  // Rows of 20 and 68 floats: they begin on 16 bytes, and neighboring ones on other banks.
   alignas(16) float left[kTile][kDepth + 4];
   alignas(16) float right[kDepth][kTile + 4];
 };

@@ -53,7 +53,7 @@ def inject(
             `nn.MultiheadAttention`, projections of Mamba) or that was compiled by itself; or an
             option is wrong. The model is unchanged, as after every error.
         TypeError: a linear layer whose class has a `forward` of its own.
-        HUTBackendError: a quantised, sharded or computed weight.
+        HUTBackendError: a quantized, sharded or computed weight.
 
     Example:
         >>> from torch import nn
@@ -247,11 +247,11 @@ def _matcher(target_modules: str | Collection[str]) -> Callable[[str], object]:
 
 
 def _is_linear_like(module: nn.Module) -> bool:
-    """A linear layer, quantised ones included: these are refused by name when they are adapted."""
-    return isinstance(module, nn.Linear) or is_conv1d(module) or _is_quantised(module)
+    """A linear layer, quantized ones included: these are refused by name when they are adapted."""
+    return isinstance(module, nn.Linear) or is_conv1d(module) or _is_quantized(module)
 
 
-def _is_quantised(module: nn.Module) -> bool:
+def _is_quantized(module: nn.Module) -> bool:
     """A linear layer of another library (or torch.ao) that keeps integers for its weight."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     integers = any(not tensor.is_floating_point() for tensor in own)

@@ -136,7 +136,7 @@ class _HUTParallelStyle(ParallelStyle):
         name = type(self).__name__
         if not isinstance(module, HUTLinear):
             raise TypeError(
-                f"{name} is for HUTLinear, got {type(module).__name__}; torch.distributed has "
+                f"{name} is for HUTLinear; got {type(module).__name__}; torch.distributed has "
                 f"styles for plain layers"
             )
         _check_shardable(name, module, device_mesh, self.layer_class.side)

@@ -248,7 +248,7 @@ class HUTLinear(nn.Module):
 
         Raises:
             TypeError: another kind of module, or a subclass with its own `forward`.
-            HUTBackendError: a quantised, sharded or computed weight.
+            HUTBackendError: a quantized, sharded or computed weight.
             ValueError: as for `HUTLinear`.
         """
         for name in {"bias", "device", "dtype"} & {*options}:
@@ -710,15 +710,15 @@ def check_linear(linear: nn.Module) -> None:
     weight = getattr(linear, "weight", None)
     if not isinstance(linear, nn.Linear) and not conv1d:
         if "Linear" in kind and not (isinstance(weight, Tensor) and weight.is_floating_point()):
-            raise HUTBackendError(f"{kind} keeps no plain weight (quantised?); dequantise it first")
-        raise TypeError(f"expected an nn.Linear or a Conv1D, got {kind}")
+            raise HUTBackendError(f"{kind} keeps no plain weight (quantized?); dequantize it first")
+        raise TypeError(f"expected an nn.Linear or a Conv1D; got {kind}")
     quantized = isinstance(weight, Tensor) and formats.is_quantized(formats.base_weight(linear))
     if not quantized and (not _is_parameter(weight) or weight.dtype not in FLOATS):
         dtype = getattr(weight, "dtype", None)
         raise HUTBackendError(
             f"the weight of {kind} is a {type(weight).__name__} of {dtype}, but HUT needs an "
-            f"nn.Parameter of float16, bfloat16, float32 or float64: dequantise or unshard it, or "
-            f"remove its parametrisation, first"
+            f"nn.Parameter of float16, bfloat16, float32 or float64: dequantize or unshard it, or "
+            f"remove its parametrization, first"
         )
     bias = getattr(linear, "bias", None)
     if bias is not None and not _is_parameter(bias):

@@ -45,6 +45,9 @@ def parameter_groups(
         HUTBackendError: the base weight of an adapted layer is offloaded or on the meta device.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hut_kernels import inject, parameter_groups
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> inject(model, ["0"], r=4)
         ['0']

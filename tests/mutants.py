@@ -515,7 +515,7 @@ MUTANTS = (
         ("tests/test_cuda.py", "no_thread_reads"),
     ),
     Mutant(
-        "csrc: a tensor core's operand from the neighbouring column",
+        "csrc: a tensor core's operand from the neighboring column",
         f"{CSRC}/tile.h",
         " + v + lane.g % 2;",
         " + v + 1 - lane.g % 2;",

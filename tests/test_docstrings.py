@@ -14,7 +14,7 @@ PUBLIC = {*hut_kernels.__all__} - {"PAPER", "HUTBackendError"}
 def test_the_example_runs(name):
     public = getattr(hut_kernels, name)
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
-    tests = doctest.DocTestFinder().find(public, name, globs={})
+    tests = doctest.DocTestFinder().find(public, name)
     for test in tests:
         runner.run(test)
     assert runner.summarize(verbose=False).failed == 0

@@ -88,15 +88,15 @@ WAIT, ARRIVE = "wgmma.wait_group.sync.aligned 0;", "wgmma.fence.sync.aligned;"
 @pytest.mark.parametrize(
     ("between", "found"), [("", False), (USE, True), (f"{WAIT} {USE} {ARRIVE}", False)]
 )
-def test_a_serialised_wgmma_is_found(between, found, monkeypatch):
-    """By ptxas, in text of our own: which kernels Triton makes it serialise differs by version."""
+def test_a_serialized_wgmma_is_found(between, found, monkeypatch):
+    """By ptxas, in text of our own: which kernels Triton makes it serialize differs by version."""
     tiles = LaunchConfig(64, 64, 64, 4, 3, W_FIRST=True, wgmma_async=True)
     compiled = gate.compile_config(config("sm_90", "forward", tiles))
     assert broken("sm_90", "forward", tiles) == ""
     asm = {**compiled.asm, "ptx": PRODUCTS.replace("BETWEEN", between)}
     planted = SimpleNamespace(asm=asm, metadata=compiled.metadata)
     monkeypatch.setattr(gate, "compile_config", lambda config: planted)
-    assert ("serialised wgmma: ptxas C75" in broken("sm_90", "forward", tiles)) == found
+    assert ("serialized wgmma: ptxas C75" in broken("sm_90", "forward", tiles)) == found
 
 
 def test_too_much_shared_memory_is_found():

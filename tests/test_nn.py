@@ -528,7 +528,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["hut_A", "hut_B", "gamma", "bias"])
-def test_a_parametrised_parameter_counts_as_what_it_computes(name):
+def test_a_parametrized_parameter_counts_as_what_it_computes(name):
     layer = trained(HUTLinear(9, 7, 3, **PAPER))
     x = torch.randn(4, 9)
     doubled = copy.deepcopy(layer)
@@ -630,7 +630,7 @@ def patched():
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (nn.Conv1d(4, 4, 1), "expected an nn.Linear or a Conv1D, got Conv1d"),
+        (nn.Conv1d(4, 4, 1), "expected an nn.Linear or a Conv1D; got Conv1d"),
         (HUTLinear(4, 4, 2), "got HUTLinear"),
         (OwnForward(4, 4), "OwnForward has a forward of its own"),
         (patched(), "Linear has a forward of its own"),
@@ -670,7 +670,7 @@ class PackedLinear(nn.Module):
         (with_weight(Params4bit(torch.zeros(4, 4))), "Params4bit"),
         (with_weight(nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), False)), "int8"),
         (with_weight(nn.Parameter(torch.zeros(4, 4).to(torch.float8_e4m3fn), False)), "float8"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "parametrisation"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "parametrization"),
         (prune.l1_unstructured(nn.Linear(4, 4), "bias", 0.5), "the bias of Linear"),
         (nn.LazyLinear(4), "UninitializedParameter"),
         (QuantLinear(), "QuantLinear"),

@@ -158,7 +158,7 @@ def inspect(config: Config, dump: Path | None = None) -> Report:
         file.write_bytes(cubin)
         usage = _run("cuobjdump", "--dump-resource-usage", file)
         code = _instructions(_run("nvdisasm", "-c", file))
-        warnings = _serialised(ptx, Path(folder)) if config.arch == "sm_90" else []
+        warnings = _serialized(ptx, Path(folder)) if config.arch == "sm_90" else []
     if config.arch == "sm_100" and not _passed_by(config):
         warnings = [*unfenced_copies(ptx), *refilled_operands(compiled.asm["ttgir"])]
     registers, stack = (
@@ -321,14 +321,14 @@ def _multiplications(lines: list[str], warps: int) -> int:
     return total
 
 
-def _serialised(ptx: str, folder: Path) -> list[str]:
+def _serialized(ptx: str, folder: Path) -> list[str]:
     """Ptxas' own words where it gave up overlapping wgmma's (C75xx)."""
     file = folder / "kernel.ptx"
     file.write_text(ptx)
     options = ["--gpu-name=sm_90a", "-v", "-o", os.devnull]
     log = subprocess.run([_BIN / "ptxas", *options, file], capture_output=True, text=True)
     found = sorted(set(re.findall(r"C75\d\d", log.stderr + log.stdout)))
-    return [f"serialised wgmma: ptxas {warning}" for warning in found]
+    return [f"serialized wgmma: ptxas {warning}" for warning in found]
 
 
 # Races by PTX's rules for tcgen05.mma (9.7.16.6), which is asynchronous and reads shared memory in

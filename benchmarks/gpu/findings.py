@@ -37,7 +37,7 @@ class Crossing:
 def break_even(points: Iterable[tuple[int, float]]) -> Crossing:
     """The break-even from ratios of times, `(N, first / second)`: the first is chosen up to it.
 
-    The threshold that loses least over all measured points, placed between its two neighbours
+    The threshold that loses least over all measured points, placed between its two neighbors
     where the ratio, by log-log interpolation, is 1.
 
     Raises:

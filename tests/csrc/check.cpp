@@ -107,7 +107,7 @@ void partial_addresses() {
   expect(*seen.rbegin() == 3 * 5 * 7 - 1, "partial_at, last");
 }
 
-// Eight neighbours: packed and element by element give the same, zero outside when loaded, and
+// Eight neighbors: packed and element by element give the same, zero outside when loaded, and
 // nothing outside is written.
 void packs() {
   alignas(16) float data[3][24];

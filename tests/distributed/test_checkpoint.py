@@ -36,7 +36,7 @@ from tests.distributed.training import (
 # Loading without a process group is what some tests here are about.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-# The factors and their optimiser state alone; the base model has a checkpoint of its own.
+# The factors and their optimizer state alone; the base model has a checkpoint of its own.
 ADAPTER = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -76,7 +76,7 @@ def resume(engine, form, folder, world):
     reference, model = copy.deepcopy(initial), copy.deepcopy(initial)
     train(reference)
     part = parallelise(model, engine, world) if world > 1 else slice(None)
-    optimizer = train(model, part, steps=range(4, 5))  # makes optimiser state, to be overwritten
+    optimizer = train(model, part, steps=range(4, 5))  # makes optimizer state, to be overwritten
     weights, moments = get_state_dict(model, optimizer, options=ADAPTER)
     state = {"weights": weights, "moments": moments}
     dcp.load(state, checkpoint_id=folder)

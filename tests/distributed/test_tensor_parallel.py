@@ -259,7 +259,7 @@ def refuses(layer, style, kind, message, shape=None):
 def refuses_what_it_cannot_shard():
     world = dist.get_world_size()
     for style, side in ((HUTColwiseParallel(), "out"), (HUTRowwiseParallel(), "in")):
-        refuses(nn.Linear(8, 8), style, TypeError, "is for HUTLinear, got Linear")
+        refuses(nn.Linear(8, 8), style, TypeError, "is for HUTLinear; got Linear")
         refuses(HUTLinear(8 * world + 1, 8 * world + 1), style, ValueError, f"{side}_features to")
         refuses(HUTLinear(8, 8, dropout=0.1), style, ValueError, "one mask over all ranks")
         r = 8 // world + 1

@@ -340,11 +340,11 @@ def test_training_steps_are_pefts():
     reference = copy.deepcopy(model)
     accelerate_hira(model)
     for module in (model, reference):
-        optimiser = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
         for _ in range(5):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             module(x).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
     for (name, trained), wanted in zip(
         model.named_parameters(), reference.parameters(), strict=True
     ):

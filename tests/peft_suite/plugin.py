@@ -1,4 +1,4 @@
-"""A pytest plugin: `HUTConfig` in the parametrised lists of PEFT's tests, and nothing but it.
+"""A pytest plugin: `HUTConfig` in the parametrized lists of PEFT's tests, and nothing but it.
 
 With `HUT_PEFT_SUITE=hira`, PEFT's own HiRA cases instead, on accelerated models; the file `FUSED`
 then tells that a fused layer did run.

@@ -15,7 +15,7 @@ def check_base(base: nn.Module) -> None:
 
     Raises:
         TypeError: not an `nn.Linear` or a Conv1D, or a subclass with a `forward` of its own.
-        HUTBackendError: a quantised, sharded or computed weight.
+        HUTBackendError: a quantized, sharded or computed weight.
     """
     if hasattr(base, "_old_forward"):  # an accelerate hook wraps the class's own forward
         wrapped = vars(base).pop("forward", None)

@@ -141,7 +141,7 @@ class HUTConfig(PeftConfig):
         self._check_types()
         for name, r in {"r": self.r, **self.rank_pattern}.items():
             if type(r) is not int or r < 1:
-                raise ValueError(f"r must be an integer of at least 1, got {r!r} for {name!r}")
+                raise ValueError(f"r must be an integer of at least 1; got {r!r} for {name!r}")
         for alpha in (self.hut_alpha, *self.alpha_pattern.values()):
             check_form(self.transform, self.offset, alpha)
         check_run_options(self.precision, self.hut_dropout)
@@ -159,13 +159,13 @@ class HUTConfig(PeftConfig):
     def _check_types(self) -> None:
         for name in ("init_weights", "scale_shift", "fused", "scale_by_rms"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}")
         given = {name: getattr(self, name) for name in ("hut_alpha", "hut_dropout", "offset")}
         if self.hut_alpha is None:
             del given["hut_alpha"]
         for name, value in (given | self.alpha_pattern).items():
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise ValueError(f"{name} must be a number, got {value!r}")
+                raise ValueError(f"{name} must be a number; got {value!r}")
 
     def _check_layer_options(self) -> None:
         if isinstance(self.target_parameters, str):
