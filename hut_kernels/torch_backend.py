@@ -65,7 +65,9 @@ def linear_backward(
 
 def merged_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
     """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
-    return _blockwise(layer, dtype)
+    if dtype == torch.bfloat16:  # forward rounds an increment, for time; what is kept need not
+        return _blockwise(layer, dtype)
+    return _merged(layer, dtype, out=_empty_like(layer.weight, dtype))
 
 
 def dequantize(weight: Stored, dtype: torch.dtype) -> Tensor:
@@ -207,12 +209,14 @@ def _scaled_base(layer: Layer, dtype: torch.dtype, stage: Stage) -> Tensor:
     return (cast(weight, acc_dtype(dtype)) * gamma[:, None]).to(dtype)
 
 
-def _merged(layer: Layer, dtype: torch.dtype, fresh: bool = False) -> Tensor:
+def _merged(
+    layer: Layer, dtype: torch.dtype, fresh: bool = False, out: Tensor | None = None
+) -> Tensor:
     """`gamma W` for a product in `dtype`; in the residual form `W0 + W0 * m` in m's own buffer.
 
     The increment m may be formed in bf16 (its error stays relative to itself), but not in fp16,
     where small factors would underflow. `fresh` allows W memory of its own beside the workspace,
-    where that saves time.
+    where that saves time. Without `out` it is the workspace.
     """
     weight, hut_A, hut_B, _, gamma, _, spec = layer
     stored = isinstance(weight, Stored)
@@ -224,19 +228,20 @@ def _merged(layer: Layer, dtype: torch.dtype, fresh: bool = False) -> Tensor:
             if weight.stride(1) == 1:
                 return onednn.linear_mul(B, A.t(), spec.offset, weight)
             return onednn.linear_mul(A.t(), B, spec.offset, weight.t()).t()
+    out = _workspace_like(weight, dtype) if out is None else out
     residual = spec.constant == 1.0 and gamma is None
     if not residual or dtype == torch.float16 or not (stored or weight.dtype == dtype):
-        return _blockwise(layer, dtype, _workspace_like(weight, dtype))
+        return _blockwise(layer, dtype, out)
     if isinstance(weight, Stored):
-        return _merged_stored(weight, layer, dtype)
-    m = torch.mm(cast(hut_B, dtype), cast(hut_A, dtype), out=_workspace_like(weight, dtype))
+        return _merged_stored(weight, layer, dtype, out)
+    m = torch.mm(cast(hut_B, dtype), cast(hut_A, dtype), out=out)
     return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
 
 
-def _merged_stored(weight: Stored, layer: Layer, dtype: torch.dtype) -> Tensor:
+def _merged_stored(weight: Stored, layer: Layer, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """`W0 + W0 * m` of a stored W0: some rows are read, and m of them added while in the cache."""
     A, B = cast(layer.hut_A, dtype), cast(layer.hut_B, dtype)
-    W = _empty_like(weight, dtype, _workspace_like(weight, dtype))
+    W = _empty_like(weight, dtype, out)
     for rows in weight.parts(slice(0, len(weight))):
         W0 = weight.read(rows, W[rows])
         m = torch.mm(B[rows], A, out=buffer("m", W0.numel(), dtype, W0.device).view(W0.shape))
@@ -354,7 +359,7 @@ def _workspace_like(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor | Non
     if weight.stride()[1] == 1:
         return _workspace(rows, columns, dtype, weight.device)
     matrix = _workspace(columns, rows, dtype, weight.device)
-    return None if matrix is None else matrix.t()
+    return _empty_like(weight, dtype) if matrix is None else matrix.t()
 
 
 def _row_blocks(weight: Tensor | Stored) -> Sequence[slice | None]:

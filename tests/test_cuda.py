@@ -105,6 +105,17 @@ def test_a_layer_and_its_gradients(emulation, dtype, form, vectors):
 
 @compiled
 @pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("vectors", ["", "gamma"])
+def test_forward_multiplies_by_the_merged_weight_to_the_bit(emulation, form, vectors):
+    case = make_normal(80, 80, 72, 5, vectors=vectors, **form)
+    factors = case.weight, case.hut_A, case.hut_B
+    y = hut_linear(torch.eye(80), *factors, **case.options, backend="cuda")
+    spec = case.transform, case.offset, case.scaling
+    assert torch.equal(y.t(), ops.weight(*factors, case.gamma, *spec, torch.float32, "cuda"))
+
+
+@compiled
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_ranks_up_to_the_largest(emulation, form):
     for r in (1, 3, 16, 32, 33, 100, 128, 150):
         case = make(9, 160, 152, r, vectors="gamma", **form)

@@ -89,7 +89,8 @@ def launch_weight(
     """
     O, K, r = layer.sizes
     out = torch.empty_like(layer.weight, dtype=dtype)
-    residual = layer.gamma is None and not subtract_identity and not exact
+    rounds = not exact or dtype == torch.float32  # there an increment's form rounds nothing
+    residual = layer.gamma is None and not subtract_identity and rounds
     options = multiplier_options(layer, dtype, config, residual)
     if exact:
         options["THIN"] = "ieee"

@@ -95,6 +95,20 @@ def test_a_kernel_that_is_miscompiled_is_passed_by(denied, monkeypatch):
 
 
 @every_form
+@every_strategy
+def test_forward_multiplies_by_the_merged_weight_to_the_bit(form, strategies):
+    """But for gamma, by which a fused product multiplies its result, not W."""
+    case = make_normal(80, 80, 72, 5, vectors="gamma", **form)
+    for gamma in (None, case.gamma) if strategies["forward"] == "staged" else (None,):
+        factors, options = (case.weight, case.hut_A, case.hut_B), {**case.options, "gamma": gamma}
+        options |= {"beta": None}
+        with planner.force(**strategies):
+            y = hut_linear(torch.eye(80), *factors, **options, backend="triton")
+        spec = case.transform, case.offset, case.scaling
+        assert torch.equal(y.t(), ops.weight(*factors, gamma, *spec, torch.float32, "triton"))
+
+
+@every_form
 @every_dtype
 def test_split_is_two_products_with_the_staged_update(form, dtype):
     case = make_normal(9, 48, 36, 3, dtype=dtype, vectors="gamma", precision="split", **form)
