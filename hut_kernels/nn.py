@@ -402,7 +402,7 @@ class HUTLinear(nn.Module):
             TypeError: an N that is not an integer.
 
         Example:
-            >>> HUTLinear(4096, 4096, r=16, dtype=torch.bfloat16).explain(2048, "A100").forward
+            >>> HUTLinear(4096, 4096, r=16, dtype=torch.bfloat16).explain(16, "A100").forward
             'fused'
         """
         W0 = formats.stored(self.weight)
