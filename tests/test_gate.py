@@ -30,7 +30,8 @@ DENIED = (
 def config(
     arch: str, kernel: str, tiles: LaunchConfig, dtype: str = "bf16", N: int = 4096
 ) -> gate.Config:
-    return gate.Config(arch, kernel, dtype, 16, N, tiles)
+    variant = "nf4" if kernel == "stored" else "plain"
+    return gate.Config(arch, kernel, dtype, 16, N, tiles, variant)
 
 
 def broken(arch: str, kernel: str, tiles: LaunchConfig) -> str:
@@ -42,6 +43,10 @@ def test_the_tables_rows_pass(kernel):
     report = gate.inspect(config("sm_80", kernel, launch_config(kernel, "sm_80", 4096, 16, "bf16")))
     assert report.broken == ()
     assert report.registers > 0
+
+
+def test_too_many_instructions_a_stored_weight_are_found():
+    assert "instructions a weight" in broken("sm_80", "stored", LaunchConfig(16, 16, 128, 8, 1))
 
 
 def test_a_spill_is_found():

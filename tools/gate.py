@@ -31,8 +31,17 @@ from triton.backends.compiler import GPUTarget
 
 from hut_kernels import devices, planner, versions
 from hut_kernels.dispatch import interpreting
+from hut_kernels.formats import FourBit, Layout, Stored
+from hut_kernels.formats.int8 import Int8Rows
 from hut_kernels.layer import Layer, Needs, Spec
-from hut_kernels.triton import forward, grad_factors, grad_input, grad_reduce, weight
+from hut_kernels.triton import (
+    forward,
+    grad_factors,
+    grad_input,
+    grad_reduce,
+    stored_weight,
+    weight,
+)
 from hut_kernels.triton.launch import LaunchConfig, is_heavy, padded_rank
 from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 
@@ -42,6 +51,7 @@ KERNELS = {
     "grad_factors": grad_factors.hut_grad_factors_kernel,
     "grad_reduce": grad_reduce.hut_grad_reduce_kernel,
     "weight": weight.hut_weight_kernel,
+    "stored": stored_weight.hut_stored_weight_kernel,
 }
 PRODUCTS = ("forward", "grad_input", "grad_factors")  # the kernels with a main loop
 RANKS = (16, 32, 64, 128)
@@ -56,6 +66,11 @@ TYPES = {
 # elements; groups of `two_sided` that fill whole tiles, and such as do not; bias, gamma, beta and
 # the sums for d gamma; a float32 W0 under 16 bits; a W0 stored transposed, as Conv1D's is.
 VARIANTS = ("plain", "unaligned", "two_sided", "ragged", "vectors", "wide", "transposed")
+# What W0 is stored as, for the kernel of that: NF4, doubly quantized, in blocks across rows; int8.
+STORED = ("nf4", "nested", "across", "int8")
+# Instructions a weight of NF4 at most, by rank; doubly quantized it may be 0.4 more. bitsandbytes'
+# own dequantization and then the weight kernel take 36 to 43 at r 16.
+MOST_INSTRUCTIONS = {16: 11.5, 64: 15.5}
 HEAVY = ("ragged", "wide", "transposed")  # what needs more than the plain case
 _TENSOR_CORES = {"sm_90": "HGMMA", "sm_100": "UTC*MMA"}  # HMMA elsewhere
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -120,10 +135,11 @@ def configurations(
 
 def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
     tokens = TOKENS if kernel in PRODUCTS else TOKENS[-1:]
+    variants = STORED if kernel == "stored" else VARIANTS
     for dtype in TYPES:
         for r in RANKS:
             for N in tokens:
-                for variant in VARIANTS:
+                for variant in variants:
                     if _stands_for_others(variant, kernel, dtype, r, last=N == tokens[-1]):
                         tiles = launch_config(kernel, arch, N, r, dtype)
                         if is_heavy(_layer(variant, dtype, r, "meta"), TYPES[dtype], tiles):
@@ -133,8 +149,10 @@ def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
 
 def _stands_for_others(variant: str, kernel: str, dtype: str, r: int, last: bool) -> bool:
     """Which variants are compiled: those of 16 bits, which are what the planner mostly runs."""
-    if variant == "plain":
+    if variant in ("plain", "nf4"):
         return True
+    if variant in STORED:
+        return dtype == "bf16" and r in (16, 64)
     if dtype == "fp32" or (variant == "wide" and dtype == "tf32"):
         return False
     if variant in ("unaligned", "two_sided"):
@@ -169,7 +187,7 @@ def inspect(config: Config, dump: Path | None = None) -> Report:
     spills = sum(_opcode(line) in ("STL", "LDL") for line in code.lines)
     lines = _main_loop(code)
     loop = collections.Counter(_opcode(line) for line in lines)
-    broken = _broken_rules(config, stack, shared, spills, lines, warnings)
+    broken = _broken_rules(config, stack, shared, spills, lines, warnings, code.lines)
     occupancy = _occupancy(config, registers, shared)
     return Report(config, registers, stack, shared, spills, dict(loop), occupancy, broken)
 
@@ -210,20 +228,39 @@ def _launch(config: Config) -> None:
         grad_factors.launch_grad_factors(grad, x, layer, needs, tiles, (8, 8))
     elif config.kernel == "grad_reduce":
         grad_reduce.launch_grad_reduce(grad[:1], x[:1], layer, needs, tiles, (8, 8), size)
+    elif config.kernel == "stored":
+        stored_weight.launch_stored_weight(layer, dtype, tiles)
     else:
         weight.launch_weight(layer, dtype, tiles)
 
 
 def _layer(variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:
-    size = {"unaligned": 4099, "ragged": 768}.get(variant, 4096)
+    size = {"unaligned": 4099, "ragged": 768, "across": 4304}.get(variant, 4096)
     W0_dtype = torch.float32 if variant == "wide" else TYPES[dtype]
-    W0 = torch.empty(size, size, dtype=W0_dtype, device=device)
+    W0: Any = torch.empty(size, size, dtype=W0_dtype, device=device)
+    if variant in STORED:
+        W0 = _stored(variant, size, W0_dtype, device)
     if variant == "transposed":
         W0 = W0.t()
     vector = torch.empty(size, device=device) if variant == "vectors" else None
     hut_A, hut_B = torch.empty(r, size, device=device), torch.empty(size, r, device=device)
     spec = Spec("two_sided" if variant in ("two_sided", "ragged") else "low_rank")
     return Layer(W0, hut_A, hut_B, vector, vector, vector, spec)
+
+
+def _stored(variant: str, size: int, dtype: torch.dtype, device: str) -> Stored:
+    def empty(length: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(length, dtype=kind, device=device)
+
+    if variant == "int8":
+        form = Layout("int8", (size, size, 1), torch.float32)
+        return Int8Rows(empty(size * size, torch.int8), (empty(size),), form)
+    blocks, nested = size * size // 64, 256 if variant == "nested" else 0
+    scales: tuple[torch.Tensor, ...] = (empty(blocks),)
+    if nested:
+        scales = empty(blocks, torch.uint8), empty(256), empty(blocks // nested), empty(1)
+    form = Layout("nf4", (size, size, 64, nested), dtype)
+    return FourBit(empty(size * size // 2, torch.uint8), scales, form)
 
 
 class _StandIn:
@@ -409,6 +446,7 @@ def _broken_rules(
     spills: int,
     loop: list[str],
     warnings: list[str],
+    code: list[str],
 ) -> tuple[str, ...]:
     broken = []
     limit = shared_memory_limit(config.arch)
@@ -419,10 +457,28 @@ def _broken_rules(
     if stack > (_SPARE if config.variant in (*HEAVY, "vectors") else 0):
         broken.append(f"spills: {spills} local loads and stores, {stack} bytes of stack")
     broken += warnings
+    if config.kernel == "stored":
+        broken += _broken_stored_rules(config, code)
     strict = config.variant == "plain" and config.dtype != "fp32"
     if strict and config.kernel in PRODUCTS:
         broken += _broken_loop_rules(config, loop)
     return tuple(broken)
+
+
+def _broken_stored_rules(config: Config, lines: list[str]) -> Iterator[str]:
+    """16 bytes of codes a load, 16 bytes of W a store, and few instructions a weight between."""
+    most = MOST_INSTRUCTIONS.get(config.r)
+    if config.variant not in ("nf4", "nested") or config.dtype != "bf16" or most is None:
+        return
+    for access in ("LDG.E.128", "STG.E.128"):
+        if not any(_opcode(line, 3) == access for line in lines):
+            yield f"no {access}"
+    tiles = config.row
+    straight = [line for line in lines if _opcode(line) not in ("NOP", "BRA")]
+    found = len(straight) * tiles.warps * 32 / (tiles.BO * tiles.BK)
+    allowed = most + 0.4 * (config.variant == "nested") + 2.5 * (config.arch == "sm_100")
+    if found > allowed:
+        yield f"{found:.1f} instructions a weight, at most {allowed:.1f}"
 
 
 def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:

@@ -92,12 +92,15 @@ def absmax_of(
 def code_tile(
     p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """The bytes of a tile and the absmax of each, `[BO, BK / 2]`, where blocks lie within rows."""
     o_byte = pid_k * (BK // 2) + tl.arange(0, BK // 2)
-    mask = m_o[:, None] & (o_byte < row_bytes)[None, :]
-    b_q = tl.load(p_w + o_o.to(tl.int64)[:, None] * row_bytes + o_byte[None, :], mask=mask, other=0)
+    p_q = p_w + o_o.to(tl.int64)[:, None] * row_bytes + o_byte[None, :]
+    if WHOLE:
+        b_q = tl.load(p_q)
+    else:
+        b_q = tl.load(p_q, mask=m_o[:, None] & (o_byte < row_bytes)[None, :], other=0)
     S: tl.constexpr = BK // BLOCK if BK > BLOCK else 1  # blocks of a row of the tile
     o_s = pid_k * BK // BLOCK + tl.arange(0, S)
     blocks = o_o.to(tl.int64)[:, None] * (K // BLOCK) + o_s[None, :]

@@ -87,15 +87,18 @@ def hut_stored_weight_kernel(
     if PACKED:  # pairs of weights from the look-up to memory
         b_q, b_s = code_tile(
             p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
-            BLOCK, NESTED, BO, BK, ASM,
+            BLOCK, NESTED, BO, BK, ASM, WHOLE,
         )  # fmt: skip
         b_pairs = pair_tile(b_q, b_s, FORMAT, dtype)  # [BO, BK / 2]
         if MULTIPLY:
             b_pairs = modulate_pairs(b_pairs, b_t, BO, BK, dtype)
         o_pair = pid_k * (BK // 2) + tl.arange(0, BK // 2)
         offsets = o_o.to(tl.int64)[:, None] * row_bytes + o_pair[None, :]
-        mask = m_o[:, None] & (o_pair < row_bytes)[None, :]
-        tl.store(p_out.to(tl.pointer_type(tl.int32)) + offsets, b_pairs, mask=mask)
+        p_pairs = p_out.to(tl.pointer_type(tl.int32)) + offsets
+        if WHOLE:
+            tl.store(p_pairs, b_pairs)
+        else:
+            tl.store(p_pairs, b_pairs, mask=m_o[:, None] & (o_pair < row_bytes)[None, :])
     else:
         b_w = stored_tile(
             p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o, pid_k, O, K, row_bytes,
