@@ -81,7 +81,8 @@ def _alloc(b: Block, i: Instruction, mask: Mask) -> None:
         raise Fault("tensor memory: more columns than there are")
     thread = b.active(mask)[:1]
     address = b.address(i.operands[0])[thread]
-    b.store("shared", address, np.zeros((1, 4), np.uint8), thread)
+    b.note("shared", address, 4, -1, True)
+    b.shared.store(address, np.zeros((1, 4), np.uint8), thread, b.epoch)
     b.shared.generic[b.shared.index(address, 4)] = False  # the hardware's write, no thread's
 
 

@@ -81,14 +81,17 @@ class Call:
     def make(self) -> references.Case:
         """The inputs, the same in every run: normally distributed, the factors too.
 
-        So two elements that change places are seen in the norm of a result.
+        So two elements that change places are seen in the norm of a result. The factors of `split`
+        are positive, or its two products would cancel.
         """
         case = references.make_normal(
             self.N, self.K, self.O, self.r, dtype=TYPES[self.dtype], seed=0, **self.options
         )
-        draw = torch.Generator().manual_seed(1)
-        A, B = (torch.randn(f.shape, generator=draw).to(f.dtype) for f in (case.hut_A, case.hut_B))
-        case = case.replace(hut_A=A, hut_B=B / self.r**0.5)
+        if case.precision != "split":
+            draw = torch.Generator().manual_seed(1)
+            factors = case.hut_A, case.hut_B
+            A, B = (torch.randn(f.shape, generator=draw).to(f.dtype) for f in factors)
+            case = case.replace(hut_A=A, hut_B=B / self.r**0.5)
         if self.layout == "transposed":  # the weight alone, as Conv1D's
             return pad(case).replace(weight=references.lay(case.weight, "transposed"))
         return pad(case) if self.layout == "padded" else references.laid_out(case, self.layout)

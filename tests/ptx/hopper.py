@@ -73,6 +73,7 @@ def _elect(b: Block, i: Instruction, mask: Mask) -> None:
 @handles("fence.proxy.async")
 def _proxy_fence(b: Block, i: Instruction, mask: Mask) -> None:
     b.all(mask, "reach the fence")
+    b.note("fence", b.tid, 2, b.tid, False)
     b.shared.generic[:] = False
 
 
@@ -85,7 +86,8 @@ def each(b: Block, address: Array, mask: Mask) -> list[tuple[int, int]]:
 
 
 def barrier_at(b: Block, address: int, thread: int | None) -> Barrier:
-    b.note("shared", np.array([address]), 8, -1 if thread is None else thread, False)
+    threads = b.tid if thread is None else np.array([thread])
+    b.note("shared", np.full(len(threads), address), 8, threads, False)
     if address not in b.barriers:
         raise Fault(f"no barrier was initialized at {address:#x}")
     barrier: Barrier = b.barriers[address]

@@ -73,7 +73,8 @@ class Access(NamedTuple):
     Attributes:
         line: Of the PTX.
         space: `"global"`, `"shared"`, `"tensor"`; `"landing"` where what is asynchronous ends,
-            `"barrier"` for a barrier of the block, its beginning and its end.
+            `"barrier"` for a barrier of the block, its beginning and its end; `"fence"` for a
+            proxy fence.
         address: Where, one for each of `threads`.
         size: Bytes (in tensor memory each address is two).
         threads: Their numbers; -1 for what runs asynchronously, `EVERYBODY` for its end where all

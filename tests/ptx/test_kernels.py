@@ -1,6 +1,8 @@
 """Every kernel of the product, compiled for every architecture, its PTX executed: `make ptx`."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import triton
 
 from hut_kernels import versions
 
+from .. import references
 from . import Fault, cases
 
 pytestmark = pytest.mark.ptx
@@ -57,3 +60,27 @@ def test_an_empty_layer_launches_nothing(what, N, K, O):
     results, log = cases.run(call, 80, case)
     assert not log.launches
     assert all(error <= limit for error, limit in cases.errors(call, case, results).values())
+
+
+@pytest.mark.parametrize("arch", [80, 90, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transform", ["low_rank", "two_sided"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_update_arrives_where_the_base_cancels(arch, transform, dtype):
+    call = cases.Call("forward", dtype, 45, 400, 112, 4, options={"transform": transform})
+    case = cases.pad(references.cancelling(call.make(), 5e-2))
+    results, _ = cases.run(call, arch, case)
+    found = references.error(results["y"], references.update_of(case))
+    assert found <= references.update_limit(case.x.dtype, transform, "merged")
+
+
+def test_what_was_compiled_is_not_compiled_again(tmp_path, monkeypatch):
+    """The cache is by source and options, and outlives the process."""
+    monkeypatch.setenv("HUT_PTX_CACHE", str(tmp_path))
+    script = (
+        "from tests.ptx import cases; call = cases.Call('weight', 'bf16', 1, 48, 32); "
+        "print(*(cases.run(call, arch)[1].compiled for arch in (80, 80, 89)))"
+    )
+    for expected in ("1 0 1", "0 0 0"):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == expected.split()
