@@ -1,4 +1,4 @@
-"""The grouped operators: experts staged one group after the other, each of its own product.
+"""The grouped operators: experts staged one group after the other, by any backend.
 
 Only experts that have rows are staged, into one workspace of a quarter of the stack or of one
 expert, and G exists for a group at a time. On a CPU a group is one expert.
@@ -6,9 +6,9 @@ expert, and G exists for a group at a time. On a CPU a group is one expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,12 +52,12 @@ def bounds(offsets: Tensor, rows: int) -> list[int]:
     return ends
 
 
-def forward(x: Tensor, layer: Stack, offsets: Tensor) -> Tensor:
+def forward(x: Tensor, layer: Stack, offsets: Tensor, backend: Any) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta` by expert, `[S, out]`, in x's type."""
     ends = bounds(offsets, len(x))
     y = x.new_empty((len(x), layer.weight.shape[1]))
     for group in _groups(layer, ends, x.dtype):
-        _multiply(x, _stage(group, x.dtype).mT, group, y)
+        _multiply(x, _stage(group, x.dtype, backend).mT, group, y)
         for _, one, rows in group:
             shift = effective_bias(one.bias, one.gamma, one.beta, x.dtype)
             if shift is not None:
@@ -74,6 +74,7 @@ def backward(
     need_x: bool,
     needs: Needs,
     need_sums: bool,
+    backend: Any,
 ) -> list[Tensor]:
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W G` and `sum_n grad`, in order."""
     ends = bounds(offsets, len(grad))
@@ -87,10 +88,10 @@ def backward(
     )
     for group in _groups(layer, ends, grad.dtype):
         if dx is not None:
-            _multiply(grad, _stage(group, grad.dtype), group, dx)
+            _multiply(grad, _stage(group, grad.dtype, backend), group, dx)
         for number, one, rows in group:
             if x is not None and any(needs):
-                parts = torch_backend.grad_factors(grad[rows], x[rows], one, needs, fresh=True)
+                parts = _grad_factors(grad[rows], x[rows], one, needs, backend)
                 for whole, part in zip((d_A, d_B, d_gamma), parts, strict=True):
                     if whole is not None and part is not None:
                         whole[number] = part
@@ -101,6 +102,16 @@ def backward(
     return [made for made in (dx, d_A, d_B, d_gamma, sums) if made is not None]
 
 
+def _grad_factors(
+    grad: Tensor, x: Tensor, one: Layer, needs: Needs, backend: Any
+) -> Iterable[Tensor | None]:
+    """One expert's `d hut_A`, `d hut_B` and `sum_i W G`, each where it is needed."""
+    if backend is torch_backend:
+        return torch_backend.grad_factors(grad, x, one, needs, fresh=True)
+    made = iter(backend.linear_backward(grad, x, one, False, needs))
+    return [next(made) if needed else None for needed in needs]
+
+
 def _zeros(factor: Tensor) -> Tensor:
     return factor.new_zeros(factor.shape)
 
@@ -109,7 +120,8 @@ def _groups(layer: Stack, ends: list[int], dtype: torch.dtype) -> Iterator[list[
     """The experts that have rows, those together whose weights are staged together."""
     weight, hut_A, hut_B, bias, gamma, beta, spec = layer
     most = 2 * sum(start < end for start, end in pairwise(ends)) > len(weight)
-    if most and dtype == torch.bfloat16 and gamma is None and spec.transform == "low_rank":
+    residual = spec.constant == 1.0 and gamma is None
+    if most and residual and dtype == weight.dtype == torch.bfloat16:
         # Once for all experts; the torch backend would cast them to this type one by one.
         hut_A = None if hut_A is None else cast(hut_A, dtype)
         hut_B = None if hut_B is None else cast(hut_B, dtype)
@@ -127,22 +139,24 @@ def _groups(layer: Stack, ends: list[int], dtype: torch.dtype) -> Iterator[list[
     return (found[first : first + size] for first in range(0, len(found), size))
 
 
-def _stage(group: Sequence[Expert], dtype: torch.dtype) -> Tensor:
+def _stage(group: Sequence[Expert], dtype: torch.dtype, backend: Any) -> Tensor:
     """`gamma W` of a group's experts, `[group, out, in]`, with the weight's order of strides."""
     if len(group) == 1:
-        return _staged(group[0].layer, dtype)[None]
+        return _staged(group[0].layer, dtype, backend)[None]
     first = group[0].layer.weight
     shape = first.shape if first.stride(1) == 1 else first.mT.shape
     workspace = first.new_empty((len(group), *shape), dtype=dtype)
     workspace = workspace if first.stride(1) == 1 else workspace.mT
     for W, one in zip(workspace.unbind(0), group, strict=True):
-        W.copy_(_staged(one.layer, dtype))
+        W.copy_(_staged(one.layer, dtype, backend))
     return workspace
 
 
-def _staged(one: Layer, dtype: torch.dtype) -> Tensor:
+def _staged(one: Layer, dtype: torch.dtype, backend: Any) -> Tensor:
     if one.hut_A is None or one.hut_B is None:
         return cast(one.weight, dtype)
+    if backend is not torch_backend:
+        return backend.merged_weight(one, dtype)
     return torch_backend._merged(one, dtype, fresh=True)
 
 

@@ -222,7 +222,7 @@ def grouped_forward(
     """
     spec = Spec(transform, offset, scaling)
     layer = grouped_backend.Stack(weight, hut_A, hut_B, bias, gamma, beta, spec)
-    return grouped_backend.forward(x, layer, offsets)
+    return grouped_backend.forward(x, layer, offsets, _backend(backend, x, weight))
 
 
 def _fake_grouped_backward(
@@ -264,7 +264,8 @@ def grouped_backward(
     """The gradients of `backward` for each expert and, with `need_sums`, `sum_n grad`, in order."""
     spec, needs = Spec(transform, offset, scaling), Needs(need_A, need_B, need_gamma)
     layer = grouped_backend.Stack(weight, hut_A, hut_B, None, gamma, None, spec)
-    return grouped_backend.backward(grad, x, layer, offsets, need_x, needs, need_sums)
+    module = _backend(backend, grad, weight)
+    return grouped_backend.backward(grad, x, layer, offsets, need_x, needs, need_sums, module)
 
 
 def _fake_dequantize(

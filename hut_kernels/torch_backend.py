@@ -220,16 +220,15 @@ def _merged(
     """
     weight, hut_A, hut_B, _, gamma, _, spec = layer
     stored = isinstance(weight, Stored)
-    if fresh and spec.transform == "low_rank" and gamma is None and dtype == torch.bfloat16:
+    residual = spec.constant == 1.0 and gamma is None
+    if fresh and residual and not stored and dtype == torch.bfloat16:
         scaled = hut_B if spec.scaling == 1.0 else hut_B * spec.scaling
         A, B = cast(hut_A, dtype), cast(scaled, dtype)
-        fits = not stored and _fits_fresh(weight.numel(), weight.dtype)
-        if fits and onednn.takes(A, B, weight):
+        if _fits_fresh(weight.numel(), weight.dtype) and onednn.takes(A, B, weight):
             if weight.stride(1) == 1:
-                return onednn.linear_mul(B, A.t(), spec.offset, weight)
-            return onednn.linear_mul(A.t(), B, spec.offset, weight.t()).t()
+                return onednn.linear_mul(B, A.t(), 1.0, weight)
+            return onednn.linear_mul(A.t(), B, 1.0, weight.t()).t()
     out = _workspace_like(weight, dtype) if out is None else out
-    residual = spec.constant == 1.0 and gamma is None
     if not residual or dtype == torch.float16 or not (stored or weight.dtype == dtype):
         return _blockwise(layer, dtype, out)
     if isinstance(weight, Stored):

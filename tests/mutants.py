@@ -683,6 +683,13 @@ MUTANTS = (
         "def _keep_chosen(experts: nn.Module, args: tuple) -> None:\n    pass\n",
         ("tests/integrations/test_experts.py", "made_later"),
     ),
+    Mutant(
+        "the direct form's T from factors of 16 bits",
+        TORCH,
+        "    if fresh and residual and not stored and dtype == torch.bfloat16:\n",
+        "    if fresh and gamma is None and not stored and dtype == torch.bfloat16:\n",
+        ("tests/test_grouped.py", "rounded_to_16"),
+    ),
 )
 
 

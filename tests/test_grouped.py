@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,9 +15,20 @@ from hut_kernels import (
     planner,
     torch_backend,
 )
-from hut_kernels.layer import acc_dtype
+from hut_kernels.layer import Layer, acc_dtype
 
-from .references import Case, check, error, lay, limit, make, make_normal
+from .references import (
+    Case,
+    cancelling,
+    check,
+    error,
+    lay,
+    limit,
+    make,
+    make_normal,
+    update_limit,
+    update_of,
+)
 
 FORMS = {
     "residual": {"scaling": 0.75},
@@ -108,6 +120,22 @@ def test_experts_of_the_fused_cpu_passes_equal_float64(form, dtype, transposed):
     """Large enough for oneDNN's products and epilogues."""
     experts = stack(264, 256, 3, (0, 1, 33), maker=make_normal, dtype=dtype, **form)
     experts.check(experts.run(transposed=transposed))
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_update_arrives_where_the_base_cancels(form, dtype, transposed):
+    """`y` as a whole would hide a dead adapter, and T's own rounding."""
+    form = {name: value for name, value in form.items() if name != "scaling"}
+    cases = [
+        cancelling(make_normal(count, 264, 256, 3, dtype=dtype, **form), 0.05)
+        for count in (7, 0, 19)
+    ]
+    experts = Stack(cases, tail=0)
+    y = experts.call(experts.leaves(), transposed=transposed)
+    update = np.concatenate([update_of(case) for case in cases])
+    assert error(y, update) <= update_limit(dtype, cases[0].transform, "merged")
 
 
 @every_form
@@ -250,6 +278,17 @@ def test_onednn_is_taken_where_it_pays(monkeypatch, dtype, products, epilogues, 
     experts.check(experts.run(transposed=transposed))
     if dtype in (*onednn._dtypes(), torch.float64):
         assert (calls.count("linear"), calls.count("linear_mul")) == (products, epilogues)
+
+
+@every_form
+def test_the_multiplier_is_not_rounded_to_16_bits(form):
+    """Only an increment may be; in the direct form T is formed in float32."""
+    case = make_normal(3, 264, 256, 3, dtype=torch.bfloat16, **form)
+    layer = Layer(case.weight, case.hut_A, case.hut_B, spec=case.spec)
+    W = torch_backend._merged(layer, torch.bfloat16, fresh=True)
+    rounded_once = error(torch.from_numpy(case.merged_weight()).bfloat16(), case.merged_weight())
+    allowed = 1.01 if form.get("scaling") != 0.75 else 1.2
+    assert error(W, case.merged_weight()) < allowed * rounded_once
 
 
 def test_without_onednn_the_results_are_right(monkeypatch):
