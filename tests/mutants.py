@@ -243,8 +243,8 @@ MUTANTS = (
     Mutant(
         "partials beyond their bound",
         f"{TRITON}/launch.py",
-        "    while partial_bytes() > weight_bytes or ",
-        "    while partial_bytes() > 4 * weight_bytes or ",
+        "        spare = weight_bytes // (4 * max(1, r))",
+        "        spare = 4 * weight_bytes // (4 * max(1, r))",
         ("tests/triton/test_launch.py", "splits"),
     ),
     Mutant(

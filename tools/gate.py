@@ -142,7 +142,7 @@ def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
                 for variant in variants:
                     if _stands_for_others(variant, kernel, dtype, r, last=N == tokens[-1]):
                         tiles = launch_config(kernel, arch, N, r, dtype)
-                        if is_heavy(_layer(variant, dtype, r, "meta"), TYPES[dtype], tiles):
+                        if is_heavy(kernel, _layer(variant, dtype, r, "meta"), TYPES[dtype], tiles):
                             tiles = launch_config(kernel, arch, N, r, dtype, low_smem=True)
                         yield Config(arch, kernel, dtype, r, N, tiles, variant)
 

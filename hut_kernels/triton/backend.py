@@ -120,7 +120,9 @@ def _stage_split(plan: Plan, layer: Layer, dtype: torch.dtype) -> torch_backend.
 def _config(kernel: str, plan: Plan, dtype: torch.dtype, layer: Layer) -> LaunchConfig:
     where = kernel, plan.device.arch, plan.problem.N, plan.problem.r, kind(dtype)
     config = launch_config(*where)
-    return launch_config(*where, low_smem=True) if is_heavy(layer, dtype, config) else config
+    return (
+        launch_config(*where, low_smem=True) if is_heavy(kernel, layer, dtype, config) else config
+    )
 
 
 def _splits(rows: int, config: LaunchConfig, plan: Plan, layer: Layer) -> tuple[int, int]:

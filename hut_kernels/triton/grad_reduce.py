@@ -5,18 +5,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layer import FactorGrads, Layer, Needs
+from ..layer import FactorGrads, Layer, Needs, cast
 from .launch import (
-    REDUCTION_RANK,
     LaunchConfig,
     cdiv,
-    layer_strides,
     on_device,
     optional,
+    padded_rank,
     transform_options,
 )
 from .partial_sums import PartialSums
-from .tiles import load_2d, reduce_tile
+from .tiles import add_up, group_of, left_tile, load_2d, right_tile, within
 
 
 @triton.jit
@@ -52,32 +51,84 @@ def hut_grad_reduce_kernel(
     UNIFORM_Q: tl.constexpr,
     THIN: tl.constexpr,
     WHOLE: tl.constexpr,
+    WHOLE_R: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Rows `start ... start + rows` of G; d hut_A's partials go on from one block to the next."""
+    """Rows `start ... start + rows` of G; d hut_A's partials go on from one block to the next.
+
+    A program keeps a tile of columns while it goes down its rows, so that Q's tile stays in
+    registers and P's are written once; several tiles of columns (not ONE_TILE) only where their
+    partials would take too much memory, several pieces of r only where BR does not hold it.
+    """
     o_split = tl.program_id(0) // k_splits
     k_split = tl.program_id(0) % k_splits
     p_Q += o_split.to(tl.int64) * r * K
     p_P += k_split.to(tl.int64) * O * r
     p_sums += k_split.to(tl.int64) * O
-    for tile in range(0, tiles_o * tiles_k):
-        tile_o = tile // tiles_k
-        tile_k = tile % tiles_k
-        o_row = (o_split * tiles_o + tile_o) * BO + tl.arange(0, BO)
-        o_k = (k_split * tiles_k + tile_k) * BK + tl.arange(0, BK)
-        o_o = start + o_row
-        m_o = o_row < rows
-        m_k = o_k < K
-        b_G = load_2d(p_G, o_row, K, o_k, 1, m_o, m_k)  # [BO, BK]
-        b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
-        reduce_tile(
-            b_G * b_w.to(tl.float32), p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k,
-            (tile_o == 0) & (start == 0), tile_k == 0, r, O, K,
-            stride_ar, stride_ak, stride_bo, stride_br,
-            NEED_Q, NEED_P, NEED_SUMS, HAS_GAMMA, TWO_SIDED, UNIFORM_P, UNIFORM_Q, BR, THIN,
-        )  # fmt: skip
+    for tile_k in range(0, min(tiles_k, tl.cdiv(K, BK) - k_split * tiles_k)):
+        first_k = (k_split * tiles_k + tile_k) * BK
+        o_k = first_k + tl.arange(0, BK)
+        m_k = within(o_k, K, WHOLE)
+        for first_r in range(0, r, BR):
+            o_r = first_r + tl.arange(0, BR)
+            m_r = within(o_r, r, WHOLE_R)
+            if NEED_P and not UNIFORM_Q:
+                if TWO_SIDED:
+                    b_q = group_of(o_k, r, K)[:, None] == o_r[None, :]  # [BK, BR]
+                else:
+                    b_q = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r)
+                b_q = b_q.to(OPERAND)
+            b_Q = tl.zeros((BR, BK), tl.float32)
+            for tile_o in range(0, min(tiles_o, tl.cdiv(rows, BO) - o_split * tiles_o)):
+                first_row = (o_split * tiles_o + tile_o) * BO
+                o_row = first_row + tl.arange(0, BO)
+                o_o = start + o_row
+                m_o = within(o_row, rows, WHOLE)
+                b_G = load_2d(p_G, o_row, K, o_k, 1, m_o, m_k)  # [BO, BK]
+                b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
+                b_h = b_G * b_w.to(tl.float32)
+                if NEED_SUMS and first_r == 0:
+                    add_up(p_sums + o_o, m_o, tl.sum(b_h, 1), tile_k == 0, ONE_TILE)
+                if NEED_Q:
+                    b_right = b_h
+                    if HAS_GAMMA:
+                        b_gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0)
+                        b_right *= b_gamma.to(tl.float32)[:, None]
+                    if TWO_SIDED:
+                        b_right *= right_tile(
+                            p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q
+                        )
+                    if UNIFORM_P:
+                        here = (o_r == group_of(start + first_row, r, O)).to(tl.float32)
+                        b_Q += here[:, None] * tl.sum(b_right, 0)[None, :]
+                    else:
+                        if TWO_SIDED:
+                            b_p = group_of(o_o, r, O)[None, :] == o_r[:, None]  # [BR, BO]
+                        else:
+                            b_p = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o)
+                        b_Q = tl.dot(
+                            b_p.to(OPERAND), b_right.to(OPERAND), b_Q, input_precision=THIN
+                        )
+                if NEED_P:
+                    b_left = b_h
+                    if TWO_SIDED:
+                        b_left *= left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P)
+                    if UNIFORM_Q:
+                        here = (o_r == group_of(first_k, r, K)).to(tl.float32)
+                        b_P = tl.sum(b_left, 1)[:, None] * here[None, :]  # [BO, BR]
+                    else:
+                        b_P = tl.dot(b_left.to(OPERAND), b_q, input_precision=THIN)
+                    o_P = o_o.to(tl.int64)[:, None] * r + o_r[None, :]
+                    add_up(p_P + o_P, m_o[:, None] & m_r[None, :], b_P, tile_k == 0, ONE_TILE)
+            if NEED_Q:
+                o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
+                add_up(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, start == 0, False)
+        if not ONE_TILE:
+            tl.debug_barrier()  # the next visit may read through another thread of this program
 
 
 def launch_grad_reduce(
@@ -96,6 +147,17 @@ def launch_grad_reduce(
     """
     (O, K, r), (o_splits, k_splits) = layer.sizes, splits
     partials = PartialSums(x, layer, splits, needs)
+    options = transform_options(layer, x.dtype, config)
+    hut_A, hut_B = layer.hut_A, layer.hut_B
+    # H0, and with it the factors, may be rounded to bf16; fp16 has not the range of a scaled loss.
+    operand = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    if not options["TWO_SIDED"]:
+        if layer.gamma is not None:
+            hut_B = hut_B * layer.gamma[:, None]
+        hut_A, hut_B = cast(hut_A, operand), cast(hut_B, operand)
+    options["WHOLE"] &= chunk % config.BO == 0
+    BR = min(padded_rank(r), config.BN)
+    tiles_k = cdiv(cdiv(K, config.BK), k_splits)
     G = torch.empty((min(chunk, O), K), dtype=torch.float32, device=x.device)  # all that is alive
     for start in range(0, O, chunk):
         rows = min(chunk, O - start)
@@ -104,8 +166,8 @@ def launch_grad_reduce(
             hut_grad_reduce_kernel[(o_splits * k_splits,)](
                 G,
                 layer.weight,
-                layer.hut_A,
-                layer.hut_B,
+                hut_A,
+                hut_B,
                 optional(layer.gamma, x),
                 partials.Q,
                 partials.P,
@@ -115,23 +177,28 @@ def launch_grad_reduce(
                 K,
                 O,
                 r,
-                *layer_strides(layer),
+                *layer.weight.stride(),
+                *hut_A.stride(),
+                *hut_B.stride(),
                 cdiv(cdiv(chunk, config.BO), o_splits),
-                cdiv(cdiv(K, config.BK), k_splits),
+                tiles_k,
                 k_splits,
                 NEED_Q=partials.NEED_Q,
                 NEED_P=partials.NEED_P,
                 NEED_SUMS=partials.NEED_SUMS,
-                HAS_GAMMA=layer.gamma is not None,
-                BR=REDUCTION_RANK,
-                **transform_options(layer, x.dtype, config),
+                HAS_GAMMA=layer.gamma is not None and options["TWO_SIDED"],
+                OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float32,
+                ONE_TILE=tiles_k == 1,
+                BR=BR,
+                WHOLE_R=r % BR == 0,
+                **options,
                 **config.meta(),
             )
     return partials.finish()
 
 
 def _gram(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Writes `left^T right` in float32; on CUDA the 16-bit operands stay as they are."""
+    """`left^T right` in float32 into `out`; on CUDA the 16-bit operands stay as they are."""
     if left.is_cuda and left.dtype != torch.float32:
         torch.mm(left.t(), right, out_dtype=torch.float32, out=out)
     else:

@@ -88,19 +88,17 @@ def choose_reduction_splits(
     Returns:
         `(o_splits, k_splits)`, none of them empty.
     """
-    o_splits, k_splits = max(1, tiles_o), max(1, tiles_k)
-
-    def partial_bytes() -> int:
-        return 4 * r * ((o_splits - 1) * K + (k_splits - 1) * O)
-
-    while partial_bytes() > weight_bytes or o_splits * k_splits > 2 * sms:
-        if o_splits == k_splits == 1:
-            break
-        if k_splits == 1 or (o_splits > 1 and o_splits * K >= k_splits * O):
-            o_splits = _fewer(tiles_o, o_splits)
-        else:
-            k_splits = _fewer(tiles_k, k_splits)
-    return o_splits, k_splits
+    k_splits, best = max(1, tiles_k), (1, 1)
+    while True:
+        spare = weight_bytes // (4 * max(1, r)) - (k_splits - 1) * O
+        most = min(max(1, tiles_o), 2 * sms // k_splits, 1 + spare // max(1, K))
+        if spare >= 0 and most >= 1:
+            o_splits = -(-tiles_o // -(-tiles_o // most)) if tiles_o else 1
+            if o_splits * k_splits > best[0] * best[1]:
+                best = o_splits, k_splits
+        if k_splits == 1 or best[0] * best[1] >= sms:
+            return best
+        k_splits = _fewer(tiles_k, k_splits)
 
 
 def _fewer(tiles: int, splits: int) -> int:
@@ -178,7 +176,7 @@ def _is_uniform(size: int, r: int, block: int) -> bool:
     return r == 1 or size % (r * block) == 0
 
 
-def is_heavy(layer: Layer, dtype: torch.dtype, config: LaunchConfig) -> bool:
+def is_heavy(kernel: str, layer: Layer, dtype: torch.dtype, config: LaunchConfig) -> bool:
     """True where a call's tiles need more memory than a plain one's, for which the tables are made.
 
     So it is with a weight wider than the compute type or stored transposed, and with `two_sided`
@@ -187,6 +185,8 @@ def is_heavy(layer: Layer, dtype: torch.dtype, config: LaunchConfig) -> bool:
     (O, K, r), weight = layer.sizes, layer.weight
     ragged = not (_is_uniform(O, r, config.BO) and _is_uniform(K, r, config.BK))
     wide = weight.dtype.itemsize > dtype.itemsize
+    if kernel == "grad_reduce" and (O % config.BO or K % config.BK):
+        return True  # its masks take registers, beside tiles that leave none
     return wide or weight.stride()[1] != 1 or (layer.spec.transform == "two_sided" and ragged)
 
 

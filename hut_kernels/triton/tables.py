@@ -21,7 +21,9 @@ core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What sur
 - Past r = 64 the tiles shrink because A's, `[r, BK]` in float32, takes most of the shared memory.
 - A float32 or transposed W0, and the ragged groups of `two_sided`, whose factors are gathered for
   each weight, need more than the plain case: such a call takes its `low_smem` config.
-- The gradients' reduction takes r in pieces (`launch.REDUCTION_RANK`): its tiles do not shrink.
+- grad_reduce has no tile of tokens: its first number is how many of the r it sums at a time, with
+  their d hut_A in registers. It reads G again for each further piece.
+- grad_factors sums r in pieces too (`launch.REDUCTION_RANK`), behind its loop.
 """
 
 from __future__ import annotations
@@ -53,6 +55,9 @@ grad_input    16    tf32    16x64x128/4/4    16x64x128/4/3    16x32x128/4/4    1
 grad_input    64+   tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x128/4/2
 grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
+grad_reduce   any   bf16    16x32x64/4/1     32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
+grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
+grad_reduce   any   tf32    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_89
@@ -74,6 +79,9 @@ grad_input    16    tf32    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3     1
 grad_input    64+   tf32    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2    32x32x64/4/2
 grad_factors  any   16-bit  32x128x64/8/4    32x128x64/8/4    32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
+grad_reduce   any   bf16    16x32x64/4/1     32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
+grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
+grad_reduce   any   tf32    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_90
@@ -96,6 +104,9 @@ grad_input    64    tf32    64x64x64/4/3/A   64x64x64/4/3/A   64x64x64/4/3/A   6
 grad_input    128+  tf32    128x32x128/8/3/WA 128x32x128/8/3/WA 128x32x128/8/3/WA 128x32x128/8/2/WA
 grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
 grad_factors  any   tf32    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
+grad_reduce   any   bf16    16x64x128/4/2    32x64x128/8/2    64x64x128/8/1    128x64x128/8/1
+grad_reduce   any   fp16    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
+grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 weight        any   16-bit  16x32x64/4/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_100
@@ -113,6 +124,9 @@ grad_input    64    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    6
 grad_input    128+  tf32    128x64x128/8/2   128x64x128/8/2   128x32x128/8/3   128x32x128/8/2
 grad_factors  any   16-bit  64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
 grad_factors  any   tf32    32x128x64/8/2    32x128x64/8/2    32x128x64/8/2    32x128x64/8/2
+grad_reduce   any   bf16    16x64x64/8/1     32x64x64/8/1     64x64x64/8/1     64x64x64/8/1
+grad_reduce   any   fp16    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
+grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 all
@@ -121,8 +135,6 @@ forward       64+   fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     6
 grad_input    16    fp32    16x64x32/8/2     16x64x32/8/2     16x64x32/8/2     16x64x32/8/2
 grad_input    64+   fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 grad_factors  any   fp32    32x32x32/8/2     32x32x32/8/2     32x32x32/8/2     32x32x32/8/2
-grad_reduce   any   16-bit  16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x32/8/1
-grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   fp32    16x64x32/8/1     16x64x32/8/1     16x64x32/8/1     16x64x32/8/1
 stored        any   16-bit  16x128x128/8/1   16x128x128/8/1   16x128x128/8/1   16x64x128/8/1
 stored        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
@@ -154,6 +166,10 @@ def launch_config(
 
 def _with_low_smem(kernel: str, config: LaunchConfig) -> LaunchConfig:
     """A config that leaves room in shared memory and registers."""
+    if kernel == "grad_reduce":
+        return dataclasses.replace(
+            config, BN=16, BO=min(64, config.BO), BK=min(64, config.BK), warps=8, stages=1
+        )
     if kernel == "grad_factors":
         return dataclasses.replace(config, BK=min(config.BK, 64))
     if kernel in ("forward", "grad_input"):

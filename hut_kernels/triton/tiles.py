@@ -25,6 +25,15 @@ def ordered_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def within(o, size, WHOLE: tl.constexpr):
+    """The mask `o < size`; with WHOLE a constant, which the compiler drops."""
+    if WHOLE:
+        return tl.full(o.shape, 1, tl.int1)
+    else:
+        return o < size
+
+
+@triton.jit
 def load_2d(p, o_rows, stride_row, o_columns, stride_column, m_rows, m_columns):
     """A tile `[len(o_rows), len(o_columns)]`, zero outside the masks."""
     o_rows = o_rows.to(tl.int64)
@@ -141,6 +150,15 @@ def keep_wgmma_async(acc, WGMMA_ASYNC: tl.constexpr):
         )
     else:
         return acc
+
+
+@triton.jit
+def add_up(p, mask, value, first, ONLY: tl.constexpr):
+    """`*p = value` on the first visit (all there is with ONLY), `*p += value` later."""
+    if ONLY or first:
+        tl.store(p, value, mask=mask)
+    else:
+        tl.store(p, tl.load(p, mask=mask, other=0.0) + value, mask=mask)
 
 
 @triton.jit
