@@ -227,7 +227,7 @@ def adapter_options(file: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _hut_layers(model: nn.Module) -> dict[str, HUTLinear | HUTExperts]:
-    """The HUT layers by name, each once; names as they were before anything was wrapped."""
+    """List the HUT layers by name, each once; names as they were before anything was wrapped."""
     layers = {
         ".".join(part for part in name.split(".") if part not in _WRAPPED): module
         for name, module in _unwrapped(model).named_modules()
@@ -239,7 +239,7 @@ def _hut_layers(model: nn.Module) -> dict[str, HUTLinear | HUTExperts]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model in torch.compile's and replication's wrappers, which stand in any order."""
+    """Take the model out of torch.compile's and replication's wrappers, in any order."""
     while True:
         if "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
@@ -262,7 +262,7 @@ def _options(layer: HUTLinear | HUTExperts) -> dict[str, Any]:
 def _read(
     file: str | os.PathLike[str],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor], dict[str, str]]:
-    """The options of every layer, the tensors, and the metadata of an adapter file."""
+    """Read the options of every layer, the tensors, and the metadata of an adapter file."""
     from safetensors import SafetensorError, safe_open
 
     if Path(file).exists() and not Path(file).is_file():
@@ -289,7 +289,7 @@ _TO_NATIVE = (
 
 
 def _hint(keys: Collection[str]) -> str:
-    """A half-sentence on what to do with the file of another library, told by its tensors."""
+    """Make a half-sentence on what to do with the file of another library, told by its tensors."""
     if any(".hut_" in key or ".hira_" in key for key in keys):
         return _TO_NATIVE
     if any(".lora_" in key for key in keys):
@@ -303,7 +303,7 @@ def _hint(keys: Collection[str]) -> str:
 def _parse_metadata(
     file: str | os.PathLike[str], metadata: Mapping[str, str], keys: Collection[str]
 ) -> dict[str, dict[str, Any]]:
-    """The options of every layer."""
+    """Read the options of every layer."""
     if metadata.get("format") != _FORMAT:
         found = f"{file} is not a hut_kernels adapter: format={metadata.get('format')!r}"
         raise ValueError(found + _hint(keys))
@@ -323,7 +323,7 @@ def _parse_metadata(
 
 
 def _well_formed(options: dict[str, Any]) -> bool:
-    """Whether a layer's options are those of some `HUTLinear`; an exception may say no as well."""
+    """Tell options that some `HUTLinear` has; an exception may say no as well."""
     r, alpha, rms = options["r"], options["alpha"], options.get("rms", 1.0)
     return (
         {*options, "rms"} == {*_OPTIONS, "rms"}
@@ -357,7 +357,7 @@ def _check_undamaged(
 
 
 def _describes(options: dict[str, Any], name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a layer's factors are there, and of the rank and type that its options say."""
+    """Tell factors that are there, and of the rank and type that their options say."""
     keys = ("hut_A", "hut_B", *(("gamma", "beta") if options["scale_shift"] else ()))
     factors = [tensors.get(_join(name, key)) for key in keys]
     dtype, r = FACTOR_DTYPES[options["factor_dtype"]], options["r"]

@@ -159,8 +159,9 @@ class HUTLinear(nn.Module):
     Raises:
         ValueError: an unknown `transform` or `precision`, `r` out of range, `alpha` where it has no
             part, an `offset` without an identity at init, or `dropout` outside [0, 1).
-        TypeError: an `r` that is no integer, an `alpha`, `offset` or `dropout` that is no real
-            number, or a type other than float16, bfloat16, float32 or float64.
+        TypeError: an `r` that is not an integer, an `alpha`, `offset` or `dropout` that is not a
+            real number, an option of LoRA's, or a type other than float16, bfloat16, float32 or
+            float64.
 
     Example:
         >>> import torch
@@ -235,7 +236,7 @@ class HUTLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Module, r: int = 8, **options: Any) -> HUTLinear:
-        """A fresh HUT layer over `linear`, sharing the storage of its weight and bias.
+        """Make a fresh HUT layer over `linear`, sharing the storage of its weight and bias.
 
         `linear` stays as it was, its `requires_grad` flags included. The factors are made on the
         weight's device.
@@ -293,16 +294,16 @@ class HUTLinear(nn.Module):
 
     @property
     def scale_shift(self) -> bool:
-        """Whether the layer has `gamma` and `beta`."""
+        """True for a layer with `gamma` and `beta`."""
         return self.gamma is not None
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether `weight` is stored as `[in_features, out_features]`, as in a Conv1D."""
+        """True where `weight` is `[in_features, out_features]`, as in a Conv1D."""
         return self._conv1d_class is not None
 
     def named_factors(self) -> list[tuple[str, nn.Parameter]]:
-        """What the layer trains: `hut_A`, `hut_B` and, with `scale_shift`, `gamma` and `beta`."""
+        """List what is trained: `hut_A`, `hut_B` and, with `scale_shift`, `gamma` and `beta`."""
         return [(name, p) for name in _FACTORS if (p := getattr(self, name)) is not None]
 
     def hut_factors(self) -> list[TrainedFactors]:
@@ -328,7 +329,7 @@ class HUTLinear(nn.Module):
             self.beta.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`gamma * (x (W0 * T)^T + bias) + beta`, `[..., out_features]`."""
+        """Compute `gamma * (x (W0 * T)^T + bias) + beta`, `[..., out_features]`."""
         forward = self._forward_dropout if self.dropout and self.training else self._forward
         if self.compute_dtype is None:
             return forward(x)
@@ -373,7 +374,7 @@ class HUTLinear(nn.Module):
         return weight if self._conv1d_class is None else weight.t()
 
     def _tensors(self) -> LayerTensors:
-        """What `hut_linear` wants after x: the weight `[out, in]`, the factors, the vectors."""
+        """List what `hut_linear` takes after x: weight `[out, in]`, factors, vectors."""
         vectors = self._tensor("bias"), self._tensor("gamma"), self._tensor("beta")
         return self._matrix(), self._tensor("hut_A"), self._tensor("hut_B"), *vectors
 
@@ -402,8 +403,11 @@ class HUTLinear(nn.Module):
             TypeError: an N that is not an integer.
 
         Example:
-            >>> HUTLinear(4096, 4096, r=16, dtype=torch.bfloat16).explain(16, "A100").forward
-            'fused'
+            >>> import torch
+            >>> from hut_kernels import HUTLinear
+            >>> layer = HUTLinear(4096, 4096, r=16, device="meta", dtype=torch.bfloat16)
+            >>> layer.explain(2048, "A100").forward
+            'staged'
         """
         W0 = formats.stored(self.weight)
         weight_dtype: torch.dtype | str = W0.dtype
@@ -456,7 +460,7 @@ class HUTLinear(nn.Module):
         return None if bias is None else bias.clone()
 
     def to_linear(self) -> nn.Module:
-        """A plain layer that computes what this one does, on its device and in its weight's type.
+        """Make a plain layer that computes the same, on this one's device and in its weight's type.
 
         Its parameters are new tensors, and frozen as the base layer's are here. Those of a
         quantized layer are dense, in its compute type, and a warning tells their size.
@@ -495,7 +499,7 @@ class HUTLinear(nn.Module):
         return self.weight.dtype
 
     def sizes(self) -> tuple[int, int]:
-        """Bytes of a quantized weight, and of the dense one that merging makes of it."""
+        """Count the bytes of a quantized weight, and of the dense one that merging makes of it."""
         dense = self.in_features * self.out_features * self.dense_dtype.itemsize
         return formats.stored(self.weight).nbytes, dense
 
@@ -542,7 +546,7 @@ class HUTLinear(nn.Module):
         check_data(self, *(name for name in names if not parametrize.is_parametrized(self, name)))
 
     def extra_repr(self) -> str:
-        """Every option, for `repr`."""
+        """List every option, for `repr`."""
         text = (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"alpha={self.alpha}, transform={self.transform!r}, offset={self.offset:g}, "
@@ -601,7 +605,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copies the value; into a sharded parameter every rank its part of the first rank's value."""
+    """Copy the value; into a sharded parameter each rank's part of rank 0's value."""
     if hasattr(parameter, "_local_tensor"):  # a DTensor: an import that others are spared
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -648,7 +652,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is a Conv1D of transformers, told by its shape so as not to import that."""
+    """Tell a Conv1D of transformers, by its shape so as not to import that."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__ == "Conv1D"
@@ -738,7 +742,7 @@ def _is_parameter(tensor: Any) -> TypeGuard[nn.Parameter]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether a `forward` that is not its class's was put on `module`; accelerate puts it back."""
+    """Tell a module on which a `forward` was put that is not its class's own."""
     forward = vars(module).get("forward")
     own = getattr(forward, "__self__", None) is module
     return forward is not None and not (own and forward.__func__ is type(module).forward)

@@ -22,3 +22,17 @@ def test_the_example_runs(name):
     elsewhere = name in ("load_adapter", "adapter_options")
     assert elsewhere == ("`save_adapter` has an example" in public.__doc__)
     assert elsewhere or any(test.examples for test in tests)
+
+
+@pytest.mark.parametrize("name", ["HUTConfig", "HUTModel", "HUTLayer"])
+def test_the_example_of_a_peft_class_runs(name):
+    pytest.importorskip("peft")
+    from hut_kernels.integrations import peft
+
+    public = getattr(peft, name)
+    assert "The method is described in https://arxiv.org/abs/2409.13501" in public.__doc__
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    for test in doctest.DocTestFinder(recurse=False).find(public, name, globs={}):
+        assert test.examples
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0

@@ -1,4 +1,4 @@
-"""What both integrations ask of a base layer: its weight as a matrix, and whether it is watched."""
+"""Questions to a base layer: its weight as a matrix, its bias, hooks and dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...nn import HOOKS, check_linear, is_conv1d, is_replaced
 
 
 def check_base(base: nn.Module) -> None:
-    """Refuses a base layer whose weight HUT cannot multiply.
+    """Refuse a base layer whose weight HUT cannot multiply.
 
     Raises:
         TypeError: not an `nn.Linear` or a Conv1D, or a subclass with a `forward` of its own.
@@ -29,14 +29,14 @@ def check_base(base: nn.Module) -> None:
 
 
 def is_watched(base: nn.Module) -> bool:
-    """Whether calling `base` does more than its product: hooks, or a `forward` put on it."""
+    """Tell a base layer whose call does more than its product: hooks, or a `forward` put on it."""
     state = vars(base)
     replaced = is_replaced(base) and not _aligns_only(state.get("_hf_hook"))
     return replaced or any(state.get(name) for name in HOOKS)
 
 
 def _aligns_only(hook: Any) -> bool:
-    """Whether all that accelerate's hook does is to bring inputs to the weight's device.
+    """Tell a hook of accelerate that only brings inputs to the weight's device.
 
     Every layer of a model that is spread over several devices has it, for the blocks' own hooks
     have brought them there already.
@@ -46,7 +46,7 @@ def _aligns_only(hook: Any) -> bool:
 
 
 def drops(dropout: nn.Module) -> bool:
-    """Whether an adapter's dropout, which may be in another mode than its layer, does anything."""
+    """Tell a dropout that does anything; it may be in another mode than its layer."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 

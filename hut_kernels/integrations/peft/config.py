@@ -36,6 +36,9 @@ model = PeftModel.from_pretrained(base_model, "this directory or repository")
 class HUTConfig(PeftConfig):
     """The options of a HUT adapter.
 
+    The method is described in https://arxiv.org/abs/2409.13501; its residual form is HiRA
+    (https://openreview.net/pdf?id=TwJrTz9cRS).
+
     Args:
         r: rank of the multiplier T (`low_rank`), or groups per side (`two_sided`).
         target_modules: names or ends of names of the layers to adapt; a string is a regular
@@ -73,6 +76,17 @@ class HUTConfig(PeftConfig):
 
     Raises:
         ValueError: an option out of range, or where it has no part; names the option.
+        TypeError: an option of LoRA's; names HUT's own.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> from hut_kernels.integrations.peft import HUTConfig
+        >>> base = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> config = HUTConfig(r=4, target_modules=["0"], modules_to_save=["2"])
+        >>> model = get_peft_model(base, config)
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)  # 4 * (64 + 64) + head
+        772
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the multiplier, or groups per side"})
@@ -130,7 +144,7 @@ class HUTConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        """Fills in the type and refuses options that contradict each other."""
+        """Fill in the type and refuse options that contradict each other."""
         super().__post_init__()
         self.peft_type = peft_type()
         self.target_modules = _as_set(self.target_modules)

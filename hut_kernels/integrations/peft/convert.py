@@ -57,7 +57,7 @@ class ConvertedAdapter:
     state_dict: dict[str, Tensor]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the adapter as PEFT does, for `PeftModel.from_pretrained(model, directory)`."""
+        """Write the adapter as PEFT does, for `PeftModel.from_pretrained(model, directory)`."""
         from safetensors.torch import save_file
 
         self.config.save_pretrained(str(directory))
@@ -67,7 +67,7 @@ class ConvertedAdapter:
     def apply(
         self, model: nn.Module, adapter_name: str = "default", *, is_trainable: bool = False
     ) -> PeftModel:
-        """Puts the adapter into a base model, or beside the adapters of a PEFT model.
+        """Put the adapter into a base model, or beside the adapters of a PEFT model.
 
         Args:
             model: the model.
@@ -109,7 +109,7 @@ class ConvertedAdapter:
 
 
 def from_hira(path: str | os.PathLike[str], *, precision: str = "split") -> ConvertedAdapter:
-    """A HiRA adapter as a HUT adapter: `low_rank`, offset 1, scaling 1, the same factors.
+    """Convert a HiRA adapter to HUT: `low_rank`, offset 1, scaling 1, the same factors.
 
     Args:
         path: a directory with a HiRA adapter, or its name on the hub.
@@ -137,10 +137,10 @@ def from_hira(path: str | os.PathLike[str], *, precision: str = "split") -> Conv
 
 
 def to_hira(path: str | os.PathLike[str]) -> ConvertedAdapter:
-    """A HUT adapter as a HiRA adapter.
+    """Convert a HUT adapter to HiRA.
 
     HiRA has no alpha, so `scaling` is folded into `hira_B`. Its layers get one rank, the greatest,
-    since PEFT's HiRA does not heed `rank_pattern`; smaller factors are filled up with zeros.
+    since PEFT's HiRA ignores `rank_pattern`; smaller factors are filled up with zeros.
 
     Args:
         path: a directory with a HUT adapter, or its name on the hub.

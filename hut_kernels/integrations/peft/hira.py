@@ -84,7 +84,7 @@ def _fused_class(kind: Any) -> type[nn.Module]:
 
 @dataclasses.dataclass(frozen=True)
 class HiraReport:
-    """What `accelerate_hira` did with each HiRA layer, by its name.
+    """The layers that `accelerate_hira` fused and those that it left, by name.
 
     Attributes:
         fused: layers whose active adapter now runs through the fused layer.
@@ -126,7 +126,7 @@ class HiraReport:
 
 
 def accelerate_hira(model: nn.Module, *, precision: str = "merged") -> HiraReport:
-    """Runs the HiRA layers of a PEFT model through the fused layer, in place.
+    """Run the HiRA layers of a PEFT model through the fused layer, in place.
 
     One active adapter without dropout becomes one product, `hut_linear` with scaling 1: nothing of
     the weight's size is kept for backward. Several active adapters, dropout while training,
@@ -173,7 +173,7 @@ def accelerate_hira(model: nn.Module, *, precision: str = "merged") -> HiraRepor
 
 
 def restore_hira(model: nn.Module) -> list[str]:
-    """Undoes `accelerate_hira`: every HiRA layer of `model` runs PEFT's own forward again.
+    """Undo `accelerate_hira`: every HiRA layer of `model` runs PEFT's own forward again.
 
     Returns:
         The names of the layers that were restored; none where none was accelerated.
@@ -197,7 +197,7 @@ def _hira_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _unfusible(layer: Any) -> str | None:
-    """Why a HiRA layer is left to PEFT for good, or None."""
+    """Give the reason why a HiRA layer is left to PEFT for good, or None."""
     kind = type(layer)
     own = kind.__module__ == "peft.tuners.hira.bnb"  # which importing would import bitsandbytes
     if kind is not hira.Linear and not own and not issubclass(kind, _Fused):
@@ -276,7 +276,7 @@ def _active(layer: Any) -> list[str]:
 
 
 def _foreign_input(layer: Any, x: Tensor) -> bool:
-    """An input on which PEFT's path raises an error of its own, or computes in another type."""
+    """Tell an input on which PEFT's path raises its own error, or computes in another type."""
     weight = layer.base_layer.weight
     if _is_quantized(layer):
         return x.device != weight.device

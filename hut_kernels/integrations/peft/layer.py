@@ -70,7 +70,10 @@ class _Unmerged(NamedTuple):
 
 
 class HUTLayer(BaseTunerLayer):
-    """What a layer with HUT adapters holds, by adapter name.
+    """A layer with HUT adapters; what it holds is by adapter name.
+
+    The method is described in https://arxiv.org/abs/2409.13501; its residual form is HiRA
+    (https://openreview.net/pdf?id=TwJrTz9cRS).
 
     Attributes:
         hut_A: `[r, in_features]` each.
@@ -83,6 +86,17 @@ class HUTLayer(BaseTunerLayer):
         hut_dropout: `nn.Dropout`, or `nn.Identity` where it is 0.
         hut_form: `Form` of each.
         hut_rms: root mean square of W0 as it was, of the adapters with `scale_by_rms`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> from hut_kernels.integrations.peft import HUTConfig
+        >>> base = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> model = get_peft_model(base, HUTConfig(r=4, target_modules=["0"]))
+        >>> layer = model.base_model.model[0]
+        >>> tuple(layer.hut_A["default"].shape), layer.scaling
+        ((4, 64), {'default': 1.0})
+        >>> layer.set_scale("default", 0.5)
     """
 
     adapter_layer_names: tuple[str, ...] = ("hut_A", "hut_B", "hut_gamma", "hut_beta")
@@ -161,7 +175,12 @@ class HUTLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_hut_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Makes the adapter the identity; with `init_weights=False`, the identity and noise."""
+        """Make the adapter the identity; with `init_weights=False`, the identity and noise.
+
+        Args:
+            adapter_name: the adapter's name.
+            init_weights: as in `HUTConfig`.
+        """
         A, B = self.hut_A[adapter_name], self.hut_B[adapter_name]
         form = self.hut_form[adapter_name]
         self._init_factors(A, B, form)
@@ -231,7 +250,7 @@ class HUTLayer(BaseTunerLayer):
         ]
 
     def _can_scale(self, name: str, scale: float) -> bool:
-        """Whether the update is proportional to a scale; one that is not has 1 and no other."""
+        """Tell an update that is proportional to a scale; one that is not has 1 and no other."""
         scale = check_number("scale", scale)
         form = self.hut_form[name]
         if form.transform == "low_rank" and form.offset == 1 and name not in self.hut_gamma:
@@ -362,7 +381,19 @@ class HUTLayer(BaseTunerLayer):
         return effective_bias(b0, gamma, beta, dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What merging the adapter adds to the weight, in its layout, detached and in float32."""
+        """Compute what merging the adapter adds to the weight.
+
+        HiRA's method of this name returns `T - 1`; this is `W - W0`, as LoRA's.
+
+        Args:
+            adapter_name: the adapter's name.
+
+        Returns:
+            The delta in the weight's layout, detached and in float32 (float64 of a float64 base).
+
+        Raises:
+            HUTBackendError: the base weight is offloaded, or made by a hook.
+        """
         check_data(self.get_base_layer(), self.weight_name)
         weight = self._before_merging()[0].detach()
         W0 = self._as_matrix(weight)
@@ -394,11 +425,11 @@ class Linear(nn.Module, HUTLayer):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base layer's weight is `[in_features, out_features]`, as a Conv1D's is."""
+        """True where the base layer's weight is `[in_features, out_features]`, as a Conv1D's is."""
         return is_conv1d(self.base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer under its active adapters, `[..., out_features]`."""
+        """Compute the base layer under its active adapters, `[..., out_features]`."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -419,7 +450,7 @@ class Linear(nn.Module, HUTLayer):
         return total.to(y.dtype)
 
     def _adapted(self, x: Tensor, name: str) -> Tensor:
-        """The layer under one adapter alone, its dropout included."""
+        """Compute the layer under one adapter only, its dropout included."""
         dropout = self.hut_dropout[name]
         if not drops(dropout):
             return self._product(x, name)

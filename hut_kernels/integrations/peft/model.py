@@ -40,11 +40,28 @@ _HEADS = {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}
 class HUTModel(BaseTuner):
     """The HUT tuner, made by `get_peft_model(model, HUTConfig(...))`.
 
+    The method is described in https://arxiv.org/abs/2409.13501; its residual form is HiRA
+    (https://openreview.net/pdf?id=TwJrTz9cRS).
+
     Args:
         model: the model to adapt.
         config: the `HUTConfig`.
         adapter_name: the adapter's name.
         low_cpu_mem_usage: whether to make the factors on the meta device, to be loaded.
+
+    Raises:
+        ValueError: a target that HUT cannot adapt; names it, with the reason.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> from hut_kernels.integrations.peft import HUTConfig
+        >>> base = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> model = get_peft_model(base, HUTConfig(r=4, target_modules=["0"]))
+        >>> type(model.base_model).__name__
+        'HUTModel'
+        >>> type(model.merge_and_unload()[0]).__name__
+        'Linear'
     """
 
     prefix: str = "hut_"
@@ -144,7 +161,7 @@ class HUTModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: HUTConfig, adapter_name: str, state_dict: Any, **kwargs: Any
     ) -> Any:
-        """The adapter's tensors, as PEFT saves them; a warning names layers that did not train."""
+        """Collect the adapter's tensors for PEFT; a warning names layers that did not train."""
         factors = {
             name: state_dict[f"{name}.hut_B.{adapter_name}"]
             for name, module in model.named_modules()
@@ -218,7 +235,7 @@ def _new_layer(
 def _rms(
     config: HUTConfig, name: str, target: nn.Module, parameter_name: str | None
 ) -> float | None:
-    """What a layer's scaling is divided by: as the adapter was made, or measured now and noted."""
+    """Get what a layer's scaling is divided by: as it was noted, or measured now and noted."""
     if not config.scale_by_rms:
         return None
     key = name if parameter_name is None else f"{name}.{parameter_name}"
@@ -234,7 +251,7 @@ def _rms(
 
 
 def _check_target(name: str, target: nn.Module, parent: nn.Module) -> None:
-    """Refuses a module that HUT cannot adapt, by name and with the reason."""
+    """Refuse a module that HUT cannot adapt, by name and with the reason."""
     if isinstance(target, HUTLayer):
         return
     kind = type(target).__name__

@@ -1,4 +1,4 @@
-"""Makes HUT one of PEFT's methods: a member of its type, an entry in each of its mappings."""
+"""Make HUT one of PEFT's methods: a member of its type, an entry in each of its mappings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def peft_type() -> Any:
 
 
 def register(config_cls: type[Any], model_cls: type[Any]) -> None:
-    """Enters the tuner in PEFT's mappings; once, however often it is called.
+    """Enter the tuner in PEFT's mappings; once, however often it is called.
 
     Raises:
         ImportError: this PEFT has a method called HUT from somewhere else.
