@@ -259,9 +259,9 @@ class TestTables:
         assert "1 x 8 tokens, r 8, float32" in titles[1]
 
     def test_rows_of_two_machines_are_told_apart(self):
-        there = row(environment=environment(threads=99))
-        assert len(tables.by_machine([row(), row()])) == 1
-        assert tables.by_machine([row(), there]) == [[row()], [there]]
+        here, there = row(), row(environment=environment(threads=99))
+        assert len(tables.by_machine([here, row()])) == 1
+        assert tables.by_machine([here, there]) == [[here], [there]]
 
     def test_provenance_says_where_and_when(self):
         one = environment(dirty=True, commit="0123456789abcdef")
