@@ -1,0 +1,58 @@
+"""The weight kernel over NF4 and FP4, its PTX executed: W0 to the bit, by the look-up in PTX."""
+
+import pytest
+import torch
+
+from hut_kernels import formats
+from hut_kernels.formats.four_bit import FourBit
+from hut_kernels.layer import Layer, Spec
+from hut_kernels.triton import stored_weight
+from hut_kernels.triton.launch import LaunchConfig
+
+from ..references import error
+from . import cases
+from .launch import executing
+
+pytestmark = pytest.mark.ptx
+CONFIG = LaunchConfig(BN=16, BO=32, BK=128, warps=4, stages=1)
+
+
+def random(O, K, name, block, nested, dtype):
+    blocks = O * K // block
+    scales = (torch.rand(blocks) + 0.5,)
+    if nested:
+        codes = torch.randint(256, (blocks,), dtype=torch.uint8)
+        absmax = torch.rand(-(-blocks // nested))
+        scales = codes, torch.linspace(-1, 1, 256), absmax, torch.tensor([1.5])
+    data = torch.randint(256, (O * K // 2,), dtype=torch.uint8)
+    return FourBit(data, scales, formats.Layout(name, (O, K, block, nested), dtype))
+
+
+SHAPES = {
+    "ragged": (40, 192, "nf4", 64),
+    "whole": (32, 128, "fp4", 32),
+    "across rows": (20, 80, "nf4", 64),
+}
+
+
+@pytest.mark.parametrize("arch", cases.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("nested", [0, 16])
+def test_weights_looked_up_in_ptx(arch, dtype, shape, nested):
+    if arch not in (80, 90) and nested == 0:
+        pytest.skip("the other architectures run the longer variant only")
+    O, K, name, block = shape
+    weight = random(O, K, name, block, nested, dtype)
+    A, B = torch.randn(5, K) / 8, torch.randn(O, 5)
+    with executing(arch) as log:
+        plain = stored_weight.launch_dequantize(weight, dtype, CONFIG)
+        one = stored_weight.launch_stored_weight(Layer(weight, A, 0 * B), dtype, CONFIG)
+        layer = Layer(weight, A, B, spec=Spec(scaling=0.75))
+        W = stored_weight.launch_stored_weight(layer, dtype, CONFIG)
+    assert log.launches
+    W0 = weight.dense(dtype)
+    assert torch.equal(plain, W0)
+    assert torch.equal(one, W0)
+    exact = W0.double() * (1 + 0.75 * B.double() @ A.double())
+    assert error(W, exact) <= {torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
