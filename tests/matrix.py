@@ -1,9 +1,11 @@
-"""The suite beside other versions of Triton, PyTorch and Python, as far as they can be had.
+"""The suite beside other versions of Triton, PyTorch, transformers and Python.
 
 `python -m tests.matrix [--only TEXT ...] [--list] [--quick | --ptx] [--folder DIR]` installs each
 Triton into a folder of its own, puts that before this environment's, and runs the suite's two
-halves. Other versions of PyTorch and Python are looked for and, where they are not to be had at a
-reasonable size, listed with the reason. The exit status is 1 if a cell that could run has failed.
+halves. Another transformers is put there likewise; another PyTorch, by its plain wheel (6 GB with
+what it needs, one at a time, removed afterwards), gets an environment of its own and `make test`.
+Other Pythons are looked for and, where they are not to be had, listed with the reason. The exit
+status is 1 if a cell that could run has failed.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1")
+TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+TRANSFORMERS = ("5.24.0",)
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-REASONABLE = 500  # MB of one wheel
 
 # The interpreter of Triton 3.6.0 uses what numpy 2.4 has removed.
 NUMPY = {"3.6.0": "numpy<2.4"}
@@ -43,6 +45,8 @@ QUICK = {
 # Its compiled kernels alone, run in the executor.
 PTX = {"": ["tests/ptx", "-m", "ptx"]}
 WHOLE = {"": ["tests"], "1": ["tests/triton"]}
+# What depends on transformers, the pages that name it included.
+MODELS = {"": ["tests/integrations", "tests/examples"]}
 
 
 @dataclass
@@ -69,7 +73,7 @@ def last_line(text: str) -> str:
     return lines[-1][:160] if lines else "no output"
 
 
-# Triton
+# Triton and transformers
 
 
 def install(requirements: list[str], folder: Path) -> str | None:
@@ -79,19 +83,21 @@ def install(requirements: list[str], folder: Path) -> str | None:
     return None if done.returncode == 0 else last_line(done.stderr)
 
 
-def try_triton(version: str, folder: Path, suite: dict[str, list[str]]) -> Cell:
-    cell = Cell(f"Triton {version}, torch {importlib.metadata.version('torch')}")
+def try_package(name: str, version: str, folder: Path, suite: dict[str, list[str]]) -> Cell:
+    """Another version of a package, put before this environment's."""
+    cell = Cell(f"{name} {version}, torch {importlib.metadata.version('torch')}")
     environment = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(folder / "cache")}
-    if version != importlib.metadata.version("triton"):
-        target = folder / version
-        wanted = [f"triton=={version}", *([NUMPY[version]] if version in NUMPY else [])]
-        problem = install(wanted, target)
+    package = name.lower()
+    if version != importlib.metadata.version(package):
+        target = folder / f"{package}-{version}"
+        numpy = [NUMPY[version]] if package == "triton" and version in NUMPY else []
+        problem = install([f"{package}=={version}", *numpy], target)
         if problem:
             return fail(cell, "not had", problem)
         environment["PYTHONPATH"] = str(target)
-    seen = run([sys.executable, "-c", "import triton; print(triton.__version__)"], environment)
+    seen = run([sys.executable, "-c", f"import {package} as p; print(p.__version__)"], environment)
     if seen.stdout.strip() != version:
-        return fail(cell, "FAILED", f"triton {seen.stdout.strip()} was imported instead")
+        return fail(cell, "FAILED", f"{package} {seen.stdout.strip()} was imported instead")
     return run_suite(cell, environment, suite)
 
 
@@ -121,30 +127,26 @@ def fail(cell: Cell, verdict: str, detail: str) -> Cell:
 
 
 def try_torch(version: str) -> Cell:
-    """Another PyTorch in an environment of its own, if there is a wheel without CUDA's share."""
+    """`make test` with the plain wheel of another PyTorch, and the Triton that it brings."""
     cell = Cell(f"torch {version}")
-    installed = importlib.metadata.version("torch").partition("+")[0]
-    if version == installed:
+    if version == importlib.metadata.version("torch").partition("+")[0]:
         return fail(cell, "installed", "the one of the Triton cells")
-    asked = run(
-        [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed",
-         "--no-deps", "--only-binary", ":all:", f"torch=={version}+cpu"]
-    )  # fmt: skip
-    if asked.returncode:
-        return fail(
-            cell, "not had",
-            "no build for CPUs at the configured index; the plain wheel is CUDA's, which needs "
-            f"NVIDIA's libraries to be imported: gigabytes, and {REASONABLE} MB is the limit here",
-        )  # fmt: skip
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        python = Path(name, "venv", "bin", "python")
-        constraints = Path(name, "constraints.txt")
+        constraints, venv = Path(name, "constraints.txt"), Path(name, "venv")
         pinned = (ROOT / "constraints.txt").read_text()
-        constraints.write_text(re.sub(r"torch==\S+", f"torch=={version}+cpu", pinned))
-        done = run(["make", "test", f"VENV={python.parents[1]}", f"CONSTRAINTS={constraints}"])
-        cell.verdict = "FAILED" if done.returncode else "passed"
-        cell.detail = last_line(done.stdout)
-    return cell
+        pinned = re.sub(r"^torch==.*", f"torch=={version}", pinned, flags=re.MULTILINE)
+        constraints.write_text(re.sub(r"^triton==.*\n", "", pinned, flags=re.MULTILINE))
+        options = [f"VENV={venv}", f"CONSTRAINTS={constraints}"]
+        made = run(["make", f"{venv}/.ready-torch", *options])
+        if made.returncode:
+            return fail(cell, "not had", last_line(made.stderr))
+        done = run(["make", "test", *options])
+    for line in re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE)[:20]:
+        print("   ", line, flush=True)
+    totals = re.findall(r"^=*\s*(\d+ (?:passed|failed).*?)\s*=*$", done.stdout, re.MULTILINE)
+    cell.seconds = time.monotonic() - begun
+    return fail(cell, "FAILED" if done.returncode else "passed", "; ".join(totals))
 
 
 def find_python(version: str) -> str | None:
@@ -184,6 +186,7 @@ def try_python(version: str) -> Cell:
 def cells(only: list[str]) -> list[tuple[str, str]]:
     everything = [("Triton", v) for v in TRITONS]
     everything += [("torch", v) for v in TORCHES]
+    everything += [("transformers", v) for v in TRANSFORMERS]
     everything += [("Python", v) for v in PYTHONS]
     return [
         (kind, version)
@@ -198,7 +201,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     parser.add_argument("--quick", action="store_true", help="only the tests that touch Triton")
     parser.add_argument("--ptx", action="store_true", help="only the compiled kernels (make ptx)")
-    parser.add_argument("--folder", type=Path, help="keep the Tritons here for the next run")
+    parser.add_argument("--folder", type=Path, help="keep the packages here for the next run")
     arguments = parser.parse_args()
     chosen = cells(arguments.only)
     if arguments.list:
@@ -210,7 +213,9 @@ def main() -> int:
         folder = (arguments.folder or Path(scratch)).resolve()
         for kind, version in chosen:
             if kind == "Triton":
-                cell = try_triton(version, folder, suite)
+                cell = try_package(kind, version, folder, suite)
+            elif kind == "transformers":
+                cell = try_package(kind, version, folder, MODELS)
             else:
                 cell = try_torch(version) if kind == "torch" else try_python(version)
             print(
