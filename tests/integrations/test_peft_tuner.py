@@ -696,7 +696,9 @@ def test_merging_unties_a_shared_weight_and_unmerging_ties_it_again(targets):
 
 
 @pytest.mark.parametrize(
-    "through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=str
+    "through",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],  # the same in every process: the suite is dealt to several
 )
 def test_a_copy_of_a_merged_model_ties_its_own_weights(through):
     model = get_peft_model(Tied(), config(r=2, target_modules=["head"])).eval()
