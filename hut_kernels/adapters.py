@@ -42,7 +42,8 @@ def inject(
         target_parameters: names, or dot-separated ends of names, of stacks of experts' weights in
             a transformers model (`"experts.gate_up_proj"`): they get `HUTExperts`. With
             `target_modules=[]` beside them no linear layer is replaced.
-        **options: as for `HUTLinear.from_linear`; experts have no `dropout` and no `precision`.
+        **options: as for `HUTLinear.from_linear`; experts have no `dropout`, `precision` or
+            `scale_by_rms`.
 
     Returns:
         The names of the replaced modules, and of the adapted parameters.

@@ -165,10 +165,11 @@ def new_factors(experts: Any, parameter: str, r: int, **options: Any) -> HUTExpe
     """Fresh factors for a stack, on its device.
 
     Raises:
-        ValueError, TypeError: as for `HUTExperts`; ValueError also for dropout and for
-            `precision="split"`, which stacks of experts do not have.
+        ValueError, TypeError: as for `HUTExperts`; ValueError also for dropout, `precision="split"`
+            and `scale_by_rms`, which stacks of experts do not have.
     """
-    for name, none in (("dropout", 0.0), ("precision", "merged")):
+    absent = {"dropout": 0.0, "precision": "merged", "scale_by_rms": False}
+    for name, none in absent.items():
         given = options.pop(name, none)
         if given != none:
             raise ValueError(f"HUT on experts' parameters has no {name}; got {given!r}")

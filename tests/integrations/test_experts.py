@@ -426,6 +426,7 @@ def test_fp8_experts_are_refused():
         (ValueError, "Qwen3MoeTopKRouter computes its experts by", ["gate.weight"], {}),
         (ValueError, "has no dropout; got 0.1", TARGETS, {"dropout": 0.1}),
         (ValueError, "has no precision; got 'split'", TARGETS, {"precision": "split"}),
+        (ValueError, "has no scale_by_rms; got True", TARGETS, {"scale_by_rms": True}),
         (ValueError, r"experts.gate_up_proj: two_sided needs", TARGETS,
          {"transform": "two_sided", "r": 33}),
     ],
