@@ -314,8 +314,8 @@ MUTANTS = (
     Mutant(
         "kernel: a chunk overwrites the one before",
         f"{TRITON}/grad_reduce.py",
-        "(tile_o == 0) & (start == 0), tile_k == 0,",
-        "tile_o == 0, tile_k == 0,",
+        "b_Q, start == 0, False)",
+        "b_Q, True, False)",
         ("tests/triton/test_grad_reduce.py", "any_chunks"),
     ),
     Mutant(
