@@ -158,7 +158,8 @@ def merge(model: nn.Module) -> nn.Module:
         with named(name):
             layer.check_plain()
     embedding = _tied_embedding(model)
-    _prepare_dense(model, {layer for _, layer in layers if formats.is_quantized(layer.weight)})
+    quantized = {layer for _, layer in layers if formats.is_quantized(layer.weight)}
+    _prepare_dense(model, quantized)
     plain: dict[nn.Module, nn.Module] = {}
     for name, layer in layers:
         if layer not in plain:
@@ -170,6 +171,8 @@ def merge(model: nn.Module) -> nn.Module:
         model.set_submodule(name, plain[layer])
     for experts in adapted:
         experts_integration().merge_experts(experts)
+    if quantized:
+        formats.forget_quantization(model)
     return model
 
 

@@ -92,6 +92,20 @@ def warn_of_size(layers: int, quantized: int, dense: int) -> None:
     )
 
 
+def forget_quantization(model: Any) -> None:
+    """Takes transformers' marks of a quantized model off one that has no quantized weight left.
+
+    With them it can be neither cast nor saved as what it is.
+    """
+    if any(type(parameter) is not nn.Parameter for parameter in model.parameters()):
+        return
+    marks = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
+    for name in (*marks, "hf_quantizer"):
+        vars(model).pop(name, None)
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config
+
+
 def statistics(weight: Any) -> dict[str, Tensor]:
     """What a checkpoint holds of a quantized weight beside its codes, as its library names it."""
     if getattr(weight, "quant_state", None) is not None:

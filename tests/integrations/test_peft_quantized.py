@@ -170,6 +170,35 @@ def test_merge_and_unload_gives_dense_layers():
     assert error(merged(x), y.detach().double()) < 8e-3
 
 
+def test_a_merged_transformers_model_is_no_longer_marked(tmp_path):
+    """Cast, saved and loaded as the dense model that it is."""
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = get_peft_model(model, HUTConfig(r=4, target_modules="all-linear"))
+    randomized(model)
+    ids = torch.randint(3, 96, (2, 7))
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        y = model.eval()(input_ids=ids).logits
+    with pytest.warns(UserWarning, match="quantized weights dense"):
+        merged = model.merge_and_unload().to(torch.bfloat16)
+    merged.save_pretrained(tmp_path / "merged")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert error(merged(input_ids=ids).logits, y.double()) < 5e-2
+        assert torch.equal(again(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
 def test_unload_gives_the_base_back():
     base = Model()
     layers = base.first, base.second

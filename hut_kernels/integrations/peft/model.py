@@ -208,6 +208,7 @@ class HUTModel(BaseTuner):
         unloaded = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge and layers:
             formats.warn_of_size(len(layers), *map(sum, zip(*sizes, strict=True)))
+            formats.forget_quantization(unloaded)
         return unloaded
 
     def _check_merge_allowed(self) -> None:
