@@ -104,7 +104,7 @@ CALLS: tuple[tuple[Call, tuple[int, int, int]], ...] = (
     (Call("grad_input", "bf16", 45, 240, 368), (17, 16, 16)),
     (Call("grad_factors", "bf16", 300, 240, 240), (3, 144, 144)),
     (
-        Call("grad_factors", "bf16", 75, 240, 112, 13, options={"vectors": "gamma"}),
+        Call("grad_factors", "bf16", 300, 240, 112, 13, options={"vectors": "gamma"}),
         (3, 144, 16),
     ),
     (Call("grad_reduce", "bf16", 45, 240, 240, 13), (3, 208, 144)),

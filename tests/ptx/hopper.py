@@ -202,14 +202,14 @@ class Product:
 @handles("wgmma.fence")
 def _fence(b: Block, i: Instruction, mask: Mask) -> None:
     b.all(mask, "reach the fence")
-    b.touched = set()
+    b.touched, b.fenced = set(), True
 
 
 @handles("wgmma.commit_group")
 def _commit(b: Block, i: Instruction, mask: Mask) -> None:
     b.all(mask, "commit their products")
     b.product_groups.append(b.products)
-    b.products = []
+    b.products, b.fenced = [], False
 
 
 @handles("wgmma.wait_group")
@@ -248,14 +248,16 @@ def _wgmma(b: Block, i: Instruction, mask: Mask) -> None:
         turned = len(transposed) == 2 and transposed[0]
         A = _matrices(b, left, 64, depth, kind, turned, made)
     B = _matrices(b, right, columns, depth, kind, bool(transposed and transposed[-1]), made)
-    # Products may follow one another in one accumulator; all else is fenced.
-    if not any(one.results == made.results for group in [*b.product_groups, b.products]
-               for one in group):  # fmt: skip
-        if b.results & set(made.results):
-            raise Fault("a product writes registers of another one of another shape")
-        _need_fence(b, made.results)
+    # Products may follow one another in one accumulator; what else wrote it is fenced. One that
+    # the product does not read (scale-d is false) needs no fence: LLVM sets such to zero behind it.
+    under_way = [one for group in [*b.product_groups, b.products] for one in group]
+    follows = any(one.results == made.results for one in under_way)
+    if not follows and b.results & set(made.results):
+        raise Fault("a product writes registers of another one of another shape")
     before: Array | float = 0.0
     if b.number(adds, "pred"):
+        if not follows:
+            _need_fence(b, made.results)
         before = accumulator([b.registers[name].view(np.float32) for name in made.results])
         before = before.reshape(groups, 64, columns)
     D = product(A, B, before).reshape(-1, 16, columns)

@@ -153,6 +153,7 @@ class Block:
         products, product_groups: Products under way, not yet committed, and committed.
         results, operands: The registers that these write and read.
         touched: The registers accessed since the last `wgmma.fence`; None without wgmma.
+        fenced: Whether there was one since the last products were committed.
         tensor: sm_100's tensor memory.
     """
 
@@ -184,6 +185,7 @@ class Block:
         self.results: set[str] = set()
         self.operands: set[str] = set()
         self.touched: set[str] | None = set() if program.uses("wgmma") else None
+        self.fenced = False
         self.tensor: Any = None
         if program.uses("tcgen05"):
             from .blackwell import TensorMemory

@@ -492,13 +492,12 @@ RULES = {
         "written since the last barrier",
     ),
     "wgmma's accumulator is fenced": (
-        f"{READY}wgmma.fence.sync.aligned;\n{ZERO}\n!wgmma.fence.sync.aligned;\n{WGMMA}\n{COMMIT}\n"
-        f"{DONE}",
+        f"{READY}{ZERO}\nwgmma.fence.sync.aligned;\nadd.f32 %r41, %r41, %r41;\n"
+        f"!wgmma.fence.sync.aligned;\n{WGMMA}\n{COMMIT}\n{DONE}",
         "since the last wgmma.fence",
     ),
     "wgmma's register operand is fenced": (
-        f"{READY}{ZERO}\nwgmma.fence.sync.aligned;\n{ONES}\n!wgmma.fence.sync.aligned;\n"
-        f"{FROM_REGISTERS}\n{COMMIT}\n{DONE}",
+        f"{READY}{ZERO}\n{ONES}\n!wgmma.fence.sync.aligned;\n{FROM_REGISTERS}\n{COMMIT}\n{DONE}",
         "since the last wgmma.fence",
     ),
     "a product's result is waited for": (
