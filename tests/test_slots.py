@@ -47,6 +47,6 @@ def test_a_tile_of_T_made_twice_misses_the_target(monkeypatch):
 def test_the_command_fails_on_a_missed_target(monkeypatch, capsys):
     arguments = ["--arch", "sm_80", "--kernel", "forward", "--rank", "16", "--tokens", "4096"]
     assert slots.main(arguments) == 0
-    monkeypatch.setitem(slots.SLOTS, "sm_80", 1.0)
+    monkeypatch.setitem(slots.SLOTS, "sm_80", 0.1)  # at 1.0 some Tritons are below it
     assert slots.main(arguments) == 1
     assert "MISSED sm_80 forward r16 N4096: issue slots" in capsys.readouterr().out
