@@ -101,7 +101,7 @@ peft-suite: $(call ready,test) ## PEFT's own test-suite, from PyPI, with HUTConf
 	$(PY) -m tests.peft_suite --jobs $(JOBS) $(ARGS)
 
 docs: $(call ready,docs) ## the documentation as one site with search, in build/docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
 
 clean: ## remove .venv, caches and build outputs
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -62,7 +62,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         HUTBackendError: a factor is on the meta device (offloaded), or is not stored as itself
             (pruned, parametrized).
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from hut_kernels import adapter_state_dict, inject
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -97,7 +97,7 @@ def save_adapter(model: nn.Module, file: str | os.PathLike[str]) -> None:
         ValueError: the model has no HUT layer.
         HUTBackendError: as for `adapter_state_dict`.
 
-    Example:
+    Examples:
         >>> import os, tempfile
         >>> from torch import nn
         >>> from hut_kernels import adapter_options, inject, load_adapter, save_adapter

@@ -56,7 +56,7 @@ def inject(
         TypeError: a linear layer whose class has a `forward` of its own.
         HUTBackendError: a quantized, sharded or computed weight.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from hut_kernels import inject
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -132,7 +132,7 @@ def merge(model: nn.Module) -> nn.Module:
         TypeError: a layer has a `forward` of its own, such as accelerate's. The model is unchanged.
         ValueError: a layer was compiled by itself. The model is unchanged.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from hut_kernels import inject, merge
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

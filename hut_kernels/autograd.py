@@ -103,7 +103,7 @@ class HUTLinearFunction(_Function):
             parts.
         stored: How a quantized weight is stored; nothing for a dense one.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hut_kernels import HUTLinearFunction
         >>> from hut_kernels.layer import Spec

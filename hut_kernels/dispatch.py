@@ -30,7 +30,7 @@ def backends() -> dict[str, dict[str, object]]:
         For each of `torch`, `triton` and `cuda`: `available` (bool), `reason` (why not, or on what
         it runs) and, where there is one, `version`.
 
-    Example:
+    Examples:
         >>> from hut_kernels import backends
         >>> backends()["torch"]["reason"]
         'runs on every device of PyTorch'

@@ -52,7 +52,7 @@ class HUTExperts(nn.Module):
     Raises:
         ValueError, TypeError: as for `HUTLinear`.
 
-    Example:
+    Examples:
         >>> from hut_kernels import HUTExperts
         >>> HUTExperts(num_experts=4, in_features=8, out_features=6, r=2).hut_A.shape
         torch.Size([4, 2, 8])

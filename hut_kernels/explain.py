@@ -51,7 +51,7 @@ def explain(
             an unknown device.
         TypeError: A size that is no integer, a type that `hut_linear` does not take.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hut_kernels import explain
         >>> print(explain(512, 4096, 4096, 16, dtype=torch.bfloat16, device_name="A100"))

@@ -73,7 +73,7 @@ def hut_linear(
         HUTBackendError: If the backend cannot run here, if the weight is quantized or on the meta
             device, or if a tensor is sharded (a DTensor).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hut_kernels import hut_linear
         >>> x, weight = torch.randn(5, 24), torch.randn(16, 24)
@@ -136,7 +136,7 @@ def hut_weight(
     Raises:
         ValueError, TypeError, HUTBackendError: As `hut_linear`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hut_kernels import hut_weight
         >>> weight, hut_A, hut_B = torch.ones(16, 24), torch.ones(3, 24), torch.ones(16, 3)

@@ -63,7 +63,7 @@ def hut_grouped_linear(
         ValueError, TypeError, HUTBackendError: As `hut_linear`; ValueError also for offsets that
             decrease or reach beyond x.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hut_kernels import hut_grouped_linear
         >>> x, stack = torch.randn(5, 8), torch.randn(3, 6, 8)

@@ -163,7 +163,7 @@ class HUTLinear(nn.Module):
             real number, an option of LoRA's, or a type other than float16, bfloat16, float32 or
             float64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hut_kernels import HUTLinear
         >>> layer = HUTLinear(24, 16, r=4)
@@ -402,7 +402,7 @@ class HUTLinear(nn.Module):
             ValueError: a negative N or an unknown device.
             TypeError: an N that is not an integer.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from hut_kernels import HUTLinear
             >>> layer = HUTLinear(4096, 4096, r=16, device="meta", dtype=torch.bfloat16)

@@ -44,7 +44,7 @@ def parameter_groups(
         TypeError: they are not real numbers.
         HUTBackendError: the base weight of an adapted layer is offloaded or on the meta device.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from hut_kernels import inject, parameter_groups

@@ -27,12 +27,15 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages from outside docs/, and the files that any page links to."""
     for source, uri in PAGES.items():
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / source)))
-    for file in list(files.documentation_pages()):
-        for match in _LINK.finditer(file.content_string):
-            path = _in_repository(file.src_uri, match[2])
+    pages = list(files.documentation_pages())
+    for page in pages:  # grows: what a page links to may be a page with links of its own
+        for match in _LINK.finditer(page.content_string):
+            path = _in_repository(page.src_uri, match[2])
             uri = _in_site(path)
             if (ROOT / path).is_file() and files.get_file_from_path(uri) is None:
-                files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+                added = File.generated(config, uri, abs_src_path=str(ROOT / path))
+                files.append(added)
+                pages += [added] if added.is_documentation_page() else []
     return files
 
 
@@ -51,10 +54,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _in_repository(page: str, link: str) -> str:
     """Resolve a link as it stands in the page's file in the repository."""
-    outside = page in PAGES.values()
-    return posixpath.normpath(
-        link if outside else posixpath.join("docs", posixpath.dirname(page), link)
-    )
+    sources = {uri: source for source, uri in PAGES.items()}
+    in_docs = (ROOT / "docs" / page).is_file()
+    source = sources.get(page) or (f"docs/{page}" if in_docs else page)
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
 
 
 def _in_site(path: str) -> str:

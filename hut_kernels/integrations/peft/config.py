@@ -78,7 +78,7 @@ class HUTConfig(PeftConfig):
         ValueError: an option out of range, or where it has no part; names the option.
         TypeError: an option of LoRA's; names HUT's own.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from torch import nn
         >>> from hut_kernels.integrations.peft import HUTConfig

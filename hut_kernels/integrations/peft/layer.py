@@ -87,7 +87,7 @@ class HUTLayer(BaseTunerLayer):
         hut_form: `Form` of each.
         hut_rms: root mean square of W0 as it was, of the adapters with `scale_by_rms`.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from torch import nn
         >>> from hut_kernels.integrations.peft import HUTConfig

@@ -52,7 +52,7 @@ class HUTModel(BaseTuner):
     Raises:
         ValueError: a target that HUT cannot adapt; names it, with the reason.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from torch import nn
         >>> from hut_kernels.integrations.peft import HUTConfig
