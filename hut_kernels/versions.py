@@ -79,7 +79,6 @@ MISCOMPILES = (
         kernels=("forward", "grad_input"),
         reports="triton-lang/triton#10537, #10552",
         why="copies by cp.async reach a product in the loop without a proxy fence",
-        dtypes=("float16", "float32"),
     ),
     Miscompile(
         since="3.6.0",
