@@ -36,12 +36,12 @@ _ROOT = Path(__file__).parent
 
 
 class Impossible(Exception):
-    """Why the extension cannot be built here, in one sentence."""
+    """The reason why the extension cannot be built here, in one sentence."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What the extension is built with.
+    """The tools that the extension is built with.
 
     Attributes:
         nvcc: The CUDA compiler.

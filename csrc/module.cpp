@@ -8,7 +8,7 @@ PyMODINIT_FUNC PyInit__C() {
       PyModuleDef_HEAD_INIT, "_C", "CUDA kernels of hut_kernels, as torch.ops.hut_cuda.", -1,
       nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
-  // What the kernels are compiled for, such as "80 90 120+PTX".
+  // The architectures that the kernels are compiled for, such as "80 90 120+PTX".
   if (module && PyModule_AddStringConstant(module, "architectures", HUT_ARCHITECTURES) == 0 &&
       // The CUDA runtime that is linked in, such as 13000, which takes a driver as new.
       PyModule_AddIntConstant(module, "toolkit", CUDART_VERSION) == 0)

@@ -83,7 +83,7 @@ EffectiveBias writing(
           out.size(0)};
 }
 
-// Whether eight neighbors in a row can be moved at once: rows contiguous, each from 16 bytes.
+// True if eight neighbors in a row can be moved at once: rows contiguous, each from 16 bytes.
 bool packed(const void* data, int64_t row_stride, int64_t column_stride, int64_t element_size) {
   return column_stride == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
          row_stride * element_size % 16 == 0;

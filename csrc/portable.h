@@ -1,4 +1,4 @@
-// What kernels need of the compiler, so that nvcc and a host compiler read the same source.
+// The kernels' needs of the compiler, so that nvcc and a host compiler read the same source.
 //
 // A kernel's body is a template on its block: on the device that is `blockIdx`, `threadIdx` and the
 // barrier (device.cuh); in the tests it is an emulation on the CPU (tests/csrc/emulation.h).

@@ -14,7 +14,7 @@
 
 namespace hut {
 
-// What is summed: H0(m, n) gamma_n.
+// The summand: H0(m, n) gamma_n.
 HUT_HD float weighted(float G, float weight, float gamma) { return gamma * (G * weight); }
 
 HUT_HD float factor_gradient(const Multiplier& m, float gamma, float S) {

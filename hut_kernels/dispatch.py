@@ -202,7 +202,7 @@ def _cuda_version(number: int) -> str:
 
 
 def _extension_idle() -> str | None:
-    """Why the extension, though loaded, has nothing to run on."""
+    """Give the reason why the extension, though loaded, has nothing to run on, or None."""
     if not torch.cuda.is_available():
         return f"the compiled extension is loaded, for {architectures()}, but no CUDA device found"
     return _device_uncovered(None)

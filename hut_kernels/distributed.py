@@ -167,6 +167,9 @@ class HUTColwiseParallel(_HUTParallelStyle):
     Every rank has its rows of `weight`, `bias`, `hut_B`, `gamma` and `beta`, and all of `hut_A`,
     whose gradient is summed over the mesh.
 
+    The method is described in https://arxiv.org/abs/2409.13501; its residual form is HiRA
+    (https://openreview.net/pdf?id=TwJrTz9cRS).
+
     Args:
         input_layouts: how the input lies on the mesh; None means replicated. With `Shard(1)`, the
             sequence-parallel layout of `[batch, sequence, in_features]`, it is gathered first. A
@@ -179,6 +182,21 @@ class HUTColwiseParallel(_HUTParallelStyle):
         ValueError: `out_features` does not divide by the mesh's size, `two_sided` has more groups
             than a rank has rows, the mesh has several dimensions, or the layer has dropout.
         HUTBackendError: The layer is sharded already.
+
+    Examples:
+        Under `torchrun`, which tells each process of the others; here on a mesh of one:
+
+        >>> import torch
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from hut_kernels import HUTLinear
+        >>> from hut_kernels.distributed import HUTColwiseParallel
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> layer = parallelize_module(HUTLinear(24, 16, r=4), mesh, HUTColwiseParallel())
+        >>> layer.weight.placements
+        (Shard(dim=0),)
+        >>> layer(torch.randn(5, 24)).shape
+        torch.Size([5, 16])
     """
 
     layer_class = _ColwiseHUTLinear
@@ -190,6 +208,9 @@ class HUTRowwiseParallel(_HUTParallelStyle):
 
     Every rank has its columns of `weight` and `hut_A`, and all of `bias`, `hut_B`, `gamma` and
     `beta`, whose gradients are summed over the mesh.
+
+    The method is described in https://arxiv.org/abs/2409.13501; its residual form is HiRA
+    (https://openreview.net/pdf?id=TwJrTz9cRS).
 
     Args:
         input_layouts: how the input lies on the mesh; None means sharded on its last dimension, as
@@ -203,6 +224,21 @@ class HUTRowwiseParallel(_HUTParallelStyle):
         ValueError: `in_features` does not divide by the mesh's size, `two_sided` has more groups
             than a rank has columns, the mesh has several dimensions, or the layer has dropout.
         HUTBackendError: The layer is sharded already.
+
+    Examples:
+        Under `torchrun`, which tells each process of the others; here on a mesh of one:
+
+        >>> import torch
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor.parallel import parallelize_module
+        >>> from hut_kernels import HUTLinear
+        >>> from hut_kernels.distributed import HUTRowwiseParallel
+        >>> mesh = init_device_mesh("cpu", (1,))
+        >>> layer = parallelize_module(HUTLinear(24, 16, r=4), mesh, HUTRowwiseParallel())
+        >>> layer.weight.placements
+        (Shard(dim=1),)
+        >>> layer(torch.randn(5, 24)).shape
+        torch.Size([5, 16])
     """
 
     layer_class = _RowwiseHUTLinear

@@ -106,11 +106,11 @@ class HUTExperts(nn.Module):
 
     @property
     def scale_shift(self) -> bool:
-        """Whether there are `gamma` and `beta`."""
+        """True if there are `gamma` and `beta`."""
         return self.gamma is not None
 
     def named_factors(self) -> list[tuple[str, nn.Parameter]]:
-        """What is trained: `hut_A`, `hut_B` and, with `scale_shift`, `gamma` and `beta`."""
+        """The trained parameters: `hut_A`, `hut_B` and, with `scale_shift`, `gamma` and `beta`."""
         return list(self.named_parameters())
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class HUTExperts(nn.Module):
             self.beta.zero_()
 
     def active_factors(self) -> list[Factors]:
-        """What the experts' module multiplies with."""
+        """The factors that the experts' module multiplies with."""
         options = {"transform": self.transform, "offset": self.offset, "scaling": self.scaling}
         return [
             Factors(self.hut_A, self.hut_B, self.gamma, self.beta, options | {"fused": self.fused})

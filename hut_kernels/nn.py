@@ -735,7 +735,7 @@ def check_linear(linear: nn.Module) -> None:
 
 
 def _is_parameter(tensor: Any) -> TypeGuard[nn.Parameter]:
-    """Whether it is PyTorch's own parameter, or a memory estimator's stand-in for one."""
+    """Tell PyTorch's own parameter, or a memory estimator's stand-in for one."""
     kind = type(tensor)
     fake = kind.__name__ == "FakeTensor" and isinstance(tensor, nn.Parameter)
     return kind is nn.Parameter or fake

@@ -108,7 +108,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of a configuration says, and the rules it breaks."""
+    """The machine code of a configuration in figures, and the rules it breaks."""
 
     config: Config
     registers: int
@@ -148,7 +148,7 @@ def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
 
 
 def _stands_for_others(variant: str, kernel: str, dtype: str, r: int, last: bool) -> bool:
-    """Which variants are compiled: those of 16 bits, which are what the planner mostly runs."""
+    """Tell the variants to compile: those of 16 bits, which are what the planner mostly runs."""
     if variant in ("plain", "nf4"):
         return True
     if variant in STORED:
@@ -345,7 +345,7 @@ def _products(lines: list[str]) -> int:
 
 
 def _multiplications(lines: list[str], warps: int) -> int:
-    """What the warps' `HMMA.16816` and warp groups' `HGMMA.64x128x16` multiply, all together."""
+    """Multiplications of the warps' `HMMA.16816` and warp groups' `HGMMA.64x128x16` together."""
     total = 0
     for line in lines:
         if shape := re.search(r"\bHMMA\.(16)(8)(\d+)\.", line):
@@ -504,7 +504,7 @@ def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:
 
 
 def _planned(config: Config) -> bool:
-    """Whether the planner ever chooses this variant: unaligned products it leaves to the BLAS."""
+    """Tell a variant that the planner ever chooses: unaligned products it leaves to the BLAS."""
     if config.variant != "unaligned" or config.kernel not in PRODUCTS:
         return True
     device = next(d for d in devices.DEVICES if d.arch == config.arch)
@@ -514,7 +514,7 @@ def _planned(config: Config) -> bool:
 
 
 def _passed_by(config: Config) -> bool:
-    """Whether the planner runs something else, since this Triton miscompiles the kernel."""
+    """Tell a kernel that the planner passes by, since this Triton miscompiles it."""
     return any(
         config.kernel in known.kernels and known.concerns(_dtype_name(config))
         for known in versions.miscompiled(triton.__version__, config.arch)

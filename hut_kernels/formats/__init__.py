@@ -1,4 +1,4 @@
-"""How a frozen weight may be stored, one file each; docs/quantized.md.
+"""The formats in which a frozen weight may be stored, one file each; docs/quantized.md.
 
 A dense weight is a plain tensor, and stays one. `Stored` is one that a Triton kernel and PyTorch
 read a piece at a time: `four_bit.py`, `int8.py`. Any other tensor that dequantizes itself is made
@@ -109,7 +109,7 @@ def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is no plain one, but can be read.
+    """Tell a weight that is not a plain one, but can be read.
 
     Raises:
         HUTBackendError: As `stored`.
@@ -119,7 +119,7 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def _dequantizes(kind: type[Tensor]) -> bool:
-    """Whether a subclass has a method `dequantize` of its own; Tensor has one that does nothing."""
+    """Tell a subclass with a method `dequantize` of its own; Tensor has one that does nothing."""
     own = inspect.getattr_static(kind, "dequantize")
     return own is not inspect.getattr_static(Tensor, "dequantize") and not isinstance(
         own, staticmethod

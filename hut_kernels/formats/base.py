@@ -73,7 +73,7 @@ class Stored:
 
     @property
     def device(self) -> torch.device:
-        """Where the codes are."""
+        """The device of the codes."""
         return self.data.device
 
     @property

@@ -85,7 +85,7 @@ class FourBit(Stored):
 
 
 class RepackedFourBit(FourBit):
-    """What an evaluation on an AVX512 CPU makes of a bitsandbytes weight, in place.
+    """A bitsandbytes weight as an evaluation on an AVX512 CPU leaves it, changed in place.
 
     Byte `[n, k, j]` of `[out / 32, in / 2, 32]` holds column `2 k + j % 2` of two rows of block n:
     row `j // 2` in its low half, row `16 + j // 2` in its high half. absmax is rounded to bfloat16

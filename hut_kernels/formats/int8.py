@@ -26,7 +26,7 @@ class Int8Rows(Stored):
 
     @property
     def over_127(self) -> bool:
-        """Whether the product with the scale is divided by 127."""
+        """True if the product with the scale is divided by 127."""
         return bool(self.form.sizes[2])
 
     def _values(self, rows: slice) -> Tensor:

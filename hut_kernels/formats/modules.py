@@ -47,7 +47,7 @@ def compute_dtype(linear: Any) -> torch.dtype | None:
 
 
 def multiplies_only(linear: nn.Module) -> bool:
-    """Whether the forward of a layer's class is a product with its weight, quantized or not."""
+    """Tell a layer whose class's forward is a product with its weight, quantized or not."""
     forward = type(linear).forward
     return forward is nn.Linear.forward or any(
         vars(base).get("forward") is forward
@@ -107,7 +107,7 @@ def forget_quantization(model: Any) -> None:
 
 
 def statistics(weight: Any) -> dict[str, Tensor]:
-    """What a checkpoint holds of a quantized weight beside its codes, as its library names it."""
+    """A quantized weight's entries in a checkpoint beside its codes, as its library names them."""
     if getattr(weight, "quant_state", None) is not None:
         entries = weight.quant_state.as_dict(packed=True)
         return {f"weight.{name}": value.detach() for name, value in entries.items()}

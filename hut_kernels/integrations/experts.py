@@ -35,7 +35,7 @@ _REFUSED = ("deepgemm", "deepgemm_megamoe", "sonicmoe")
 
 
 class Adapted(Protocol):
-    """What an experts module finds the factors of one of its parameters by."""
+    """The object by which an experts module finds the factors of one of its parameters."""
 
     def active_factors(self) -> list[Factors]:
         """The adapters that apply now; none where they are off or merged."""
@@ -233,7 +233,7 @@ def _keep_chosen(experts: nn.Module, args: tuple) -> None:
 
 
 def _is_dispatched(experts: Any) -> bool:
-    """Whether the forward that the module runs asks the interface that ours is registered in.
+    """Tell a module whose forward asks the interface that ours is registered in.
 
     A class that writes forward anew asks none; FP8 experts ask one of their own.
     """
@@ -317,7 +317,7 @@ def _project(
 
 
 class _Route(NamedTuple):
-    """How tokens reach their experts.
+    """The tokens' way to their experts.
 
     Attributes:
         token: the token of each row, `[S]`.

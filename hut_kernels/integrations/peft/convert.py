@@ -48,9 +48,29 @@ _SHARED = (
 class ConvertedAdapter:
     """A PEFT adapter in memory.
 
+    The method is described in https://arxiv.org/abs/2409.13501; its residual form is HiRA
+    (https://openreview.net/pdf?id=TwJrTz9cRS).
+
     Attributes:
         config: its configuration.
         state_dict: its tensors, under the names of PEFT's adapter files.
+
+    Examples:
+        >>> import pathlib, tempfile
+        >>> from torch import nn
+        >>> from hut_kernels import inject, save_adapter
+        >>> from hut_kernels.integrations.peft import from_native
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> _ = inject(model, ["0"], r=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder) / "adapter.safetensors"
+        ...     save_adapter(model, file)
+        ...     adapter = from_native(file)
+        >>> adapter.config.r, sorted(adapter.state_dict)
+        (4, ['base_model.model.0.hut_A', 'base_model.model.0.hut_B'])
+        >>> base = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> type(adapter.apply(base).base_model).__name__
+        'HUTModel'
     """
 
     config: Any

@@ -83,7 +83,7 @@ class ParamWrapper(nn.Module, HUTLayer):
         return self.base_layer(*args, **kwargs)
 
     def active_factors(self) -> list[Factors]:
-        """What the experts' module multiplies with; nothing where adapters are off or merged."""
+        """The factors that the module multiplies with; none where adapters are off or merged."""
         if self.disable_adapters or self.merged:
             return []
         return [self._factors(name) for name in self._active_here()]

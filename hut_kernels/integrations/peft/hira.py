@@ -86,6 +86,9 @@ def _fused_class(kind: Any) -> type[nn.Module]:
 class HiraReport:
     """The layers that `accelerate_hira` fused and those that it left, by name.
 
+    The method is described in https://arxiv.org/abs/2409.13501; its residual form is HiRA
+    (https://openreview.net/pdf?id=TwJrTz9cRS).
+
     Attributes:
         fused: layers whose active adapter now runs through the fused layer.
         conditional: patched layers that are on PEFT's path in their present state, or in training,
@@ -95,6 +98,17 @@ class HiraReport:
             updates below about 2^-9 of a weight.
         mended: patched layers over quantized weights that PEFT's own forward computes wrongly, and
             why.
+
+    Examples:
+        >>> from peft import HiraConfig, get_peft_model
+        >>> from torch import nn
+        >>> from hut_kernels.integrations.peft import accelerate_hira
+        >>> base = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> report = accelerate_hira(get_peft_model(base, HiraConfig(r=4, target_modules=["0"])))
+        >>> report.fused
+        ('base_model.model.0',)
+        >>> print(report)
+        1 HiRA layers fused
     """
 
     fused: tuple[str, ...]
@@ -215,7 +229,7 @@ def _unfusible(layer: Any) -> str | None:
 
 
 def _unfused(layer: Any) -> str | None:
-    """Why an accelerated layer runs PEFT's forward in its present state, or None."""
+    """Give the reason why an accelerated layer now runs PEFT's own forward, or None."""
     base = layer.base_layer
     if is_watched(base):
         return "its base layer carries hooks"
@@ -232,7 +246,7 @@ def _unfused(layer: Any) -> str | None:
 
 
 def _off_path(layer: Any) -> str | None:
-    """Why a layer in its present state is not one product, or None."""
+    """Give the reason why a layer in its present state is not one product, or None."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
@@ -250,7 +264,7 @@ def _is_quantized(layer: Any) -> bool:
 
 
 def _wrong_in_peft(layer: Any) -> str | None:
-    """Why PEFT's own forward computes a layer over a quantized base wrongly, or None."""
+    """Give the reason why PEFT computes a layer over a quantized base wrongly, or None."""
     if type(layer) is hira.Linear:
         return "PEFT multiplies the stored codes, for the model does not say that it is quantized"
     stored = formats.stored(matrix(layer.base_layer))

@@ -185,7 +185,7 @@ class HUTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Where LoRA takes an adapter for each row of a batch; here they are refused, not ignored.
+        """Refuse an adapter for each row of a batch, which LoRA takes, rather than ignore it.
 
         Raises:
             ValueError: `adapter_names` is given.

@@ -112,7 +112,7 @@ class QuantizedLinear(Linear):
         return weight.to(dtype), None if shift is None else shift.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds to the dequantized weight, detached and in float32."""
+        """The adapter's addition to the dequantized weight, detached and in float32."""
         W0 = matrix(self.base_layer)
         delta = self._adapter_weight(adapter_name, W0, torch.float32)
         return delta - formats.dense(W0, torch.float32)
