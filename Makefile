@@ -88,7 +88,7 @@ slots: $(call ready,test) ## what each kernel's machine code must cost, beside a
 	$(PY) -m tools.slots $(ARGS)
 
 ptx: $(call ready,test) ## run the PTX of every compiled kernel on the CPU: numbers, races, bounds
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/ptx -m ptx -n $(JOBS) --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/ptx -m ptx -n $(JOBS) $(ARGS)
 
 ext: $(call ready,dev) ## compile the CUDA extension in place (nvcc, no GPU; TORCH_CUDA_ARCH_LIST)
 	HUT_KERNELS_CUDA=1 $(PY) setup.py -q build_ext --inplace --build-temp build/ext
