@@ -29,7 +29,13 @@ NAMES = {  # of the metrics, each of which is shown a hundredfold
     "pearson": "Pearson correlation × 100",
     "bleu": "BLEU",
 }
-COLOR = {**COLORS, "probe": COLORS["frozen"]}
+COLOR = {
+    **COLORS,
+    "probe": COLORS["frozen"],
+    "hut_low_rank_scaled": COLORS["hut_low_rank"],
+    "hut_paper_grouped": COLORS["hut_paper"],
+}
+DASHED = ("hut_low_rank", "hut_paper")  # the plain rate, in the color of the one that is LoRA's
 # Student's t for 95 %, by the number of values: with three, the normal's 1.96 would flatter.
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 POINTS = 32  # of a loss curve
@@ -92,7 +98,7 @@ def sweep_of(rows: Sequence[Row], metric: str) -> str:
     most = max(len(row["sweep"]) for row in rows)
     cells = [
         [
-            f"{one['rate']:g}: {100 * one['validation'][metric]:.1f}"
+            f"{one['rate']:g}: {100 * one['validation'][metric]['mean']:.1f}"
             + ("*" if one["rate"] == row["rate"] else " ")
             for one in row["sweep"]
         ]
@@ -160,12 +166,11 @@ def _or_dash(value: Any, form: Any, dash: str = "–") -> str:
 def picture(file: Path, rows: Sequence[Row], metric: str) -> None:
     """Training losses, test scores, and what each learning rate gave."""
     with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(
-            1, 3, figsize=(13, 4), width_ratios=(1.3, 0.9, 1.1), layout="constrained"
-        )
-        _losses(left, rows)
-        _scores(middle, rows, metric)
-        _sweep(right, rows, metric)
+        figure, axes = plt.subplots(2, 2, figsize=(13, 8.5), layout="constrained")
+        _losses(axes[0][0], rows)
+        _scores(axes[0][1], rows, metric)
+        _sweep(axes[1][0], rows, "loss", "loss", 1)
+        _sweep(axes[1][1], rows, metric, NAMES[metric], 100)
         figure.savefig(file, dpi=150)
         plt.close(figure)
 
@@ -180,7 +185,7 @@ def _losses(axes: Axes, rows: Sequence[Row]) -> None:
         ends = np.linspace(0, steps, min(POINTS, steps) + 1).astype(int)[1:]
         values = np.array([_means(curve, ends) for curve in curves])
         label = f"{row['label']}, rate {row['rate']:g}"
-        axes.plot(ends, values.mean(0), color=COLOR[row["method"]], label=label)
+        axes.plot(ends, values.mean(0), **_line(row), label=label)
         axes.fill_between(
             ends, values.min(0), values.max(0), color=COLOR[row["method"]], alpha=0.15, linewidth=0
         )
@@ -218,12 +223,26 @@ def _scores(axes: Axes, rows: Sequence[Row], metric: str) -> None:
     axes.set(title=f"On the test part{interval}", xlabel=NAMES[metric])
 
 
-def _sweep(axes: Axes, rows: Sequence[Row], metric: str) -> None:
+def _sweep(axes: Axes, rows: Sequence[Row], key: str, name: str, times: float) -> None:
+    """Means over the seeds, with the range between them; a star where the rate is the best."""
     for row in rows:
-        rates = [one["rate"] for one in row["sweep"]]
-        values = [100 * one["validation"][metric] for one in row["sweep"]]
-        axes.plot(rates, values, "o-", color=COLOR[row["method"]], markersize=4)
-        axes.plot(row["rate"], max(values), "*", color=COLOR[row["method"]], markersize=12)
+        found = [(one["rate"], one["validation"][key]) for one in row["sweep"]]
+        rates = [rate for rate, _ in found]
+        means = [times * scores["mean"] for _, scores in found]
+        best = means[rates.index(row["rate"])]
+        axes.plot(rates, means, marker="o", **_line(row), markersize=4, label=row["label"])
+        axes.plot(row["rate"], best, "*", color=COLOR[row["method"]], markersize=12)
+        low, high = ([times * end(q["values"]) for _, q in found] for end in (min, max))
+        axes.fill_between(rates, low, high, color=COLOR[row["method"]], alpha=0.12, linewidth=0)
     axes.set_xscale("log")
-    axes.set(title="What each learning rate gave", xlabel="learning rate (* the best)")
-    axes.set_ylabel(f"{NAMES[metric]}, validation; colors as on the left")
+    axes.set(
+        title="On the validation part, at each learning rate",
+        xlabel="learning rate (log; * the best by the metric)",
+        ylabel=name,
+    )
+    axes.legend(fontsize=8)
+
+
+def _line(row: Row) -> Row:
+    dashed = row["method"] in DASHED
+    return {"color": COLOR[row["method"]], "linestyle": "--" if dashed else "-"}

@@ -1,6 +1,7 @@
 """Fine-tune a text model with HUT, LoRA and HiRA, each at its best learning rate, and compare them.
 
     python -m examples.finetune_text                             # downloads nothing
+    python -m examples.finetune_text --rates 1e-3 3e-3 1e-2 3e-2 1e-1   # all of them, every seed
     python -m examples.finetune_text --preset glue --subset cola
     python -m examples.finetune_text --model NAME --dataset NAME
 
@@ -14,6 +15,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +51,7 @@ from benchmarks.measure import (
 from benchmarks.progress import Progress
 from examples import finetune_report as report
 from examples import texts
+from hut_kernels import parameter_groups
 from hut_kernels.integrations.peft import HUTConfig
 
 Row = dict[str, Any]
@@ -72,24 +75,31 @@ class Method:
         config: Makes PEFT's configuration for a rank; None trains the head alone.
         decays: Whether weight decay pulls the model back to the pre-trained one. Where T is the
             product of factors that start at 1, it would pull to weights of 0.
+        grouped: Whether the rate is given to `parameter_groups`, which makes the tensors' own.
     """
 
     label: str
     rates: tuple[float, ...]
     config: Callable[[int], PeftConfig] | None = None
     decays: bool = True
+    grouped: bool = False
+
+
+def _paper(r: int) -> HUTConfig:
+    return HUTConfig(r=r, transform="two_sided", scale_shift=True)
 
 
 METHODS = {
     "probe": Method("linear probe", (3e-2, 1e-1)),
     "lora": Method("LoRA", (1e-3, 3e-3), lambda r: LoraConfig(r=r, lora_alpha=r)),
-    "hut_low_rank": Method("HUT low_rank", (1e-2, 3e-2), lambda r: HUTConfig(r=r)),
-    "hut_paper": Method(
-        "HUT paper's form",
-        (3e-3, 1e-2),
-        lambda r: HUTConfig(r=r, transform="two_sided", scale_shift=True),
-        decays=False,
+    "hut_low_rank_scaled": Method(
+        "HUT low_rank, scale_by_rms", (3e-3, 1e-2), lambda r: HUTConfig(r=r, scale_by_rms=True)
     ),
+    "hut_low_rank": Method("HUT low_rank", (1e-2, 3e-2), lambda r: HUTConfig(r=r)),
+    "hut_paper_grouped": Method(
+        "HUT paper's form, parameter_groups", (3e-3, 1e-2), _paper, decays=False, grouped=True
+    ),
+    "hut_paper": Method("HUT paper's form", (3e-3, 1e-2), _paper, decays=False),
     "hira": Method("HiRA", (1e-2, 3e-2), lambda r: HiraConfig(r=r)),
 }
 
@@ -111,6 +121,8 @@ class Recipe:
         head_rate: One learning rate for the head beside every adapter: where it follows the
             adapter's, a method that wants a larger one is given a better head as well.
         rungs: How far up `LADDER` every method's first rates are moved.
+        rates: Rates at which every adapter is trained with every seed; None looks for the best
+            one, beginning with the method's own.
         tried: The most rates that are tried for a method.
         seeds: Trainings at the best rate.
         scored: The most rows of the other parts; None for all.
@@ -130,6 +142,7 @@ class Recipe:
     weight_decay: float = 0.0
     head_rate: float = 3e-2
     rungs: int = 0
+    rates: tuple[float, ...] | None = None
     tried: int = 6
     seeds: int = 3
     scored: int | None = None
@@ -187,11 +200,6 @@ class Score:
     value: float
     loss: float
 
-    @property
-    def goodness(self) -> tuple[float, float]:
-        """To compare by: value, then loss, where one that is not a number is the worst."""
-        return self.value, -self.loss if math.isfinite(self.loss) else -math.inf
-
     def as_row(self, metric: str) -> Row:
         return {metric: self.value, "loss": self.loss}
 
@@ -213,15 +221,19 @@ class Run:
 
 @dataclass
 class Study:
-    """A method's runs: one per rate that was tried, and one per seed at the best rate.
+    """A method's runs at each rate that was tried: at the best one, with every seed.
 
     `model` is that of the best rate and seed 0.
     """
 
     r: int | None
-    tried: dict[float, Run]
-    runs: list[Run]
+    tried: dict[float, list[Run]]
     model: nn.Module
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those at the best rate."""
+        return self.tried[best_of(self.tried)]
 
 
 class Bench:
@@ -296,11 +308,9 @@ class Bench:
         if parameters := [*adapter, *head]:
             head_rate = self.recipe.head_rate if adapter else rate
             decay = self.recipe.weight_decay
-            groups = [
-                *by_decay(adapter, rate, decay if method.decays else 0.0),
-                *by_decay(head, head_rate, decay),
-            ]
-            optimizer = torch.optim.AdamW(groups)
+            own = decay if method.decays else 0.0
+            groups = grouped(model, rate, own) if method.grouped else by_decay(adapter, rate, own)
+            optimizer = torch.optim.AdamW([*groups, *by_decay(head, head_rate, decay)])
             schedule = get_linear_schedule_with_warmup(
                 optimizer, round(self.recipe.warm_up * self.steps), self.steps
             )
@@ -376,39 +386,46 @@ class Bench:
 
     def study(self, method: Method) -> Study:
         """Finds a method's best rate on the validation part, and trains there with every seed."""
-        recipe, r = self.recipe, self.even_rank(method)
-        planned = recipe.tried + recipe.seeds - 1
-        tried: dict[float, Run] = {}
-        runs: list[Run] = []
+        recipe, r, first = self.recipe, self.even_rank(method), self.first_rates(method)
+        swept = recipe.rates is not None and method.config is not None
+        most = max(recipe.tried, len(first))
+        planned = most * recipe.seeds if swept else most + recipe.seeds - 1
+        tried: dict[float, list[Run]] = {}
+        finished: list[Run] = []
         with Progress(method.label, planned) as progress:
 
             def train(rate: float, seed: int) -> tuple[Run, nn.Module]:
-                done = len(tried) + seed
+                done = len(finished)
 
                 def show(share: float, note: str) -> None:
                     progress.to(min(done + share, planned), f"rate {rate:g}, seed {seed}, {note}")
 
-                return self.train(method, r, rate, seed, show)
+                run, model = self.train(method, r, rate, seed, show)
+                finished.append(run)
+                return run, model
 
-            while (rate := next_rate(tried, self.first_rates(method), recipe.tried)) is not None:
-                run, model = train(rate, 0)
-                tried[rate] = run
-                if run is best_of(tried):
-                    kept = model
+            while (rate := next_rate(tried, first, most)) is not None:
+                made = [train(rate, seed) for seed in range(recipe.seeds if swept else 1)]
+                tried[rate] = [run for run, _ in made]
+                if rate == best_of(tried):
+                    kept = [model for _, model in made]
             best = best_of(tried)
-            best.test = self.score(kept, "test")
-            runs.append(best)
-            for seed in range(1, recipe.seeds):
-                run, model = train(best.rate, seed)
+            runs = tried[best]
+            for run, model in zip(runs, kept, strict=True):
+                run.test = self.score(model, "test")
+            for seed in range(len(runs), recipe.seeds):
+                run, model = train(best, seed)
                 run.test = self.score(model, "test")
                 runs.append(run)
-            progress.to(planned, f"best rate {best.rate:g}")
-        return Study(r, tried, runs, kept)
+            progress.to(planned, f"best rate {best:g}")
+        return Study(r, tried, kept[0])
 
     def first_rates(self, method: Method) -> list[float]:
-        """The method's rates, moved as the recipe says; one where there is nothing to train."""
+        """The rates to begin with; one where there is nothing to train."""
         if method.config is None and self.task.kind == "text":
             return [0.0]
+        if self.recipe.rates is not None and method.config is not None:
+            return list(self.recipe.rates)
         return [rung(rate, self.recipe.rungs) for rate in method.rates]
 
     def costs(self, studies: Mapping[str, Study]) -> dict[str, Row]:
@@ -518,6 +535,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     add("--weight-decay", type=float, help="of matrices")
     add("--head-rate", type=float, help="learning rate of the head beside an adapter")
     add("--rungs", type=int, help="moves every method's learning rates up (about 3x each) or down")
+    add("--rates", type=float, nargs="+", help="train at all of these, with every seed")
     add("--tried", type=int, help="the most rates that are tried for a method")
     add("--seeds", type=int, help="trainings at the best rate")
     add("--scored", type=int, help="the most rows to score on")
@@ -534,7 +552,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     if options.model:
         recipe = replace(recipe, target=None)  # the preset's names are those of its own model
     own = {f.name: getattr(options, f.name) for f in fields(Recipe)}
+    own["rates"] = options.rates and tuple(sorted(options.rates))
     recipe = replace(recipe, **{key: value for key, value in own.items() if value is not None})
+    if recipe.rates is not None and recipe.rates[0] <= 0:
+        parser.error(f"--rates must be more than 0; got {recipe.rates[0]:g}")
     for name in ("r", "batch", "epochs", "max_length", "tried", "seeds"):
         if getattr(recipe, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
@@ -595,18 +616,30 @@ def by_decay(parameters: list[nn.Parameter], rate: float, decay: float) -> list[
     ]
 
 
+def grouped(model: nn.Module, rate: float, decay: float) -> list[Row]:
+    """The groups of `parameter_groups` without the head, which has a rate of its own."""
+    head = {id(p) for p in trained(model, head=True)}
+    groups = parameter_groups(model, rate, weight_decay=decay)
+    without = [
+        group | {"params": [p for p in group["params"] if id(p) not in head]} for group in groups
+    ]
+    return [group for group in without if group["params"]]
+
+
 def rung(rate: float, steps: int) -> float:
     """The rate that stands so many rungs above `rate` on the ladder."""
     return LADDER[min(range(len(LADDER)), key=lambda i: abs(LADDER[i] / rate - 1)) + steps]
 
 
-def next_rate(tried: Mapping[float, Run], first: Sequence[float], most: int) -> float | None:
+def next_rate(
+    tried: Mapping[float, Sequence[Run]], first: Sequence[float], most: int
+) -> float | None:
     """The next rate to try: the first ones, then beyond the best while that stands at an end."""
     if len(tried) >= most:
         return None
     if left := [rate for rate in first if rate not in tried]:
         return left[0]
-    best = best_of(tried).rate
+    best = best_of(tried)
     if best == max(tried) and best > 0:
         return rung(best, 1)
     if best == min(tried) and best > 0:
@@ -614,29 +647,46 @@ def next_rate(tried: Mapping[float, Run], first: Sequence[float], most: int) -> 
     return None
 
 
-def best_of(tried: Mapping[float, Run]) -> Run:
-    return max(tried.values(), key=lambda run: run.validation.goodness)
+def best_of(tried: Mapping[float, Sequence[Run]]) -> float:
+    """The rate with the best runs on the validation part."""
+    return max(tried, key=lambda rate: goodness(tried[rate]))
+
+
+def goodness(runs: Sequence[Run]) -> tuple[float, float]:
+    """To compare rates by: mean value, then loss, where one that is not a number is the worst."""
+    loss = statistics.fmean(run.validation.loss for run in runs)
+    value = statistics.fmean(run.validation.value for run in runs)
+    return value, -loss if math.isfinite(loss) else -math.inf
 
 
 def row_of(name: str, study: Study, metric: str) -> Row:
     """A method's entry of the record."""
-    best = study.runs[0]
+    runs, rate = study.runs, best_of(study.tried)
     return {
         "method": name,
-        "label": METHODS[name].label if best.losses else "nothing trained",
+        "label": METHODS[name].label if runs[0].losses else "nothing trained",
         "r": study.r,
         "trainable": sum(p.numel() for p in trained(study.model, head=False)),
         "head": sum(p.numel() for p in trained(study.model, head=True)),
         "adapter_bytes": adapter_bytes(study.model),
-        "rate": best.rate,
-        "on_edge": best.rate in (min(study.tried), max(study.tried)),
-        metric: report.interval([run.test.value for run in study.runs if run.test]),
-        "loss": report.interval([run.test.loss for run in study.runs if run.test]),
+        "rate": rate,
+        "on_edge": rate in (min(study.tried), max(study.tried)),
+        metric: report.interval([run.test.value for run in runs if run.test]),
+        "loss": report.interval([run.test.loss for run in runs if run.test]),
         "sweep": [
-            {"rate": rate, "validation": study.tried[rate].validation.as_row(metric)}
+            {"rate": rate, "validation": validation_of(study.tried[rate], metric)}
             for rate in sorted(study.tried)
         ],
-        "runs": [run.as_row(metric) for run in study.runs],
+        "runs": [run.as_row(metric) for run in runs],
+    }
+
+
+def validation_of(runs: Sequence[Run], metric: str) -> Row:
+    """The scores at a rate, over its seeds."""
+    scores = [run.validation for run in runs]
+    return {
+        metric: report.interval([score.value for score in scores]),
+        "loss": report.interval([score.loss for score in scores]),
     }
 
 

@@ -13,7 +13,16 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from examples import finetune_report, finetune_text
-from examples.finetune_text import METHODS, PRESETS, Run, Score, next_rate, parse
+from examples.finetune_text import (
+    METHODS,
+    PRESETS,
+    Run,
+    Score,
+    best_of,
+    goodness,
+    next_rate,
+    parse,
+)
 
 SMALL = ["--batch", "8", "--r", "4", "--tried", "3", "--seeds", "2", "--device", "cpu"]
 
@@ -49,11 +58,17 @@ def test_every_method_goes_through_the_same_loop(classified):
         assert len(row["runs"]) == len(row["accuracy"]["values"]) == 2
         assert {len(run["losses"]) for run in row["runs"]} == {record["steps"]}
         assert 2 <= len(row["sweep"]) <= 3
-        best = max(row["sweep"], key=lambda one: one["validation"]["accuracy"])
-        assert best["validation"]["accuracy"] == row["runs"][0]["validation"]["accuracy"]
+        assert_chosen(row, "accuracy")
         assert 0 < row["step"]["p20"] <= row["step"]["median"] <= row["step"]["p80"]
         assert row["peak_bytes"] > 0
         assert row["runs"][0]["losses"] != row["runs"][1]["losses"]
+
+
+def assert_chosen(row, metric):
+    """Its runs are those of the rate with the best score at seed 0, and the sweep holds them."""
+    scores = {one["rate"]: one["validation"][metric]["values"] for one in row["sweep"]}
+    assert scores[row["rate"]] == [run["validation"][metric] for run in row["runs"]]
+    assert scores[row["rate"]][0] == max(values[0] for values in scores.values())
 
 
 def test_what_was_done_is_kept_when_the_rest_breaks_off(tmp_path, bert, tastes, monkeypatch):
@@ -81,7 +96,10 @@ def test_methods_are_even(classified):
     # Query and value of one layer, 32 to 32; the paper's form trades a rank for scale and shift.
     assert {row["trainable"] for row in adapters} == {2 * 4 * 64}
     assert {row["head"] for row in rows.values()} == {2 * 32 + 2}
-    assert {row["method"]: row["r"] for row in adapters if row["r"] != 4} == {"hut_paper": 3}
+    assert {row["method"]: row["r"] for row in adapters if row["r"] != 4} == {
+        "hut_paper": 3,
+        "hut_paper_grouped": 3,
+    }
     assert rows["probe"]["trainable"] == 0
     size = 4 * (2 * 4 * 64 + 66)
     assert all(size < row["adapter_bytes"] < size + 4000 for row in adapters)
@@ -235,8 +253,7 @@ def scored_by(metric, folder, arguments):
         assert row[metric]["margin"] is not None
         assert row["runs"][0]["test"][metric] == row[metric]["values"][0]
         assert "accuracy" not in row
-        best = max(one["validation"][metric] for one in row["sweep"])
-        assert best == row["runs"][0]["validation"][metric]
+        assert_chosen(row, metric)
     return record
 
 
@@ -325,7 +342,7 @@ def test_an_answer_may_repeat_the_prompt_but_not_itself():
 
 def runs(**accuracies):
     rates = {float(name.removeprefix("r").replace("_", "e-")): a for name, a in accuracies.items()}
-    return {rate: Run(rate, 0, [], Score(a, 1.0)) for rate, a in rates.items()}
+    return {rate: [Run(rate, 0, [], Score(a, 1.0))] for rate, a in rates.items()}
 
 
 def test_rates_are_tried_beyond_the_best_while_it_stands_at_an_end():
@@ -339,8 +356,54 @@ def test_rates_are_tried_beyond_the_best_while_it_stands_at_an_end():
 
 
 def test_a_run_that_diverged_is_never_the_best():
-    good, bad = Score(0.5, 9.0), Score(0.5, math.nan)
-    assert good.goodness > bad.goodness
+    good, bad = Run(1e-3, 0, [], Score(0.5, 9.0)), Run(1e-3, 1, [], Score(0.5, math.nan))
+    assert goodness([good, good]) > goodness([good, bad])
+
+
+def test_rates_are_compared_over_their_seeds():
+    low, high = (Run(1e-3, 0, [], Score(value, 1.0)) for value in (0.5, 0.7))
+    assert best_of({1e-3: [low, high], 3e-3: [high, high], 1e-2: [high, low]}) == 3e-3
+
+
+def test_all_of_the_given_rates_are_trained_with_every_seed(tmp_path, bert, tastes):
+    pytest.importorskip("datasets")
+    data = ["--model", bert, "--dataset", tastes, "--epochs", "0.1", "--rates", "1e-1", "1e-3"]
+    assert finetune_text.main([*data, *SMALL, "--tried", "2", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "finetune.json").read_text())
+    assert record["recipe"]["rates"] == [1e-3, 1e-1]
+    for row in record["methods"][1:]:
+        assert [one["rate"] for one in row["sweep"]] == [1e-3, 1e-1]
+        for one in row["sweep"]:
+            for scores in one["validation"].values():
+                assert len(scores["values"]) == 2
+        best = max(row["sweep"], key=lambda one: one["validation"]["accuracy"]["mean"])
+        at_best = [run["validation"]["accuracy"] for run in row["runs"]]
+        assert best["validation"]["accuracy"]["mean"] == statistics.fmean(at_best)
+    with pytest.raises(SystemExit):
+        parse(["--model", bert, "--rates", "0", "1"])
+
+
+def test_parameter_groups_make_the_rates_and_leave_the_head_its_own(
+    bert, tastes, tokenizer, monkeypatch
+):
+    pytest.importorskip("datasets")
+    from examples import texts
+    from hut_kernels import parameter_groups
+
+    groups = []
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda given: groups.extend(given) or adamw(given))
+    task = texts.load(tastes, None, None, tokenizer, 16, 8)
+    bench = bench_of(task, model=bert, target=None, epochs=0.01, head_rate=0.5)
+    _, model = bench.train(METHODS["hut_paper_grouped"], 3, 1e-3, 0, lambda *_: None)
+    named = {id(p): name for name, p in model.named_parameters()}
+    rates = {named[id(p)]: g["initial_lr"] for g in groups for p in g["params"]}
+    assert set(rates) == {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {id(p): g["lr"] for g in parameter_groups(model, 1e-3) for p in g["params"]}
+    for number, name in named.items():
+        if name in rates:
+            assert rates[name] == (0.5 if "classifier" in name else wanted[number])
+    assert {rate for name, rate in rates.items() if "hut_A" in name} != {1e-3}
 
 
 def test_the_interval_is_students():
