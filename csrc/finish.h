@@ -9,7 +9,7 @@ namespace hut {
 struct FinishArguments {
   Multiplier multiplier;
   const float* partials[2];
-  int spans[2], sums[2];
+  int splits[2], sums[2];
   void* gradient[2];         // of each side's factor, null where it is not needed
   int64_t index_strides[2], r_strides[2];
   Type types[2];
@@ -24,12 +24,12 @@ HUT_HD int64_t finish_elements(const FinishArguments& a) {
   return count;
 }
 
-// The sums of one index, k by k, over all spans in their order: two runs agree to the bit.
+// The sums of one index, k by k, over all splits in their order: two runs agree to the bit.
 HUT_HD float total(const FinishArguments& a, int s, int64_t k, int64_t index) {
   float sum = 0.0f;
-  for (int span = 0; span < a.spans[s]; ++span)
+  for (int split = 0; split < a.splits[s]; ++split)
     sum += a.partials[s][partial_at(
-        span, k, index, a.multiplier.r + a.sums[s], a.multiplier.side[s].size)];
+        split, k, index, a.multiplier.r + a.sums[s], a.multiplier.side[s].size)];
   return sum;
 }
 

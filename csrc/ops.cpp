@@ -254,12 +254,12 @@ Tensor as_rows(const Tensor& tensor) {
 
 // d hut_A, d hut_B and sum_i W[o, i] G[o, i], those needed, in this order.
 //
-// chunk: rows of G made at a time. spans: of the rows' side and of the columns' side, how many
+// chunk: rows of G made at a time. splits: of the rows' side and of the columns' side, how many
 // blocks share each of its sums.
 std::vector<Tensor> grad_factors(
     const Tensor& grad, const Tensor& x, const Tensor& hut_A, const Tensor& hut_B,
     const Layer& layer, bool need_A, bool need_B, bool need_gamma, int64_t chunk,
-    std::array<int64_t, 2> spans, void* stream) {
+    std::array<int64_t, 2> splits, void* stream) {
   const Multiplier& m = layer.multiplier();
   const int output = layer.output_side(), input = 1 - output;
   const bool needed[2] = {
@@ -272,9 +272,9 @@ std::vector<Tensor> grad_factors(
   reduce.sums[output] = need_gamma && m.constant != 0.0f;
   std::array<std::optional<Tensor>, 2> partials;
   for (int s = 0; s < 2; ++s) {
-    reduce.spans[s] = static_cast<int>(spans[s]);
+    reduce.splits[s] = static_cast<int>(splits[s]);
     if (!needed[s]) continue;
-    partials[s] = empty_float32(x, {spans[s], m.r + reduce.sums[s], m.side[s].size});
+    partials[s] = empty_float32(x, {splits[s], m.r + reduce.sums[s], m.side[s].size});
     reduce.partials[s] = static_cast<float*>(partials[s]->mutable_data_ptr());
   }
 
@@ -300,7 +300,7 @@ std::vector<Tensor> grad_factors(
   finish.output_side = output;
   for (int s = 0; s < 2; ++s) {
     finish.partials[s] = reduce.partials[s];
-    finish.spans[s] = reduce.spans[s];
+    finish.splits[s] = reduce.splits[s];
     finish.sums[s] = reduce.sums[s];
   }
   std::vector<Tensor> gradients;
@@ -326,7 +326,7 @@ std::vector<Tensor> backward(
     const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& hut_A,
     const Tensor& hut_B, const std::optional<Tensor>& gamma, bool two_sided, double constant,
     double scaling, bool split, bool need_x, bool need_A, bool need_B, bool need_gamma,
-    int64_t chunk, int64_t row_spans, int64_t column_spans) {
+    int64_t chunk, int64_t row_splits, int64_t column_splits) {
   const Layer layer(weight, hut_A, hut_B, gamma, two_sided, constant, scaling);
   check_device(grad, "grad");
   const OnDevice device(grad);
@@ -335,12 +335,12 @@ std::vector<Tensor> backward(
   if (need_A || need_B || need_gamma) {
     STD_TORCH_CHECK(x.has_value(), "hut_kernels: the factors' gradients need x");
     STD_TORCH_CHECK(
-        chunk > 0 && row_spans > 0 && column_spans > 0,
-        "hut_kernels: chunk and spans must be positive");
+        chunk > 0 && row_splits > 0 && column_splits > 0,
+        "hut_kernels: chunk and splits must be positive");
     check_device(*x, "x");
     for (const Tensor& factor : grad_factors(
              grad, *x, hut_A, hut_B, layer, need_A, need_B, need_gamma, chunk,
-             {row_spans, column_spans}, device.stream()))
+             {row_splits, column_splits}, device.stream()))
       gradients.push_back(factor);
   }
   return gradients;
@@ -355,7 +355,7 @@ STABLE_TORCH_LIBRARY(hut_cuda, m) {
   m.def(
       "backward(Tensor grad, Tensor? x, Tensor weight, Tensor hut_A, Tensor hut_B, Tensor? gamma, "
       "bool two_sided, float constant, float scaling, bool split, bool need_x, bool need_A, "
-      "bool need_B, bool need_gamma, int chunk, int row_spans, int column_spans) -> Tensor[]");
+      "bool need_B, bool need_gamma, int chunk, int row_splits, int column_splits) -> Tensor[]");
   m.def(
       "weight(Tensor weight, Tensor hut_A, Tensor hut_B, Tensor? gamma, "
       "bool two_sided, float constant, float scaling, ScalarType dtype) -> Tensor");

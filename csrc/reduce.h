@@ -2,7 +2,7 @@
 //
 // G is read twice, once for each side of the reduction, by different blocks of one launch: so every
 // sum stays in registers until its block is done, no two blocks share an address, and nothing is
-// atomic. A block sums a 64-wide strip of its side over one span of the other.
+// atomic. A block sums a 64-wide tile of its side over one split of the other.
 #pragma once
 
 #include "reduction.h"
@@ -18,7 +18,7 @@ struct ReduceArguments {
   bool G_packed, weight_packed;
   int64_t first_row, rows;  // the block of rows within the whole matrix
   float* partials[2];       // of each side, null where its gradient is not needed
-  int spans[2];             // of each side: how many blocks share its sum
+  int splits[2];            // of each side: how many blocks share its sum
   int sums[2];              // 1 where the side also needs the sum of H0 itself, else 0
 };
 
@@ -34,11 +34,11 @@ HUT_HD Shared H0_of(const ReduceShared& shared, int side) {
   return side == 0 ? Shared{shared.H0[0], kH0Pitch, 1} : Shared{shared.H0[0], 1, kH0Pitch};
 }
 
-// The launch's blocks: side, then strip, then span, then block of k.
+// The launch's blocks: side, then tile, then split, then block of k.
 struct ReducePlace {
   int side;
-  int64_t strip;  // first index m, within the rows or columns at hand
-  int span;
+  int64_t first;  // first index m, within the rows or columns at hand
+  int split;
   int first_k;
 };
 
@@ -51,7 +51,7 @@ HUT_HD int rank_blocks(const ReduceArguments& a, bool two_sided, int width) {
 }
 
 HUT_HD int64_t side_blocks(const ReduceArguments& a, int side, int rank_blocks) {
-  return a.partials[side] == nullptr ? 0 : tiles(extent(a, side)) * a.spans[side] * rank_blocks;
+  return a.partials[side] == nullptr ? 0 : tiles(extent(a, side)) * a.splits[side] * rank_blocks;
 }
 
 HUT_HD int64_t reduce_blocks(const ReduceArguments& a, bool two_sided, int width) {
@@ -64,9 +64,9 @@ HUT_HD ReducePlace reduce_place(
   const int64_t of_rows = side_blocks(a, 0, rank_blocks);
   const int side = block >= of_rows;
   const auto index = static_cast<uint32_t>(side ? block - of_rows : block);
-  const uint32_t strip_and_span = index / rank_blocks, spans = a.spans[side];
+  const uint32_t tile_and_split = index / rank_blocks, splits = a.splits[side];
   return {
-      side, int64_t{strip_and_span / spans} * kTile, static_cast<int>(strip_and_span % spans),
+      side, int64_t{tile_and_split / splits} * kTile, static_cast<int>(tile_and_split % splits),
       static_cast<int>(index % rank_blocks) * width};
 }
 
@@ -120,17 +120,17 @@ HUT_BLOCK void reduce_kernel(Block& block, ReduceShared& shared, const ReduceArg
   // Indices m and n are within the rows and columns at hand; the whole matrix's are further on.
   const int64_t m_offset = s == 0 ? a.first_row : 0, n_offset = s == 0 ? 0 : a.first_row;
   const int64_t extent_m = extent(a, s), extent_n = extent(a, other);
-  const int64_t length = (tiles(extent_n) + a.spans[s] - 1) / a.spans[s] * kTile;
-  const int64_t begin = place.span * length;
+  const int64_t length = (tiles(extent_n) + a.splits[s] - 1) / a.splits[s] * kTile;
+  const int64_t begin = place.split * length;
   const int64_t end = begin + length < extent_n ? begin + length : extent_n;
   // A block of rows is never seen again; the columns return with the next one.
   const bool first = s == 0 || a.first_row == 0;
 
-  const int64_t own = place.strip + thread;  // this thread's m in plain sums
+  const int64_t own = place.first + thread;  // this thread's m in plain sums
   const bool owns = thread < kTile && own < extent_m;
   const int partial_rows = m.r + a.sums[s];
   float* const partials =
-      a.partials[s] + partial_at(place.span, 0, m_offset, partial_rows, m.side[s].size);
+      a.partials[s] + partial_at(place.split, 0, m_offset, partial_rows, m.side[s].size);
   const auto partial = [&](int64_t k, int64_t index) -> float& {
     return partials[k * m.side[s].size + index];
   };
@@ -143,7 +143,7 @@ HUT_BLOCK void reduce_kernel(Block& block, ReduceShared& shared, const ReduceArg
     float group_sum = 0.0f;
     for (int64_t n = begin; n < end; n += kTile) {
       block.sync();
-      load_H0<W>(block, shared, a, s, s == 0 ? place.strip : n, s == 0 ? n : place.strip);
+      load_H0<W>(block, shared, a, s, s == 0 ? place.first : n, s == 0 ? n : place.first);
       block.sync();
       if (!owns) continue;
       const Shared H0 = H0_of(shared, s);
@@ -173,7 +173,7 @@ HUT_BLOCK void reduce_kernel(Block& block, ReduceShared& shared, const ReduceArg
     float S[2][1][WIDTH / 4] = {};
     for (int64_t n = begin; n < end; n += kTile) {
       block.sync();
-      load_H0<W>(block, shared, a, s, s == 0 ? place.strip : n, s == 0 ? n : place.strip);
+      load_H0<W>(block, shared, a, s, s == 0 ? place.first : n, s == 0 ? n : place.first);
       HUT_UNROLL
       for (int k = 0; k < WIDTH; k += 16)
         stage<16>(
@@ -189,7 +189,7 @@ HUT_BLOCK void reduce_kernel(Block& block, ReduceShared& shared, const ReduceArg
     }
 
     const Lane lane(thread);
-    const int64_t index = place.strip + kWarpRows * warp + lane.g;
+    const int64_t index = place.first + kWarpRows * warp + lane.g;
     const int k = place.first_k + WIDTH / 4 * lane.t;
     const auto inside = [&](int h, int v) { return index + 8 * h < extent_m && k + v < m.r; };
     HUT_UNROLL

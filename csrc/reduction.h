@@ -25,10 +25,10 @@ HUT_HD float gamma_gradient(const Multiplier& m, float row_sum, float FS) {
   return fmaf(m.scaling, FS, m.constant * row_sum);
 }
 
-// Partial sums are stored [span, k, index], each span of n summed by one block. Where the sum of
+// Partial sums are stored [split, k, index], each split of n summed by one block. Where the sum of
 // H0 over n is needed, it is one more row, k = r.
-HUT_HD int64_t partial_at(int64_t span, int64_t k, int64_t index, int rows, int64_t size) {
-  return (span * rows + k) * size + index;
+HUT_HD int64_t partial_at(int64_t split, int64_t k, int64_t index, int rows, int64_t size) {
+  return (split * rows + k) * size + index;
 }
 
 }  // namespace hut

@@ -45,7 +45,7 @@ def linear_backward(
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
     return _operators.backward.default(
         grad, x, *layer[:3], layer.gamma, *_multiplier(layer), _split(layer),
-        need_x, *needs, *_strips(layer),
+        need_x, *needs, *_splits(layer),
     )  # fmt: skip
 
 
@@ -54,18 +54,18 @@ def merged_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
     return _operators.weight.default(*layer[:3], layer.gamma, *_multiplier(layer), dtype)
 
 
-def _strips(layer: Layer) -> tuple[int, int, int]:
-    """`chunk, row_spans, column_spans`: how the reduction of G is divided."""
+def _splits(layer: Layer) -> tuple[int, int, int]:
+    """`chunk, row_splits, column_splits`: how the reduction of G is divided."""
     weight = layer.weight
-    return _strips_of(*layer.sizes, *weight.stride(), weight.element_size(), weight.device)
+    return _splits_of(*layer.sizes, *weight.stride(), weight.element_size(), weight.device)
 
 
 @functools.lru_cache(maxsize=4096)
-def _strips_of(
+def _splits_of(
     O: int, K: int, r: int, stride_o: int, stride_k: int, weight_item: int, device: torch.device
 ) -> tuple[int, int, int]:
     rows, columns = (K, O) if stride_o < stride_k else (O, K)  # as the weight is stored
-    return planner.strips(rows, columns, r, weight_item, gpu(device))
+    return planner.reduction_splits(rows, columns, r, weight_item, gpu(device))
 
 
 def _multiplier(layer: Layer) -> tuple[bool, float, float]:

@@ -309,24 +309,24 @@ def extension_wins(part: str, made: Plan) -> bool:
     return bound or (not _forced and getattr(made, part) != FUSED)
 
 
-_STRIP = 64  # rows or columns of G whose sums a block of the extension's reduction makes
+_REDUCED_TILE = 64  # rows or columns of G whose sums a block of the extension's reduction makes
 _RESIDENT = 3  # of its blocks on a multiprocessor at once
 
 
-def strips(
+def reduction_splits(
     rows: int, columns: int, r: int, weight_item: int, device: Device
 ) -> tuple[int, int, int]:
     """Divides the extension's reduction of G, `[rows, columns]` as W0 is stored.
 
-    A block sums a strip of rows (of columns) over one span of the columns (of the rows). As many
-    spans as fill the device, while the partial sums stay within a quarter of W0's bytes.
+    A block sums a tile of rows (of columns) over one split of the columns (of the rows). As many
+    splits as fill the device, while the partial sums stay within a quarter of W0's bytes.
 
     Returns:
-        Rows of G at a time; spans for the sums of rows; spans for the sums of columns.
+        Rows of G at a time; splits for the sums of rows; splits for the sums of columns.
     """
     chunk = _chunk_rows(columns, device)
-    row_strips, column_strips = -(-min(chunk, rows) // _STRIP), -(-columns // _STRIP)
-    filling = -(-_RESIDENT * device.sms // max(1, row_strips + column_strips))
+    row_tiles, column_tiles = -(-min(chunk, rows) // _REDUCED_TILE), -(-columns // _REDUCED_TILE)
+    filling = -(-_RESIDENT * device.sms // max(1, row_tiles + column_tiles))
     affordable = 1 + rows * columns * weight_item // 4 // (4 * r * max(1, rows + columns))
-    spans = max(1, min(filling, affordable))
-    return chunk, max(1, min(spans, column_strips)), max(1, min(spans, row_strips))
+    splits = max(1, min(filling, affordable))
+    return chunk, max(1, min(splits, column_tiles)), max(1, min(splits, row_tiles))

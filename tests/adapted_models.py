@@ -1,4 +1,4 @@
-"""What the tests of inject, merge and adapter files share: a small model and its state."""
+"""A small model and its state, for the tests of inject, merge and adapter files."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 class Conv1D(nn.Module):
-    """What the Conv1D of transformers looks like from outside."""
+    """A stand-in for the Conv1D of transformers."""
 
     def __init__(self, nf, nx):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every test runs under: a seed of its own, and memory that is NaN until it is written."""
+"""Conditions of every test: a seed of its own, and memory that is NaN until it is written."""
 
 import os
 import zlib

@@ -51,7 +51,7 @@ RULES = ("Inference tensors cannot be saved for backward",)
 
 
 class Finding(Exception):
-    """What a case must not do."""
+    """A behavior that no case may show."""
 
 
 def check_clear(raised: Exception, also: tuple[type[Exception], ...] = ()) -> str:
@@ -543,7 +543,7 @@ def foreign(rng: random.Random, world: World) -> Path:
 
 
 def odd_path(rng: random.Random, world: World) -> Any:
-    """What is no file at all."""
+    """Paths that are not files."""
     folder = world.folder
     pipe, loop, link = folder / "pipe", folder / "loop", folder / "link"
     if hasattr(os, "mkfifo") and not pipe.exists():
@@ -605,7 +605,7 @@ def work(numbers: range, targets: tuple[str, ...], now: Any, queue: Any) -> None
 
 
 def fuzz(numbers: range, targets: tuple[str, ...] = TARGETS) -> tuple[collections.Counter, list]:
-    """How the cases ended, and the findings: `(number, what)`."""
+    """The count of each ending, and the findings: `(number, what)`."""
     outcomes: collections.Counter = collections.Counter()
     findings: list[tuple[int, str]] = []
     context = multiprocessing.get_context("spawn")

@@ -536,10 +536,10 @@ MUTANTS = (
         ("tests/test_cuda.py", "a_layer_and"),
     ),
     Mutant(
-        "csrc: only the first span's partial sums added",
+        "csrc: only the first split's partial sums added",
         f"{CSRC}/finish.h",
-        "span < a.spans[s]; ++span",
-        "span < 1; ++span",
+        "split < a.splits[s]; ++split",
+        "split < 1; ++split",
         ("tests/test_cuda.py", "several_blocks"),
     ),
     Mutant(
@@ -738,7 +738,7 @@ def run_tests(folder: Path, files: list[str], expression: str) -> tuple[int, str
 
 
 def verdict(status: int, output: str) -> tuple[str, str]:
-    """What became of a mutant, and the test that saw it or the reason."""
+    """The verdict on a mutant, and the test that saw it or the reason."""
     if status == 1:
         failed = re.search(r"^FAILED \S*/(\S+)", output, re.MULTILINE)
         return "caught", failed.group(1) if failed else "?"

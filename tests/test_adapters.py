@@ -92,7 +92,7 @@ def test_a_listed_name_that_matches_no_layer_is_refused(model, target_modules, m
     assert_unchanged(model, before)
 
 
-def test_a_listed_name_may_match_hut_layers_alone(model):
+def test_a_listed_name_may_match_only_hut_layers(model):
     inject(model, ["q_proj"])
     assert inject(model, ["q_proj", "lm_head"]) == ["lm_head"]
 
@@ -196,7 +196,7 @@ def test_injecting_again_adds_other_targets_and_leaves_the_first(model):
     assert (first.r, model.layers[0].v_proj.r) == (2, 4)
 
 
-def test_injecting_into_hut_layers_alone_is_refused(model):
+def test_injecting_into_only_hut_layers_is_refused(model):
     inject(model, ["q_proj"], r=2)
     before = snapshot(model)
     with pytest.raises(ValueError, match="HUT layers already"):
@@ -311,7 +311,7 @@ def test_a_listed_module_of_another_kind_is_refused(model, name):
     assert_unchanged(model, before)
 
 
-def test_a_pattern_that_is_none_is_refused(model):
+def test_an_invalid_pattern_is_refused(model):
     with pytest.raises(ValueError, match="regular expression"):
         inject(model, "*.q_proj")
 
@@ -322,7 +322,7 @@ def test_a_bare_linear_cannot_be_replaced_in_place():
 
 
 class MambaMixer(nn.Module):
-    """What Mamba's mixer looks like to a program that puts layers into it."""
+    """A stand-in for Mamba's mixer: it reads its layers' weights without calling them."""
 
     def __init__(self):
         super().__init__()

@@ -129,7 +129,7 @@ def test_nothing_of_the_weights_size_is_saved_but_the_weight(form, precision, dt
 
 
 def test_the_eager_path_does_save_weights():
-    """What the test above would find if there were something to find."""
+    """A planted leak is found by the test above."""
     case = leaves(make(3, 40, 30, 2))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -405,7 +405,7 @@ def test_forward_over_reverse_is_refused_too():
         torch.func.hessian(loss)(case.x)
 
 
-def test_what_forward_mode_does_not_reach_is_not_refused():
+def test_calls_outside_forward_mode_are_not_refused():
     case = make(3, 8, 6, 2)
     scale = torch.tensor(2.0)
     y, tangent = torch.func.jvp(lambda s: s * linear(case), (scale,), (torch.ones(()),))
@@ -428,7 +428,7 @@ def test_the_frozen_linear_of_dropout_has_every_derivative():
 
 @pytest.mark.parametrize("name", ["step", "dropout", "inference", "second backward"])
 def test_no_call_looks_at_a_signature(name, monkeypatch):
-    """Which would cost more than a small layer's forward."""
+    """A binding would cost more than a small layer's forward."""
 
     def signature(*args, **kwargs):
         raise AssertionError("inspect.signature was called")
@@ -447,7 +447,7 @@ def test_no_call_looks_at_a_signature(name, monkeypatch):
 
 @every_form
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward outside"])
-def test_under_autocast_x_alone_is_cast(form, inside):
+def test_under_autocast_only_x_is_cast(form, inside):
     case = leaves(make_normal(8, 24, 18, 3, vectors=ALL, **form))
     rounded = case.replace(x=case.x.bfloat16(), grad=case.grad.bfloat16())
     inputs = [getattr(case, name) for name in TRAINABLE]

@@ -40,7 +40,7 @@ compiled = pytest.mark.skipif(_MISSING is not None, reason=f"csrc/ is not compil
 
 FORMS = [{}, {"offset": 0.0, "scaling": 0.75}, {"transform": "two_sided"}]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Its L2 holds 128 rows of 80 columns, and its 8 multiprocessors want several spans.
+# Its L2 holds 128 rows of 80 columns, and its 8 multiprocessors want several splits.
 SMALL = devices.Device("emulated", "sm_80", sms=8, shared_memory=0, l2=2 * 128 * 4 * 80)
 
 
@@ -150,16 +150,16 @@ def test_any_mix_of_types(emulation, weight_dtype, factor_dtype):
 
 @compiled
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_several_blocks_of_rows_and_spans(emulation, form):
+def test_several_blocks_of_rows_and_splits(emulation, form):
     """Sums of columns go on from one block of rows to the next; sums of rows do not."""
     for transposed in (False, True):
         case = make(12, 80, 300, 9, vectors="bias gamma beta", **form)
         if transposed:
             case = case.replace(weight=case.weight.T.contiguous().T)
         rows, columns = (80, 300) if transposed else (300, 80)
-        chunk, row_spans, column_spans = planner.strips(rows, columns, 9, 4, SMALL)
-        assert row_spans > 1
-        assert column_spans > 1
+        chunk, row_splits, column_splits = planner.reduction_splits(rows, columns, 9, 4, SMALL)
+        assert row_splits > 1
+        assert column_splits > 1
         assert transposed or chunk < rows
         check(case, run(case, backend="cuda"))
 
@@ -178,7 +178,7 @@ def test_the_update_on_its_own(emulation, dtype, form, precision):
 
 @compiled
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_split_keeps_what_merged_rounds_away(emulation, form):
+def test_split_keeps_an_update_that_merged_rounds_away(emulation, form):
     form = {**form, "scaling": 1.0}
     case = make_normal(16, 512, 64, 8, dtype=torch.bfloat16, precision="split", **form)
     case = cancelling(case, 1e-3)
@@ -214,7 +214,7 @@ def test_the_merged_weight_is_exact_and_keeps_its_strides(emulation, dtype, form
 @compiled
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_no_thread_reads_what_another_has_yet_to_write(emulation, dtype, form, monkeypatch):
+def test_no_thread_reads_before_another_has_written(emulation, dtype, form, monkeypatch):
     """Threads run upwards and downwards between barriers: a missing one would show in either."""
     case = make(10, 136, 200, 40, dtype=dtype, vectors="bias gamma beta", **form)
     upwards = run(case, backend="cuda")
@@ -226,7 +226,7 @@ def test_no_thread_reads_what_another_has_yet_to_write(emulation, dtype, form, m
 
 @compiled
 @pytest.mark.parametrize("index", range(16))
-def test_what_is_not_needed_is_not_made(emulation, index):
+def test_unneeded_gradients_are_not_computed(emulation, index):
     needs = tuple(bool(index >> bit & 1) for bit in range(4))
     for form in FORMS:
         case = make(5, 72, 80, 3, vectors="gamma", **form)
@@ -326,22 +326,22 @@ def test_a_failure_within_torch_is_told_in_its_words(emulation):
 # The planner
 
 
-def test_strips_fill_a_device_and_bound_the_partial_sums():
+def test_splits_fill_a_device_and_bound_the_partial_sums():
     for device in devices.DEVICES:
         for rows, columns, r in ((768, 768, 8), (4096, 4096, 16), (14336, 4096, 128), (64, 30, 1)):
-            chunk, row_spans, column_spans = planner.strips(rows, columns, r, 2, device)
+            chunk, row_splits, column_splits = planner.reduction_splits(rows, columns, r, 2, device)
             assert chunk % 128 == 0
             assert 4 * chunk * columns <= max(device.l2 // 2, 4 * 128 * columns)
-            assert 1 <= row_spans <= -(-columns // 64)
-            assert 1 <= column_spans <= -(-min(chunk, rows) // 64)
-            partials = 4 * r * ((row_spans - 1) * rows + (column_spans - 1) * columns)
+            assert 1 <= row_splits <= -(-columns // 64)
+            assert 1 <= column_splits <= -(-min(chunk, rows) // 64)
+            partials = 4 * r * ((row_splits - 1) * rows + (column_splits - 1) * columns)
             assert partials <= rows * columns * 2 // 4
-    assert planner.strips(1024, 1024, 4, 2, devices.find_device("H100"))[1] > 4
+    assert planner.reduction_splits(1024, 1024, 4, 2, devices.find_device("H100"))[1] > 4
 
 
 @pytest.fixture
 def went(emulation, monkeypatch):
-    """What `auto` calls, as `(backend, function)`; PyTorch stands for Triton's kernels."""
+    """The calls of `auto`, as `(backend, function)`; PyTorch stands for Triton's kernels."""
     pytest.importorskip("triton", reason="the other half of the choice is Triton")
     from hut_kernels import auto, torch_backend
 
@@ -368,7 +368,7 @@ def went(emulation, monkeypatch):
 
 
 @compiled
-def test_auto_does_not_plan_what_is_bound_by_launching(went, monkeypatch):
+def test_auto_does_not_plan_launch_bound_layers(went, monkeypatch):
     monkeypatch.setattr(planner, "plan", None)
     case = make((2, 3), 24, 40, 3, vectors="bias gamma beta")
     check(case, operators(case, "auto"))

@@ -100,7 +100,7 @@ def test_limits_are_those_of_the_definition():
 
 @given(size=st.integers(1, 300), data=st.data())
 @examples(60)
-def test_groups_are_contiguous_balanced_and_none_is_empty(size, data):
+def test_groups_are_contiguous_balanced_and_not_empty(size, data):
     r = data.draw(st.integers(1, size))
     index = definition.group_index(size, r).tolist()
     assert index == groups(size, r)

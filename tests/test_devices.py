@@ -22,7 +22,7 @@ def test_an_unknown_device_lists_the_known():
 
 
 @pytest.mark.parametrize("name", ["", " "])
-def test_no_name_is_no_device(name):
+def test_an_empty_name_is_not_a_device(name):
     with pytest.raises(ValueError, match="known: cpu"):
         devices.find_device(name)
 

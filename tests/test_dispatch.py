@@ -48,7 +48,7 @@ def test_an_unknown_backend_lists_the_known(tensors, name):
 
 
 @on_a_cpu
-def test_triton_on_cpu_tensors_says_what_is_missing(tensors):
+def test_triton_on_cpu_tensors_names_the_missing_part(tensors):
     with pytest.raises(HUTBackendError, match=r'"triton" cannot run here.*cpu.*TRITON_INTERPRET=1'):
         dispatch.choose("triton", tensors)
 

@@ -61,7 +61,7 @@ def run_the_example_of_a_class(public, name):
     assert runner.summarize(verbose=False).failed == 0
 
 
-@pytest.mark.parametrize("folder", ["hut_kernels", "tools", "benchmarks", "examples"])
+@pytest.mark.parametrize("folder", ["hut_kernels", "tools", "benchmarks", "examples", "tests"])
 def test_no_docstring_begins_as_a_question(folder):
     first_words = {}
     for file in (ROOT / folder).rglob("*.py"):

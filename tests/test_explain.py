@@ -66,7 +66,7 @@ def test_explain_of_this_machine():
         ),
     ],
 )
-def test_what_explain_refuses(changes, message):
+def test_refusals_of_explain(changes, message):
     with pytest.raises(ValueError, match=message):
         explain(**{**CALL, **changes})
 

@@ -112,7 +112,7 @@ def build(**variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("demand", ["yes", "2", "01"])
-def test_a_demand_that_is_neither_yes_nor_no_is_refused(demand):
+def test_a_demand_must_be_yes_or_no(demand):
     done = build(HUT_KERNELS_CUDA=demand)
     assert done.returncode != 0
     assert done.stderr.splitlines() == [
@@ -122,7 +122,7 @@ def test_a_demand_that_is_neither_yes_nor_no_is_refused(demand):
 
 @compiled
 @pytest.mark.parametrize("jobs", ["abc", "0", "-1", "1.5"])
-def test_a_number_of_jobs_that_is_none_ends_in_a_sentence(jobs):
+def test_an_invalid_number_of_jobs_is_refused(jobs):
     done = build(HUT_KERNELS_CUDA="1", MAX_JOBS=jobs)
     assert done.returncode != 0
     (sentence,) = done.stderr.splitlines()
@@ -145,7 +145,7 @@ def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
 
 
 def test_a_build_without_torch_ends_in_a_sentence(monkeypatch, capsys):
-    """What `pip install .` meets: its isolated build sees no PyTorch."""
+    """The state of `pip install .`: its isolated build sees no PyTorch."""
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(setup.sys, "platform", "linux")
     monkeypatch.delenv("HUT_KERNELS_CUDA", raising=False)
@@ -183,7 +183,7 @@ def built(tmp_path_factory):
 
 
 def kernels(report: str) -> dict[tuple[str, str], str]:
-    """What ptxas says of each kernel, by its name and architecture."""
+    """The report of ptxas on each kernel, by its name and architecture."""
     parts = re.split(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", report)
     return {(parts[i], parts[i + 1]): parts[i + 2] for i in range(1, len(parts), 3)}
 
@@ -243,7 +243,7 @@ def test_sixteen_bytes_at_a_time_and_tensor_cores(built, arch):
 @compiled
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # the first of them builds: 75 s of one core
-def test_it_depends_on_stable_interfaces_alone(built):
+def test_it_depends_only_on_stable_interfaces(built):
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("nm, of binutils, is not installed")

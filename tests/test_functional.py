@@ -260,7 +260,7 @@ def test_a_merged_layer_is_a_plain_linear_layer(form):
 
 
 @both_ways
-def test_autocast_casts_x_alone(fused):
+def test_autocast_casts_only_x(fused):
     case = make_normal(6, 12, 9, 3, vectors="bias gamma beta")
     with torch.autocast("cpu", torch.bfloat16):
         y = hut_linear(
@@ -342,7 +342,7 @@ def test_shapes_that_do_not_fit(changes, parts, fused):
         ({"transform": "two_sided", "scaling": 2.0}, ("two_sided", "scaling=2.0")),
     ],
 )
-def test_options_that_are_none(changes, parts, fused):
+def test_unknown_options_are_refused(changes, parts, fused):
     raises(ValueError, arguments(**changes, fused=fused), *parts)
 
 
@@ -351,7 +351,7 @@ def test_unknown_backend():
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda", "metal"])
-def test_eager_runs_on_torch_alone(backend):
+def test_eager_runs_only_on_torch(backend):
     raises(ValueError, arguments(fused=False, backend=backend), "fused=False", backend)
 
 
@@ -412,7 +412,7 @@ class Params4bit(torch.nn.Parameter):
 
 
 class DTensor(torch.Tensor):
-    """What marks a sharded tensor: the local one in it."""
+    """The mark of a sharded tensor: the local one in it."""
 
     _local_tensor = None
 
@@ -432,7 +432,7 @@ def test_weights_of_foreign_kinds(weight, parts):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["x", "hut_A", "hut_B", "bias", "gamma", "beta"])
-def test_a_sharded_argument_beside_a_plain_weight(name, fused):
+def test_a_sharded_argument_with_a_plain_weight(name, fused):
     call = arguments(fused=fused) | {key: torch.zeros(6) for key in ("bias", "gamma", "beta")}
     call[name] = call[name].as_subclass(DTensor)
     raises(HUTBackendError, call, f"{name} is sharded", "DTensor", "to_local")
@@ -456,7 +456,7 @@ def test_plain_weights_pass():
         (TypeError, {"weight": torch.zeros(6, 8, dtype=torch.int32)}, ("weight", torch.int32)),
     ],
 )
-def test_what_hut_weight_refuses(kind, changes, parts):
+def test_refusals_of_hut_weight(kind, changes, parts):
     call = {k: v for k, v in arguments().items() if k != "x"}
     raises(kind, {**call, **changes}, *parts, of=hut_weight)
 

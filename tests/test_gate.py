@@ -116,13 +116,13 @@ def test_the_wrong_tensor_core_is_found():
     assert "no HGMMA" in found
 
 
-def test_a_thin_product_alone_on_the_tensor_core_is_found():
+def test_only_a_thin_product_on_the_tensor_core_is_found():
     # T's product has 64 rows and takes wgmma; the tokens' product, with 16, does not.
     found = broken("sm_90", "forward", LaunchConfig(16, 64, 64, 4, 3, wgmma_async=True))
     assert "multiplications by HGMMA" in found
 
 
-def test_what_does_not_compile_is_a_finding():
+def test_a_failed_compilation_is_a_finding():
     assert "does not compile" in broken("sm_80", "forward", LaunchConfig(48, 64, 32, 4, 2))
 
 
@@ -131,13 +131,13 @@ def test_what_does_not_compile_is_a_finding():
 
 @pytest.mark.parametrize("kernel", gate.KERNELS)
 def test_every_launch_says_that_multiplications_may_be_fused(kernel, monkeypatch):
-    """What is left unset changes with Triton 3.10."""
+    """Every option is set: the defaults change with Triton 3.10."""
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
     tiles = launch_config(kernel, "sm_80", 16, 16, "fp32")
     assert gate.compile_config(config("sm_80", kernel, tiles, "fp32", 16)).metadata.enable_fp_fusion
 
 
-def test_so_does_the_sum_of_partial_products(monkeypatch):
+def test_the_sum_of_partial_products_may_be_fused_too(monkeypatch):
     options = {}
     monkeypatch.setattr(
         split_k.hut_split_k_kernel, "run", lambda *args, **given: options.update(given)
@@ -191,7 +191,7 @@ def test_a_copy_that_reaches_the_next_pass_is_found():
 
 @triton.jit
 def plain_product(p_x, p_y, p_out, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Whose right operand, in float32, passes through registers into a buffer of its own."""
+    """A product whose right operand, in float32, passes through registers into a buffer of its own."""
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, K, BK):
         acc = tl.dot(p_x.load([0, k]), p_y.load([k, 0]), acc, input_precision="tf32")

@@ -63,7 +63,7 @@ class Stack:
         self.options = {name: getattr(first, name) for name in names}
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        """What may be trained, requiring grad."""
+        """The trainable tensors, requiring grad."""
         names = ("x", *STACKS[1:])
         found = {name: getattr(self, name) for name in names}
         return {n: t.detach().requires_grad_() for n, t in found.items() if t is not None}
@@ -162,7 +162,7 @@ def test_any_strides(layout, dtype):
 
 
 def test_an_expanded_gradient():
-    """What `.sum().backward()` sends."""
+    """The gradient of `.sum()`: expanded from one element."""
     experts = stack(24, 16, 2, tail=0)
     experts.grad = torch.ones(()).expand(experts.grad.shape)
     cases = [case.replace(grad=torch.ones_like(case.grad)) for case in experts.cases]
@@ -232,7 +232,7 @@ def test_groups_through_the_grouped_gemm(in_groups, form, dtype, transposed):
     ("K", "O", "dtype"),
     [(30, 18, torch.float32), (36, 20, torch.bfloat16), (32, 16, torch.float64)],
 )
-def test_what_the_grouped_gemm_refuses_takes_the_loop(in_groups, K, O, dtype):
+def test_operands_unfit_for_the_grouped_gemm_take_the_loop(in_groups, K, O, dtype):
     experts = stack(K, O, 2, (1, 0, 17), dtype=dtype)
     experts.check(experts.run())
     assert not in_groups

@@ -28,7 +28,7 @@ every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
 class Conv1D(nn.Module):
-    """What the Conv1D of transformers looks like from outside: weight `[in, out]`, and `nf`."""
+    """A stand-in for the Conv1D of transformers: weight `[in, out]`, and `nf`."""
 
     def __init__(self, nf, nx):
         super().__init__()
@@ -176,7 +176,7 @@ def test_to_linear_is_frozen_keeps_the_mode_and_draws_no_random_numbers():
 
 @every_form
 @pytest.mark.parametrize("fused", [True, False])
-def test_dropout_falls_on_the_update_alone(form, fused):
+def test_dropout_applies_only_to_the_update(form, fused):
     base = nn.Linear(16, 12, dtype=torch.float64)
     layer = trained(HUTLinear.from_linear(base, r=4, dropout=0.4, fused=fused, **form)).double()
     x = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
@@ -357,7 +357,7 @@ def test_scale_by_rms_waits_for_a_weight():
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_from_linear_shares_storage_and_leaves_the_original_alone(trainable):
+def test_from_linear_shares_storage_and_keeps_the_original(trainable):
     base = nn.Linear(7, 5).requires_grad_(trainable).eval()
     before = copy.deepcopy(base.state_dict())
     layer = HUTLinear.from_linear(base, r=2)
@@ -543,7 +543,7 @@ def test_a_parametrized_parameter_counts_as_what_it_computes(name):
         )
 
 
-def test_autocast_casts_the_input_alone():
+def test_autocast_casts_only_the_input():
     layer = trained(HUTLinear(16, 8, 2, scale_shift=True))
     x = torch.randn(3, 16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -578,7 +578,7 @@ def test_autocast_casts_the_input_alone():
 @pytest.mark.parametrize(
     "make", [HUTLinear, lambda *a, **k: HUTLinear.from_linear(nn.Linear(*a), **k)]
 )
-def test_options_that_make_no_layer_are_refused(make, options, message):
+def test_invalid_options_of_a_layer_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(8, 6, **options)
 

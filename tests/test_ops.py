@@ -122,14 +122,14 @@ def test_by_itself_an_operator_refuses_its_backward(name, kind, compiled):
     ],
     ids=["grad", "vjp", "jacrev"],
 )
-def test_nor_has_it_any_within_a_transform_of_torch_func(name, derive):
+def test_an_operator_has_no_derivative_under_torch_func(name, derive):
     leaf, op = direct(name, make(4, 6, 5, 2, vectors="gamma"))
     with NO_GRADIENTS:
         derive(op, leaf)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_transform_of_something_else_leaves_an_operator_alone(name):
+def test_an_operator_under_an_unrelated_transform_is_allowed(name):
     leaf, op = direct(name, make(4, 6, 5, 2, vectors="gamma"))
     plain = total(op(leaf.detach()))
     _, scaled = torch.func.vjp(lambda s: s * total(op(leaf.detach())), torch.ones(()))
@@ -142,7 +142,7 @@ def test_a_transform_of_something_else_leaves_an_operator_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
-def test_nor_a_forward_mode_derivative(name, mode):
+def test_an_operator_has_no_forward_mode_derivative(name, mode):
     leaf, op = direct(name, make(4, 6, 5, 2, vectors="gamma"))
     leaf = leaf.detach()
     with mode(), NO_FORWARD_MODE:
@@ -228,7 +228,7 @@ def test_two_runs_are_equal_to_the_bit(name):
         assert torch.equal(one, two)
 
 
-def test_autocast_leaves_the_operators_alone():
+def test_autocast_does_not_change_the_operators():
     case = make(9, 40, 30, 3, vectors="bias gamma beta")
     plain = operators(case, "torch")
     with torch.autocast("cpu", torch.bfloat16):

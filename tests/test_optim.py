@@ -67,7 +67,7 @@ def test_forms_around_one_are_never_decayed(options):
 
 
 def moved(model, x, target, groups):
-    """How far one step of Adam moves the effective weight of each layer, as a root mean square."""
+    """Root mean square of one Adam step's change of each layer's effective weight."""
     layers = [m for m in model.modules() if isinstance(m, HUTLinear)]
     before = [layer.merged_weight().double() for layer in layers]
     optimizer = torch.optim.Adam(groups)
@@ -102,7 +102,7 @@ def test_frozen_factors_and_groups_without_members_are_left_out():
     assert rates(model).keys() == {"second.hut_A", "second.hut_B"}
 
 
-def test_what_has_no_groups_is_refused():
+def test_parameter_groups_refuses_wrong_arguments():
     with pytest.raises(ValueError, match="trains no HUT factor: call inject"):
         parameter_groups(nn.Linear(2, 2), LR)
     with pytest.raises(ValueError, match=r"lr must be at least 0 and finite; got -1"):

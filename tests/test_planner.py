@@ -107,7 +107,7 @@ def test_an_unknown_architecture_has_a_default_that_says_so():
     assert "unknown" in plan.source
 
 
-def test_what_cannot_be_fused_is_not():
+def test_unfusable_problems_are_not_fused():
     assert planner.plan(problem(N=1), A100).forward == FUSED
     assert planner.plan(problem(N=1, aligned=False), A100).forward == STAGED
     assert planner.plan(problem(N=1, aligned=False), A100).grad_factors == CHUNKED
@@ -184,7 +184,7 @@ def large(**options):
     ],
     ids=str,
 )
-def test_the_extension_takes_what_is_small_and_what_triton_would_not_fuse(asked, compiled):
+def test_the_extension_takes_small_layers_and_unfused_parts(asked, compiled):
     triton = planner.plan(asked, A100)
     plan = planner.plan(asked, A100, "auto")
     if compiled == PARTS:
@@ -227,7 +227,7 @@ def test_force_ends_with_an_error_too():
     assert planner.plan(problem(), A100).source != "forced"
 
 
-def test_force_leaves_what_is_impossible():
+def test_force_keeps_impossible_parts_as_planned():
     with planner.force(forward="fused", grad_input="fused", grad_factors="fused"):
         split = planner.plan(problem(precision="split"), A100)
         assert (split.forward, split.grad_input, split.grad_factors) == (STAGED, STAGED, FUSED)
@@ -239,7 +239,7 @@ def test_force_leaves_what_is_impossible():
     "strategies",
     [{"forward": "chunked"}, {"grad_factors": "staged"}, {"weight": "fused"}, {"forward": ""}],
 )
-def test_force_refuses_what_there_is_not(strategies):
+def test_force_refuses_unknown_strategies(strategies):
     ((part, strategy),) = strategies.items()
     with pytest.raises(ValueError, match=f"{part}='{strategy}'"), planner.force(**strategies):
         pass
@@ -248,7 +248,7 @@ def test_force_refuses_what_there_is_not(strategies):
 @pytest.mark.parametrize(
     "sizes", [(2**31 - 1024, 64, 64, 8), (8, 2**24, 64, 128), (8, 64, 2**24, 128)], ids=str
 )
-def test_what_int32_cannot_count_goes_to_pytorch(sizes):
+def test_sizes_beyond_int32_go_to_pytorch(sizes):
     N, K, O, r = sizes
     beyond = Problem(N, K, O, r, "bfloat16", "bfloat16")
     assert planner.plan(beyond, A100).backend == "torch"

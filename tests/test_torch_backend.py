@@ -200,7 +200,7 @@ def test_the_operations_are_the_floors():
 
 @every_form
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)], ids=str)
-def test_what_is_not_needed_is_none(form, needs):
+def test_unneeded_gradients_are_none(form, needs):
     case = make(5, 9, 8, 2, vectors="gamma", **form)
     grads = grad_factors(case, *map(bool, needs))
     assert tuple(grad is not None for grad in grads) == tuple(map(bool, needs))

@@ -78,7 +78,7 @@ def test_a_pytorch_that_is_too_old_is_refused_at_import(version):
 
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git7f", "2.100.0", "3.0.0"])
-def test_a_pytorch_that_is_new_enough_is_not(version):
+def test_a_new_enough_pytorch_is_accepted(version):
     code = f"import torch; torch.__version__ = {version!r}; import hut_kernels"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -136,7 +136,7 @@ def test_a_denied_kernel_is_never_planned(part):
     assert "wrong" not in str(whole)
 
 
-def test_an_entry_may_be_about_some_types_alone():
+def test_an_entry_may_name_only_some_types():
     entry = planted("forward", dtypes=("float16", "float32"))
     device = dataclasses.replace(A100, miscompiles=(entry,))
     for dtype, forward in (("float16", STAGED), ("float32", STAGED), ("bfloat16", FUSED)):
@@ -168,7 +168,7 @@ B200 = {
 
 @pytest.mark.parametrize(("triton", "dtype"), B200, ids=str)
 @pytest.mark.parametrize("arch", ["sm_100", "sm_103", "sm_110"])
-def test_races_of_sm_100_are_passed_by_type_by_type(triton, dtype, arch):
+def test_races_of_sm_100_are_avoided_type_by_type(triton, dtype, arch):
     """As reading the PTX of each version has shown, which `make gate` repeats."""
     device = dataclasses.replace(A100, arch=arch, miscompiles=miscompiled(triton, arch))
     plan = planner.plan(problem(dtype=dtype, weight_dtype=dtype), device)
@@ -181,7 +181,7 @@ def test_a_denied_kernel_can_be_forced_to_see_whether_it_is_still_wrong():
         assert strategies(planner.plan(problem(), device)) == (FUSED, STAGED, CHUNKED)
 
 
-def test_the_extension_takes_over_what_triton_would_stage():
+def test_the_extension_takes_over_staged_parts():
     device = dataclasses.replace(A100, miscompiles=(planted("forward"),))
     large = problem()._replace(K=1 << 12, O=1 << 12)  # not bound by launching
     assert planner.plan(large, A100, "auto").compiled == ()
@@ -223,7 +223,7 @@ def test_where_even_the_fallback_is_wrong_triton_cannot_run(plant, monkeypatch, 
     assert "example.org/1" in str(plan)
 
 
-def test_backends_tells_what_is_passed_by(monkeypatch):
+def test_backends_lists_avoided_kernels(monkeypatch):
     device = dataclasses.replace(A100, miscompiles=(planted("forward"),))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "_triton_missing", lambda: None)

@@ -31,7 +31,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_of_a_model_is_what_is_measured(small, checkpointing):
+def test_memory_of_a_model_equals_the_measurement(small, checkpointing):
     setting = model.Setting("small", "all", checkpointing, 3, 2, 256, 4)
     base = model.build(setting, FP32, CPU)
     rows = model.measure(setting, base, FP32, CPU, 0, METHODS, [])
@@ -44,7 +44,7 @@ def test_memory_of_a_model_is_what_is_measured(small, checkpointing):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_memory_of_a_stack_is_what_is_measured(name):
+def test_memory_of_a_stack_equals_the_measurement(name):
     tokens, width, depth = 256, 1536, 3
     (row,) = memory.measure(Shape(tokens, width, width), [depth], 4, FP32, CPU, [name])
     with torch.device("meta"):
@@ -116,7 +116,7 @@ class TestDevices:
         assert not data_sheets.find("V100").has_kernels
 
 
-def test_the_command_says_that_it_estimates_and_what_fits(small, capsys):
+def test_the_command_marks_estimates_and_says_what_fits(small, capsys):
     arguments = ["--device", "4090", "--base", "nf4", "--tokens", "64", "--checkpointing"]
     assert cli.main(["estimate", "--model", "small", *arguments]) == 0
     text = capsys.readouterr().out

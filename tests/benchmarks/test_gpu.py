@@ -206,7 +206,7 @@ def test_the_cuda_names_exist_with_the_arguments_used():
         matmul.fp32_precision = before
 
 
-def test_a_users_own_precision_is_no_obstacle_and_stays():
+def test_the_users_own_precision_setting_is_kept():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
@@ -316,7 +316,7 @@ def judged(rows):
     return [line[1:] for line in targets.table(found, targets.KERNELS).rows]
 
 
-def test_targets_are_judged_by_what_the_planner_chooses():
+def test_targets_are_judged_by_the_planners_choice():
     lines = judged(curves())
     said = {(line[1].partition(",")[2], line[1].partition("x")[0]): line for line in lines}
     assert said[" forward, low_rank, bfloat16", "16"][2:] == ["1.05", targets.MET]

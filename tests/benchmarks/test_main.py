@@ -79,7 +79,7 @@ class TestSuites:
         assert "does NOT compute its formula" in capsys.readouterr().out
         assert not file.exists()  # nothing was measured at all
 
-    def test_costs_are_of_what_is_asked_for(self, capsys):
+    def test_costs_are_of_the_requested_shapes(self, capsys):
         assert cli.main(["cost", "--shapes", "64x32", "--rank", "2"]) == 0
         text = capsys.readouterr().out
         assert "64 → 32, r 2" in text
@@ -107,7 +107,7 @@ class TestSuites:
             (["plot", "missing.jsonl"], "missing.jsonl"),
         ],
     )
-    def test_what_cannot_be_is_said_in_a_line(self, arguments, complaint, capsys):
+    def test_impossible_requests_are_refused_in_one_line(self, arguments, complaint, capsys):
         if arguments[-1] == "cuda" and torch.cuda.is_available():
             pytest.skip("there is a CUDA device")
         assert cli.main(arguments) == 1
@@ -128,12 +128,12 @@ class TestSuites:
             (["layer", "--seconds", "-1"], "must be a number from 0 up"),
         ],
     )
-    def test_what_is_no_option_is_said_in_a_line(self, arguments, complaint, capsys):
+    def test_unknown_options_are_refused_in_one_line(self, arguments, complaint, capsys):
         with pytest.raises(SystemExit):
             cli.main(arguments)
         assert complaint in capsys.readouterr().err
 
-    def test_what_cannot_be_is_said_before_anything_is_measured(self, monkeypatch, tmp_path):
+    def test_impossible_requests_are_refused_before_measuring(self, monkeypatch, tmp_path):
         monkeypatch.setattr(cli, "admit", lambda *_: pytest.fail("measured"))
         (tmp_path / "file").touch()
         assert cli.main(["layer", *FEW, "--json", str(tmp_path / "file" / "r.jsonl")]) == 1
@@ -142,7 +142,7 @@ class TestSuites:
         assert cli.main(["layer", *FEW, "--shapes", "gpt5"]) == 1
         assert cli.main(["layer", "--provider", "hut_low_rank", "--baseline", "nobody"]) == 1
 
-    def test_what_was_measured_before_an_interruption_is_written(self, monkeypatch, tmp_path):
+    def test_measurements_before_an_interruption_are_written(self, monkeypatch, tmp_path):
         measure = cli.layer.measure
 
         def interrupted(shape, *arguments):
@@ -167,7 +167,7 @@ class TestSuites:
         with pytest.raises(ValueError, match="sees 2 CUDA devices"):
             device(torch.device("cuda:2"))
 
-    def test_defaults_compare_with_what_documents_speak_of(self):
+    def test_defaults_compare_with_the_documented_methods(self):
         others = {"peft_lora", "lora", "peft_hira", "hut_low_rank_eager"}
         assert others <= set(cli.BASELINES)
 
@@ -208,7 +208,7 @@ class TestSuites:
         for tokens in (8, 64):
             assert f"linear layers over LoRA's, {tokens} tokens, r 16" in text
 
-    def test_tables_are_written_in_a_checkout_alone(self, monkeypatch, tmp_path, capsys):
+    def test_tables_are_written_only_in_a_checkout(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(records, "ROOT", tmp_path)
         with pytest.raises(SystemExit):
             cli.main(["tables"])
@@ -340,7 +340,7 @@ class TestPackage:
     def test_the_command_is_main(self, project):
         assert project["project"]["scripts"]["hut-bench"].endswith("__main__:main")
 
-    def test_what_is_installed_imports_nothing_of_the_checkout(self):
+    def test_the_installed_package_imports_nothing_of_the_checkout(self):
         folder = Path(records.ROOT, "benchmarks")
         for file in folder.rglob("*.py"):
             if file.parent.name != "gpu":

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class TestMeasure:
-    def test_each_case_runs_once_per_round_and_none_always_first(self):
+    def test_each_case_runs_once_per_round_in_a_changing_order(self):
         order = []
         cases = {name: measure.Call(lambda name=name: order.append(name)) for name in "abc"}
         times = measure.interleaved(cases, CPU, seconds=60, rounds=4)
@@ -62,7 +62,7 @@ class TestMeasure:
             measure.interleaved(cases, CPU, seconds=60, rounds=6)
 
     @pytest.mark.parametrize(("replay", "order"), [(False, ["wait", "run"]), (True, ["run"])])
-    def test_the_flush_hides_the_host_of_replays_alone(self, monkeypatch, replay, order):
+    def test_the_flush_hides_only_the_host_time_of_replays(self, monkeypatch, replay, order):
         seen = []
         event = SimpleNamespace(
             record=lambda: None, synchronize=lambda: None, elapsed_time=lambda other: 2.0
@@ -94,7 +94,7 @@ class TestMeasure:
     def test_a_ratio_is_taken_round_by_round(self):
         assert measure.ratios([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]).p20 == 0.5
 
-    def test_peak_bytes_count_what_is_live_at_once(self):
+    def test_peak_bytes_count_simultaneously_live_tensors(self):
         resident = torch.ones(1000)
 
         def run():

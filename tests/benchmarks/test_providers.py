@@ -81,7 +81,7 @@ class TestProofs:
             providers.prove_step(wrong, layer, step, x, g, rows=3)
         assert torch.equal(g, before)
 
-    def test_what_is_wrong_or_cannot_run_is_left_out_with_its_reason(self, monkeypatch):
+    def test_wrong_or_unavailable_providers_are_left_out_with_a_reason(self, monkeypatch):
         def broken(model, targets, r):
             raise RuntimeError("no adapter today\nand a second line")
 
@@ -224,7 +224,7 @@ class TestLeanLayers:
         assert y.dtype == torch.bfloat16
         assert x.grad.dtype == layer.lora_B.grad.dtype == torch.float32
 
-    def test_lora_leaves_out_the_gradient_of_x_where_none_is_asked_for(self):
+    def test_lora_omits_an_unneeded_gradient_of_x(self):
         layer = LoRALinear(nn.Linear(6, 5), 2)
         layer(torch.randn(3, 6)).sum().backward()
         assert layer.lora_B.grad is not None

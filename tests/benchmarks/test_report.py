@@ -75,12 +75,12 @@ class TestRecords:
             ({"left_out": ""}, "left_out must say why"),
         ],
     )
-    def test_what_cannot_be_is_refused(self, change, complaint):
+    def test_impossible_requests_are_refused(self, change, complaint):
         with pytest.raises(ValueError, match=complaint):
             records.validate({**row(), **change})
 
     @pytest.mark.parametrize("key", ["provider", "case", "seconds", "versus", "types"])
-    def test_what_is_missing_is_named(self, key):
+    def test_a_missing_key_is_named(self, key):
         one = row()
         del one[key]
         with pytest.raises(ValueError, match=f"lacks {key}"):
@@ -228,7 +228,7 @@ class TestTables:
         seen = [row("peft_loha"), other]
         assert tables.left_out(seen) == ["Left out: peft_loha at 17x64x32 (too large)."]
 
-    def test_wins_over_what_was_not_measured_are_refused(self):
+    def test_wins_over_unmeasured_methods_are_refused(self):
         with pytest.raises(ValueError, match="no row compares hut_low_rank with peft_hira"):
             tables.who_wins(pair(), "hut_low_rank", "peft_hira")
 
@@ -308,7 +308,7 @@ class TestTargets:
         one["environment"]["other_programs_share"] = 0.5
         assert self.line([one])[-1] == targets.BUSY
 
-    def test_what_is_not_meant_is_not_measured(self):
+    def test_other_cases_do_not_count_as_measured(self):
         assert self.line([])[-1] == targets.UNMEASURED
         (one,) = self.rows(1.2)
         for key, value in (("tokens", 2048), ("in_features", 1024), ("r", 8)):

@@ -24,7 +24,7 @@ class TestShapes:
         assert len(found) == 3 + 2 * 4
 
     @pytest.mark.parametrize("text", ["64", "0x4", "axb", "1x2x3x4", "gpt5"])
-    def test_what_is_no_shape_is_refused(self, text):
+    def test_invalid_shapes_are_refused(self, text):
         with pytest.raises(ValueError, match="no shape"):
             shapes.parsed([text], [1])
 
@@ -106,12 +106,12 @@ class TestLayer:
         assert layer._floor("step", "peft_hira", times) == [111, 222]
         assert layer._floor("step", "hut_two_sided", times) == [111, 222]
 
-    def test_what_fails_on_a_shape_is_left_out_with_its_reason(self):
+    def test_a_failure_on_a_shape_is_left_out_with_its_reason(self):
         found = layer.measure(Shape(8, 4, 4), 8, FP32, CPU, 0, ["hut_paper", "lora"], ["lora"])
         assert "two_sided needs r <= min" in found[0]["left_out"]
         assert found[1]["seconds"]["step"]["median"] > 0
 
-    def test_what_is_wrong_at_the_timed_size_alone_is_not_timed(self, monkeypatch):
+    def test_a_provider_wrong_only_at_the_timed_size_is_not_timed(self, monkeypatch):
         class WrongWhereLarge(LoRALinear):
             def forward(self, x):
                 return super().forward(x) * (2 if len(x) > 30 else 1)
@@ -127,7 +127,7 @@ class TestLayer:
         assert "wrong" not in other
         assert other["versus"] == {}
 
-    def test_what_fails_while_it_is_timed_is_left_out(self, monkeypatch):
+    def test_a_failure_while_timing_is_left_out(self, monkeypatch):
         class FailsLater(LoRALinear):
             calls = 0
 
@@ -164,7 +164,7 @@ class TestLayer:
 
 class TestMemory:
     @pytest.mark.parametrize("dtype", [FP32, BF16])
-    def test_what_is_kept_is_what_theory_says(self, dtype):
+    def test_saved_bytes_equal_theory(self, dtype):
         pytest.importorskip("peft")
         names = [
             name
@@ -231,7 +231,7 @@ class TestModel:
             ("qwen2.5-7b", "o_proj+up_proj", 2),
         ],
     )
-    def test_a_step_is_measured_beside_the_baselines(self, name, targets, layers, checkpointing):
+    def test_a_step_is_measured_with_the_baselines(self, name, targets, layers, checkpointing):
         setting = model.Setting(name, targets, checkpointing, 1, 2, 8, 2)
         base = model.build(setting, FP32, CPU)
         names = ["lora", "peft_lora", "peft_hira", "hut_low_rank", "hut_paper"]
@@ -256,7 +256,7 @@ class TestModel:
         with pytest.raises(ValueError, match=r"a model is one of roberta-base, .*; got 'gpt5'"):
             model.recipe_of("gpt5")
 
-    def test_what_a_model_cannot_have_is_left_out(self):
+    def test_methods_impossible_for_a_model_are_left_out(self):
         setting = model.Setting("gpt2-medium", "few", False, 1, 1, 4, 2)
         base = model.build(setting, FP32, CPU)
         rows = model.measure(setting, base, FP32, CPU, 0, ["lora", "peft_loha"], ["lora"])

@@ -1,4 +1,4 @@
-"""What the tests of csrc/ share: the build's own functions, and its kernels on the CPU."""
+"""Helpers of the tests of csrc/: the build's own functions, and its kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def setup_module() -> ModuleType:
 
 
 def missing() -> str | None:
-    """Why csrc/ cannot be compiled here."""
+    """The reason why csrc/ cannot be compiled here, or None."""
     module = setup_module()
     try:
         module.find_toolchain()

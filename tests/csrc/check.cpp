@@ -69,29 +69,29 @@ void products(int depth, double limit) {
     }
 }
 
-// The blocks of a reduction take every (side, strip, span, block of k) once.
+// The blocks of a reduction take every (side, tile, split, block of k) once.
 void places() {
   float partial = 0;
   for (int64_t rows : {1, 64, 65, 200})
     for (int64_t columns : {1, 64, 129})
       for (int r : {1, 16, 17, 40})
-        for (int spans : {1, 3})
+        for (int splits : {1, 3})
           for (int needed = 1; needed < 4; ++needed) {
             hut::ReduceArguments a{};
             a.multiplier.side[1].size = columns;
             a.multiplier.r = r;
             a.rows = rows;
-            a.spans[0] = spans;
-            a.spans[1] = spans + 1;
+            a.splits[0] = splits;
+            a.splits[1] = splits + 1;
             for (int s = 0; s < 2; ++s) a.partials[s] = needed >> s & 1 ? &partial : nullptr;
             std::set<std::tuple<int, int64_t, int, int>> seen;
             const int64_t blocks = hut::reduce_blocks(a, false, 16);
             for (int64_t block = 0; block < blocks; ++block) {
               const auto p = hut::reduce_place(a, block, hut::rank_blocks(a, false, 16), 16);
               expect(needed >> p.side & 1, "side", p.side, needed);
-              expect(p.strip < (p.side ? columns : rows) && p.strip % 64 == 0, "strip", p.strip);
-              expect(p.span < a.spans[p.side] && p.first_k < r, "span, k", p.span, p.first_k);
-              seen.emplace(p.side, p.strip, p.span, p.first_k);
+              expect(p.first < (p.side ? columns : rows) && p.first % 64 == 0, "first index", p.first);
+              expect(p.split < a.splits[p.side] && p.first_k < r, "split, k", p.split, p.first_k);
+              seen.emplace(p.side, p.first, p.split, p.first_k);
             }
             expect(static_cast<int64_t>(seen.size()) == blocks, "places", seen.size(), blocks);
           }
@@ -100,10 +100,10 @@ void places() {
 // Partial sums never share an address.
 void partial_addresses() {
   std::set<int64_t> seen;
-  for (int span = 0; span < 3; ++span)
+  for (int split = 0; split < 3; ++split)
     for (int k = 0; k < 5; ++k)
       for (int index = 0; index < 7; ++index)
-        expect(seen.insert(hut::partial_at(span, k, index, 5, 7)).second, "partial_at", k, index);
+        expect(seen.insert(hut::partial_at(split, k, index, 5, 7)).second, "partial_at", k, index);
   expect(*seen.rbegin() == 3 * 5 * 7 - 1, "partial_at, last");
 }
 

@@ -23,7 +23,7 @@ TIMEOUT = 60
 
 
 def environment() -> dict[str, str]:
-    """What a process on this machine alone needs to find the others."""
+    """Environment by which processes on this machine find each other."""
     return {"GLOO_SOCKET_IFNAME": LOOPBACK, "OMP_NUM_THREADS": "1"}
 
 
@@ -36,7 +36,7 @@ class Group:
         self._pipes: list[Connection] = []
 
     def run(self, case: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `case(*args)` returns on each rank; `case` is a function of an importable module.
+        """The result of `case(*args)` on each rank; `case` is a function of an importable module.
 
         Raises:
             AssertionError: The case failed on a rank; with every rank's traceback.

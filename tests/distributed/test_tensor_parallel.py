@@ -45,7 +45,7 @@ every_style = pytest.mark.parametrize("style", STYLES)
 
 
 class Conv1D(nn.Module):
-    """What transformers' Conv1D looks like from outside: weight `[in, out]`, and `nf`."""
+    """A stand-in for transformers' Conv1D: weight `[in, out]`, and `nf`."""
 
     def __init__(self, nf, nx):
         super().__init__()
@@ -131,7 +131,7 @@ def make_layer(in_features=24, out_features=20, conv1d=False, **options):
 
 
 def part_of(tensor, layout):
-    """What this rank has of a tensor in this layout."""
+    """This rank's part of a tensor in this layout."""
     return (
         tensor
         if layout.is_replicate()
@@ -273,7 +273,7 @@ def refuses_what_it_cannot_shard():
         refuses(fully_shard(HUTLinear(8, 8)), style, HUTBackendError, "goes before fully_shard")
 
 
-def test_styles_refuse_what_they_cannot_shard(ranks):
+def test_styles_refuse_unshardable_layers(ranks):
     ranks.run(refuses_what_it_cannot_shard)
 
 
@@ -352,7 +352,7 @@ def refuses_a_mixture():
         layer(torch.randn(2, 24).double())
 
 
-def test_dtensors_beside_plain_tensors_are_refused(ranks):
+def test_dtensors_mixed_with_plain_tensors_are_refused(ranks):
     ranks.run(refuses_a_mixture)
 
 

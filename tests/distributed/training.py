@@ -125,7 +125,7 @@ def error(out: Tensor, reference: Tensor) -> float:
 def assert_trained_alike(
     model: nn.Module, reference: nn.Module, initial: nn.Module, limit: float
 ) -> None:
-    """What is trained moved as in the reference, relative to the move; the rest stands still."""
+    """Checks that trained tensors moved as in the reference, relative to the move, and no other."""
     aims, starts = dict(reference.named_parameters()), dict(initial.named_parameters())
     for name, parameter in model.named_parameters():
         name = name.removeprefix("module.")  # DDP's

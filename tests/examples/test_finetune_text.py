@@ -71,7 +71,7 @@ def assert_chosen(row, metric):
     assert scores[row["rate"]][0] == max(values[0] for values in scores.values())
 
 
-def test_what_was_done_is_kept_when_the_rest_breaks_off(tmp_path, bert, tastes, monkeypatch):
+def test_finished_runs_are_kept_after_an_interruption(tmp_path, bert, tastes, monkeypatch):
     pytest.importorskip("datasets")
     study = finetune_text.Bench.study
 
@@ -226,7 +226,7 @@ def test_a_metric_that_does_not_fit_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("method", ["lora", "hut_paper"])
-def test_what_pulls_to_the_pretrained_model_decays(bert, tastes, tokenizer, monkeypatch, method):
+def test_only_factors_that_decay_to_the_pretrained_model_decay(bert, tastes, tokenizer, monkeypatch, method):
     pytest.importorskip("datasets")
     from examples import texts
 
@@ -413,7 +413,7 @@ def test_the_interval_is_students():
     assert finetune_report.interval([0.5])["margin"] is None
 
 
-def test_presets_and_what_is_said_beside_them(bert):
+def test_presets_and_their_help(bert):
     recipe, _ = parse(["--preset", "glue", "--subset", "mnli", "--epochs", "0.5"])
     assert (recipe.model, recipe.subset, recipe.epochs) == ("FacebookAI/roberta-large", "mnli", 0.5)
     assert recipe.target == ["query", "value"]

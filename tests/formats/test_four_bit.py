@@ -60,7 +60,7 @@ def test_equal_to_the_definition_at_any_width(dtype, nested):
 
 
 def test_the_library_is_wrong_where_the_block_divides_no_row():
-    """Why `dequantize_4bit` is never called: this one is off wherever rows differ."""
+    """The reason why `dequantize_4bit` is never called: it is off wherever rows differ."""
     weight = four_bit(torch.randn(16, 80) * torch.logspace(-2, 2, 16)[:, None], nested=False)
     state = weight.quant_state
     theirs = bnb.functional.dequantize_4bit(weight.data, state)
@@ -116,7 +116,7 @@ def test_any_storage_type_holds_the_same_bytes(storage, nested):
 
 
 @every_nesting
-def test_restored_from_what_an_operator_is_given(nested):
+def test_restored_from_an_operators_arguments(nested):
     stored = formats.stored(four_bit(torch.randn(24, 80), nested=nested))
     again = formats.restore(stored.data, stored.scales, stored.form.text)
     assert same(again.dense(torch.float32), stored.dense(torch.float32))
@@ -183,7 +183,7 @@ def test_a_repacked_weight_of_another_storage_type_is_read_right():
 
 
 @has_avx512bf16
-def test_what_saving_a_repacked_layer_leaves_behind():
+def test_saving_a_repacked_layer():
     """Doubly quantized, it is quantized again; otherwise its absmax stays transposed, and wrong."""
     layer = repacked(linear4bit(nested=True))
     layer.state_dict()

@@ -94,7 +94,7 @@ SELF_DEQUANTIZING = {
 
 @every_dtype
 @pytest.mark.parametrize("config", SELF_DEQUANTIZING.values(), ids=SELF_DEQUANTIZING)
-def test_what_dequantizes_itself_is_dense_for_a_pass(config, dtype):
+def test_a_self_dequantizing_tensor_is_dense_for_one_pass(config, dtype):
     weight = torchao(config, dtype)
     assert formats.stored(weight) is weight
     dense = formats.dense(weight)

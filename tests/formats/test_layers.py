@@ -119,7 +119,7 @@ def test_merged_weight(quantize, form):
 
 
 @every_format
-def test_what_is_saved_is_x_and_the_layer(quantize):
+def test_only_x_and_the_layer_are_saved(quantize):
     weight = quantize(torch.randn(512, 256))
     x = torch.randn(64, 256, requires_grad=True)
     A, B = torch.randn(8, 256, requires_grad=True), torch.randn(512, 8, requires_grad=True)

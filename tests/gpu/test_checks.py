@@ -107,7 +107,7 @@ def test_memory_that_nobody_wrote_shows():
         torch.empty(3, dtype=torch.int64)
 
 
-def test_what_raises_is_told_apart(monkeypatch):
+def test_raised_errors_are_told_apart(monkeypatch):
     def raising(error):
         def run(case, inputs):
             raise error
@@ -125,7 +125,7 @@ def test_what_raises_is_told_apart(monkeypatch):
     assert cases.check(other, CPU)["status"] == "unfit"
 
 
-def test_what_has_no_room_on_the_device_is_skipped_with_the_reason(monkeypatch):
+def test_a_case_too_large_for_the_device_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 80 << 30))
     result = cases.check(lists.large_cases(True)[0], torch.device("cuda", 0))
@@ -142,7 +142,7 @@ def test_cases_travel_as_json():
         assert Check.load(json.loads(json.dumps(dataclasses.asdict(case)))) == case
 
 
-def test_what_is_shifted_is_contiguous_at_an_odd_address():
+def test_shifted_tensors_are_contiguous_at_an_odd_address():
     inputs = cases.make(Check(4, 32, 16, 2, layout="shifted"), CPU)
     for tensor in (inputs.x, inputs.weight, inputs.grad):
         assert tensor.is_contiguous()
@@ -161,7 +161,7 @@ def test_limits_are_those_of_the_definition():
 # Lists
 
 
-def test_the_lists_cover_what_they_say():
+def test_the_lists_are_complete():
     full = lists.device_cases(False)
     table = [case for case in full if (case.K, case.O) == (1168, 1040)]
     for strategies, tokens in ((FUSED, set(lists.TOKENS)), (STAGED, {16, 2048})):
@@ -316,13 +316,13 @@ REFUSED = "========= Error: Device not supported\n========= ERROR SUMMARY: 1 err
         ("========= COMPUTE-SANITIZER\n", None, "did not run"),
     ],
 )
-def test_what_the_sanitizer_says(output, code, status):
+def test_reports_of_the_sanitizer(output, code, status):
     found = sanitizer.verdict("memcheck", output, code)
     assert found["status"] == status
     assert status == "clean" or found["detail"]
 
 
-def test_the_sanitizers_run_beside_and_try_another_filter(tmp_path):
+def test_the_sanitizers_try_another_filter(tmp_path):
     tool = tmp_path / "compute-sanitizer"
     log = tmp_path / "log"
     tool.write_text(

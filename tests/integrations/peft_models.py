@@ -1,4 +1,4 @@
-"""What the tests of the PEFT integration share: small models, and formulas in float64."""
+"""Small models, and formulas in float64, for the tests of the PEFT integration."""
 
 import peft
 import pytest

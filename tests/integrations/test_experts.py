@@ -304,7 +304,7 @@ def test_torch_save_and_load():
     assert torch.equal(again(given).logits, model(given).logits)
 
 
-def test_a_second_call_adapts_what_is_left():
+def test_a_second_call_adapts_the_remaining_layers():
     model = tiny("qwen3_moe")
     first = inject(model, [], 2, target_parameters=["gate_up_proj"])
     second = inject(model, [], 3, target_parameters=TARGETS)
@@ -439,7 +439,7 @@ def test_targets_are_checked(kind, match, parameters, options):
     assert not any(isinstance(module, HUTExperts) for module in model.modules())
 
 
-def test_a_bias_is_no_stack():
+def test_refuses_a_bias_as_a_stack():
     refused(ValueError, "gate_up_proj_bias is no stack", tiny("gpt_oss"), ["gate_up_proj_bias"])
 
 

@@ -120,7 +120,7 @@ def test_ranks_are_those_of_the_tensors(net, tmp_path):
     assert error(back(x), model(x).detach().double()) < 2e-6
 
 
-def test_beside_other_adapters(net, tmp_path):
+def test_used_together_with_other_adapters(net, tmp_path):
     model, x = saved(net, hira_config(), tmp_path), torch.randn(5, 24)
     adapted = get_peft_model(copy.deepcopy(net), HUTConfig(target_modules=["first"]))
     assert from_hira(tmp_path).apply(adapted, "converted") is adapted
@@ -168,7 +168,7 @@ def test_embeddings_and_convolutions_are_refused_by_name(net, target, what, tmp_
 @pytest.mark.parametrize(
     "form", [{"transform": "two_sided"}, {"offset": 0}, {"scale_shift": True}], ids=str
 )
-def test_what_hira_cannot_express_is_refused(net, form, tmp_path):
+def test_layers_that_hira_cannot_express_are_refused(net, form, tmp_path):
     saved(net, HUTConfig(r=4, target_modules=LAYERS, **form), tmp_path)
     with pytest.raises(ValueError, match="HiRA is low_rank with offset 1 and without scale"):
         to_hira(tmp_path)

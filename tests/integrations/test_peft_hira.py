@@ -36,7 +36,7 @@ def hira_model(dtype=torch.float32, **options):
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """How often the fused function ran."""
+    """Counts the calls of the fused function."""
     calls = []
     plain = autograd.HUTLinearFunction.apply
 
@@ -216,7 +216,7 @@ def test_several_active_adapters_keep_pefts_path(fused_calls):
     assert error(model(x), y.detach().double()) < 2e-6
 
 
-def test_what_cannot_be_fused_is_named():
+def test_layers_that_cannot_be_fused_are_named():
     model = hira_model(target_modules=[*LAYERS, "emb", "conv"])
     report = accelerate_hira(model)
     assert report.kept == {

@@ -229,7 +229,7 @@ def test_hooks_on_a_base_layer_are_not_passed_over():
         model(torch.randn(5, 64))
 
 
-def test_beside_lora():
+def test_used_together_with_lora():
     """Nothing of LoRA's own path over quantized layers is touched."""
     model = get_peft_model(Model(), LoraConfig(target_modules=["first"], r=4))
     assert model.train()(torch.randn(5, 64)).shape == (5, 7)

@@ -83,7 +83,7 @@ def reference(model, x, names=("default",)):
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """How often the fused function ran."""
+    """Counts the calls of the fused function."""
     calls = []
     plain = autograd.HUTLinearFunction.apply
 
@@ -461,7 +461,7 @@ def test_a_saved_adapter_says_what_loading_it_takes(tmp_path):
 
 
 @needs_add_adapter
-def test_what_transformers_saves_says_so_too(tmp_path):
+def test_a_model_saved_by_transformers_says_so_too(tmp_path):
     base = llama()
     base.add_adapter(HUTConfig(r=2))
     base.save_pretrained(tmp_path)
@@ -493,12 +493,12 @@ def test_refused_layers_are_named():
         ({"alpha_pattern": {"typo": 3}}, r"alpha_pattern .*\['typo'\]"),
     ],
 )  # fmt: skip
-def test_what_a_config_names_in_vain_is_warned_of(options, message):
+def test_unmatched_names_of_a_config_are_warned_of(options, message):
     with pytest.warns(Warning, match=message):
         hut_model(**options)
 
 
-def test_what_a_config_names_is_not_warned_of(recwarn):
+def test_matched_names_of_a_config_are_not_warned_of(recwarn):
     hut_model(exclude_modules=["first"], modules_to_save=["conv"])
     get_peft_model(bert(), HUTConfig(r=2, task_type="SEQ_CLS", layers_to_transform=[0, 1]))
     assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
@@ -847,7 +847,7 @@ def test_an_adapter_is_scaled_exactly(form):
 
 
 @pytest.mark.parametrize("form", [FORMS["direct"], FORMS["two_sided"], FORMS["shifted"]])
-def test_what_has_no_scale_is_refused_but_for_1(form):
+def test_forms_without_a_scale_refuse_all_but_1(form):
     layer = layers(hut_model(**form))[0]
     before = dict(layer.scaling)
     for scale in (lambda: layer.set_scale("default", 0.5), lambda: layer.scale_layer(2)):

@@ -358,7 +358,7 @@ def _commit(b: Block, i: Instruction, mask: Mask) -> None:
 
 @handles("cp.async.wait_group")
 def _wait(b: Block, i: Instruction, mask: Mask) -> None:
-    """What a thread copied is its own now; other threads see it behind the next barrier."""
+    """Makes a thread's copies its own; other threads see them after the next barrier."""
     b.all(mask, "wait for their copies")
     done = max(0, len(b.groups) - int(i.operands[0].text))
     for index, values, writer in (copy for group in b.groups[:done] for copy in group):

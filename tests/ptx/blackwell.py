@@ -1,4 +1,4 @@
-"""What sm_100 adds: tensor memory, and products that one thread starts for the block (tcgen05).
+"""Additions of sm_100: tensor memory, and products that one thread starts for the block (tcgen05).
 
 A product ends when the barrier that it was committed to is waited for. Until then nothing may touch
 its result, nor overwrite what it reads. What `tcgen05.ld` loads may be used at once (register
@@ -64,7 +64,7 @@ class TensorMemory:
 
 @dataclass
 class Product:
-    """What one product under way writes and reads."""
+    """Reads and writes of a product under way."""
 
     result: Cells
     cells: list[Cells] = field(default_factory=list)

@@ -224,7 +224,7 @@ def calls() -> list[Call]:
 
 
 def _variants(plain: Call) -> list[Call]:
-    """What a call may have beside the plain case."""
+    """Options of a call, next to the plain case."""
 
     def also(**changes: Any) -> Call:
         return dataclasses.replace(plain, **changes)

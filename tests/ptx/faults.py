@@ -148,7 +148,7 @@ class Trace:
 
 @dataclass
 class _Run:
-    """What a run without a fault gives, against which one with a fault is held."""
+    """The result of a run without a fault, compared with that of a run with one."""
 
     call: Call
     case: Any
@@ -221,7 +221,7 @@ class Study:
         return Verdict("harmless" if why else "survived", why or "", changed)
 
     def needs(self, plant: Plant) -> bool:
-        """Whether a barrier or proxy fence parts accesses that must be parted."""
+        """True where a barrier or proxy fence separates accesses that need it."""
         watched = _Fences if "fence" in plant.kind else _Sides
         for run in self.runs:
             watch = watched(plant.line + 1)
@@ -276,7 +276,7 @@ class _Fences:
 
 
 def _conflict(before: list[Access], after: list[Access]) -> bool:
-    """Whether accesses of the two lists meet: at one address, of two threads, one a write."""
+    """True where accesses of the two lists conflict: one address, two threads, one a write."""
     for space in ("shared", "tensor", "global"):
         sides = [_table([one for one in side if one.space == space]) for side in (before, after)]
         for first, second in (sides, sides[::-1]):

@@ -53,7 +53,7 @@ def from_16(bits: Array, kind: str) -> Array:
 
 
 def from_tf32(bits: Array) -> Array:
-    """What a tensor core reads of a float32 operand: its low 13 bits are ignored (truncation)."""
+    """A float32 operand as a tensor core reads it: its low 13 bits are ignored (truncation)."""
     return (np.ascontiguousarray(bits) & np.uint32(0xFFFFE000)).view(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""What sm_90 adds: tensor maps and their copies, mbarriers, products of warp groups (wgmma).
+"""Additions of sm_90: tensor maps and their copies, mbarriers, products of warp groups (wgmma).
 
 Everything asynchronous happens as late as it may. A box lands when its barrier is waited for; the
 registers of a product may not be touched, nor what it reads overwritten, before its group is waited
@@ -192,7 +192,7 @@ def _tensor_copy(b: Block, i: Instruction, mask: Mask) -> None:
 
 @dataclass
 class Product:
-    """What one product under way writes and reads: registers, granules of shared memory."""
+    """Reads and writes of a product under way: registers, granules of shared memory."""
 
     results: list[str]
     operands: list[str]
@@ -214,7 +214,7 @@ def _commit(b: Block, i: Instruction, mask: Mask) -> None:
 
 @handles("wgmma.wait_group")
 def _wait(b: Block, i: Instruction, mask: Mask) -> None:
-    """What the products read may be overwritten behind the next barrier: every warp waits alone."""
+    """Releases the products' operands after the next barrier: every warp waits for itself."""
     b.all(mask, "wait for their products")
     n = max(0, len(b.product_groups) - int(i.operands[0].text))
     done, b.product_groups = b.product_groups[:n], b.product_groups[n:]

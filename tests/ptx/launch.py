@@ -40,7 +40,7 @@ class Launch:
 
 @dataclass
 class Log:
-    """What was launched, in order, and how many kernels had to be compiled for it."""
+    """The launches, in order, and the number of kernels compiled for them."""
 
     launches: list[Launch] = field(default_factory=list)
     compiled: int = 0

@@ -68,7 +68,7 @@ def handler_of(parts: tuple[str, ...]) -> Handler | None:
 
 
 class Access(NamedTuple):
-    """What an instruction accesses.
+    """Accesses of an instruction.
 
     Attributes:
         line: Of the PTX.
@@ -279,11 +279,11 @@ class Block:
         raise Unsupported(f"operand {operand}")
 
     def knows(self, operand: Any) -> bool:
-        """Whether an operand has a value; a register that was never written has none."""
+        """True where an operand has a value; a register that was never written has none."""
         return not isinstance(operand, Register) or operand.name in self.registers
 
     def poison(self, kind: str) -> Array:
-        """What stands for an undefined value."""
+        """The stand-in for an undefined value."""
         return np.full(self.threads, _POISON[TYPES[kind].itemsize], TYPES[kind])
 
     def number(self, operand: Any, kind: str = "u32") -> int:

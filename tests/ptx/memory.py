@@ -22,16 +22,16 @@ WITHIN = 12
 
 
 class Fault(Exception):
-    """What the code may not do."""
+    """An access that the code must not make."""
 
 
 def since_barrier(epoch: Any, now: int) -> Any:
-    """Whether no barrier of the block lies between an epoch and now."""
+    """True where no barrier of the block lies between an epoch and now."""
     return epoch >> WITHIN == now >> WITHIN
 
 
 def conflict(who: Array, when: Array, thread: Array, now: int) -> Array:
-    """Whether an access by `who` at `when` is unordered with one by `thread` now."""
+    """True where an access by `who` at `when` is unordered with one by `thread` now."""
     found = (who != thread) & since_barrier(when, now)
     if now & ((1 << WITHIN) - 1) and found.any():
         found &= (_warp(who) != thread // WARP) | (when == now)

@@ -587,12 +587,12 @@ PLACES = {
 
 
 @pytest.mark.parametrize("fault", PLACES)
-def test_what_no_thread_may_do(fault):
+def test_forbidden_accesses_are_found(fault):
     with pytest.raises(Fault, match=fault):
         run(PLACES[fault], filled(128), empty(128))
 
 
-def test_a_masked_off_access_is_none():
+def test_a_masked_off_access_does_nothing():
     run("setp.lt.s32 %p1, %r1, 0;\n@%p1 ld.global.b32 %r6, [%rd1+9999];", filled(4))
 
 

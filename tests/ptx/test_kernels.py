@@ -46,7 +46,7 @@ def kernel_of(fault):
 
 
 def denied(arch, kernel, call):
-    """Whether the planner avoids the kernel with this Triton."""
+    """True where the planner avoids the kernel with this Triton."""
     dtype = str(cases.TYPES[call.dtype]).removeprefix("torch.")
     known = versions.miscompiled(triton.__version__, f"sm_{arch}")
     return any(kernel in one.kernels and one.concerns(dtype) for one in known)
@@ -73,7 +73,7 @@ def test_the_update_arrives_where_the_base_cancels(arch, transform, dtype):
     assert found <= references.update_limit(case.x.dtype, transform, "merged")
 
 
-def test_what_was_compiled_is_not_compiled_again(tmp_path, monkeypatch):
+def test_a_compiled_kernel_is_not_compiled_again(tmp_path, monkeypatch):
     """The cache is by source and options, and outlives the process."""
     monkeypatch.setenv("HUT_PTX_CACHE", str(tmp_path))
     script = (

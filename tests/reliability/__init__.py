@@ -1,1 +1,1 @@
-"""What training does to a layer: one file per promise of docs/reliability.md."""
+"""The situations of training: one file per promise of docs/reliability.md."""

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 class Residual(nn.Module):
-    """Where a branch that lost its gradients would still leave dx a finite value."""
+    """A residual model: a branch without gradients would still leave dx a finite value."""
 
     def __init__(self, **options):
         super().__init__()
@@ -89,3 +89,16 @@ def test_the_eager_layer_is_exported_with_its_gradients(strict, dropout):
         module(leaf).square().sum().backward()
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
     assert_same_gradients(program, plain)
+
+
+@pytest.mark.slow
+def test_a_packed_program_serves_what_the_layers_compute(tmp_path):
+    """AOTInductor: compiled ahead of time, packed into a file, loaded and run."""
+    layers = model(scale_shift=True)
+    file = torch._inductor.aoti_compile_and_package(
+        exported(layers), package_path=str(tmp_path / "layers.pt2")
+    )
+    program = torch._inductor.aoti_load_package(file)
+    for x in torch.randn(2, 5, WIDTH):
+        with torch.no_grad():
+            torch.testing.assert_close(program(x), layers(x))

@@ -51,7 +51,7 @@ def test_it_is_the_count_of_the_definition_but_for_the_T_made_again():
 
 @pytest.mark.parametrize("transform", ["low_rank", "two_sided"])
 @pytest.mark.parametrize("precision", ["merged", "split"])
-def test_it_is_what_explain_says(transform, precision):
+def test_it_equals_the_count_of_explain(transform, precision):
     model, x = inputs(transform=transform, precision=precision)
     plan = explain(
         N, K, O, R, dtype=torch.float32, transform=transform, precision=precision,
@@ -71,7 +71,7 @@ def test_it_is_what_explain_says(transform, precision):
     ],
     ids=str,
 )
-def test_only_what_runs_is_counted(trained, operations):
+def test_only_executed_products_are_counted(trained, operations):
     model, x = inputs(scale_shift=True)
     leaves = {"x": x, **dict(model.named_parameters())}
     for name, leaf in leaves.items():

@@ -115,7 +115,7 @@ def test_a_huge_rank_is_refused_before_it_costs_anything():
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["x", "weight", "hut_A", "hut_B", "bias", "gamma", "beta"])
-def test_what_is_no_dense_tensor_is_refused_by_name(name, fused):
+def test_tensors_that_are_not_dense_are_refused_by_name(name, fused):
     good = {"x": (3, 5), "weight": (4, 5), "hut_A": (2, 5), "hut_B": (4, 2)}
     arguments = {key: torch.ones(shape) for key, shape in good.items()}
     shape = good.get(name, (4,))
@@ -145,7 +145,7 @@ def test_what_is_no_dense_tensor_is_refused_by_name(name, fused):
     ],
     ids=repr,
 )
-def test_a_scalar_that_is_no_float32_number_is_refused(name, value, error, fused):
+def test_a_scalar_outside_float32_is_refused(name, value, error, fused):
     ones = torch.ones
     arguments = (ones(3, 5), ones(4, 5), ones(2, 5), ones(4, 2))
     with pytest.raises(error, match=f"{name} "):
@@ -273,8 +273,8 @@ def test_metadata_that_lies_is_refused(model, file, lie):
     refused(model, file)
 
 
-def test_a_right_checksum_alone_is_accepted(model, file):
-    """What the tests above change is what is refused, not the rewriting."""
+def test_only_a_right_checksum_is_accepted(model, file):
+    """Rewriting a file without a change is not refused: the tests above see their change."""
     rewritten(model, file, lambda layers, tensors: None)
     load_adapter(model, file)
     adapter_options(file)

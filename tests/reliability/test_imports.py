@@ -1,4 +1,4 @@
-"""What `import hut_kernels` costs and touches, and that it works where little is installed."""
+"""`import hut_kernels` is cheap, touches nothing, and works where little is installed."""
 
 import ast
 import subprocess
@@ -27,7 +27,7 @@ assert layer.hut_B.grad is not None
 
 
 def python(code, *arguments):
-    """What the code prints, in an interpreter of its own."""
+    """The output of the code in an interpreter of its own."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
     )
@@ -90,7 +90,7 @@ def test_it_works_without_triton():
     )
 
 
-def test_it_works_without_what_only_linux_has(tmp_path):
+def test_it_works_without_linux_only_modules(tmp_path):
     """A step, an adapter saved and loaded, `python -m hut_kernels`."""
     hidden(
         (*ELSEWHERE_ABSENT, *LIBRARIES),
@@ -128,7 +128,7 @@ def test_no_module_needs_linux_or_a_library_at_its_top_level(file):
     assert top_level_imports(PACKAGE / file).isdisjoint((*ELSEWHERE_ABSENT, *LIBRARIES))
 
 
-def test_a_library_is_needed_by_its_own_integration_alone():
+def test_only_its_own_integration_needs_a_library():
     for file in (PACKAGE / "integrations").rglob("*.py"):
         own = file.relative_to(PACKAGE / "integrations").parts[0]
         allowed = {own, "transformers"}  # peft itself is built on transformers

@@ -135,7 +135,7 @@ def test_checkpointing_gives_the_same_to_the_bit(form, kind, dropout):
 
 @pytest.mark.parametrize(("kind", "forwards"), [("non-reentrant", 8), ("selective", 4)])
 def test_selective_checkpointing_can_save_the_operators_output(kind, forwards):
-    """What a policy saves is not computed again; everything is, without one."""
+    """A policy's saved tensors are not computed again; without one, everything is."""
     with Recorder() as seen:
         model = block()
         backward(model, torch.randn(2, 8, WIDTH), lambda x: checkpoint(model, x, **KINDS[kind]))

@@ -79,7 +79,7 @@ def test_a_layer_on_triton_matches_the_reference(form, dtype, strategies):
 
 
 @pytest.mark.parametrize("denied", ["forward", "grad_input", "grad_factors"])
-def test_a_kernel_that_is_miscompiled_is_passed_by(denied, monkeypatch):
+def test_the_planner_avoids_a_miscompiled_kernel(denied, monkeypatch):
     known = Miscompile("3.6.0", "3.7.0", ("sm_80",), (denied,), "example.org/1", "wrong")
     device = dataclasses.replace(auto._INTERPRETER, miscompiles=(known,))
     case = make_normal(16, 64, 32, 16, dtype=torch.float32, vectors="bias gamma")
@@ -272,7 +272,7 @@ def test_many_tokens_are_staged():
     ],
     ids=["plain", "wide", "transposed", "one group", "whole tiles", "ragged"],
 )
-def test_what_needs_more_memory_takes_low_smem_configs(heavy, changes, monkeypatch):
+def test_variants_that_need_more_memory_take_low_smem_configs(heavy, changes, monkeypatch):
     """Configs of the tables are as large as a plain call can hold: others would not be launched."""
     size, r = changes.get("size", 256), changes.get("r", 4)
     case = make_normal(16, size, size, r, dtype=torch.float16)
@@ -350,7 +350,7 @@ def test_tf32_follows_pytorchs_switches():
 @pytest.mark.parametrize(
     ("r", "padded"), [(1, 16), (15, 16), (16, 16), (17, 32), (33, 64), (65, 128), (128, 128)]
 )
-def test_ranks_are_padded_to_what_a_dot_takes(r, padded):
+def test_ranks_are_padded_to_a_dots_minimum(r, padded):
     assert launch.padded_rank(r) == padded
 
 

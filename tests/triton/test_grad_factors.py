@@ -70,7 +70,7 @@ def test_any_splits(form, splits):
 
 @every_form
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)], ids=str)
-def test_only_what_is_needed(form, needs):
+def test_only_needed_gradients_are_computed(form, needs):
     case = make_normal(9, 35, 37, 3, vectors="gamma", **form)
     grads = grad_factors(case, needs=tuple(map(bool, needs)))
     assert [value is not None for value in grads.values()] == list(map(bool, needs))

@@ -108,7 +108,7 @@ def test_a_layer_on_triton(form, dtype, precision):
 
 
 def test_the_frozen_product_on_triton():
-    """What a dropout takes beside the layer's own."""
+    """The memory of a dropout, next to the layer's own."""
     from hut_kernels.autograd import StoredLinearFunction
 
     weight = four_bit(37, 64)

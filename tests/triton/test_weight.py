@@ -75,7 +75,7 @@ def test_groups_within_tiles_and_across(sizes, P, Q):
 @every_form
 @every_dtype
 @pytest.mark.parametrize("vectors", ["", "gamma"])
-def test_the_update_alone_keeps_its_own_precision(form, dtype, vectors):
+def test_a_separate_update_keeps_its_own_precision(form, dtype, vectors):
     """`subtract_identity` gives gamma W0 (T - 1): the second matrix of split."""
     case = make_normal(1, 37, 35, 3, dtype=dtype, vectors=vectors, **form)
     if case.transform == "low_rank":
