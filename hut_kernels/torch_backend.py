@@ -233,8 +233,17 @@ def _merged(
         return _blockwise(layer, dtype, out)
     if isinstance(weight, Stored):
         return _merged_stored(weight, layer, dtype, out)
-    m = torch.mm(cast(hut_B, dtype), cast(hut_A, dtype), out=out)
-    return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
+    A, B = cast(hut_A, dtype), cast(hut_B, dtype)
+    if weight.numel() <= _BLOCK:
+        m = torch.mm(B, A, out=out)
+        return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
+    # By blocks: on CPUs without bf16 instructions a product allocates its size in float32 as well.
+    W = _empty_like(weight, dtype, out)
+    for rows in _row_blocks(weight):
+        W0, m = _take(weight, rows), _take(W, rows)
+        torch.mm(_take(B, rows), A, out=m)
+        torch.addcmul(W0, W0, m, value=spec.scaling, out=m)
+    return W
 
 
 def _merged_stored(weight: Stored, layer: Layer, dtype: torch.dtype, out: Tensor | None) -> Tensor:
