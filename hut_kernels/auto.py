@@ -70,6 +70,11 @@ class Planned:
             return weight.dense(dtype)
         return triton_backend.dequantize(weight, dtype, _device(weight.device).arch)
 
+    def experts(self, layer: Layer, *activations: Tensor | None) -> triton_backend.Experts | None:
+        """The kernels over a stack of experts; None where its experts go to PyTorch, one by one."""
+        plan = plan_call(self.name, layer, *activations)
+        return triton_backend.Experts(plan, layer) if plan.backend == "triton" else None
+
     def _is_launch_bound(self, layer: Layer) -> bool:
         bound = self.name == "auto" and planner.launch_bound(*layer.sizes[:2])
         return bound and not isinstance(layer.weight, Stored)
@@ -118,6 +123,7 @@ def plan_call(name: str, layer: Layer, *activations: Tensor | None) -> Plan:
         all(_is_aligned(tensor) for tensor in operands),
         layer.spec.transform,
         layer.spec.precision,
+        experts=0 if layer.hut_A.ndim == 2 else len(layer.hut_A),
     )
     return planner.plan(problem, _device(example.device), name)
 
@@ -127,8 +133,8 @@ def _is_aligned(tensor: Tensor) -> bool:
 
     A factor with fewer than 16 columns (hut_B at r < 16) is a thin load outside the rule.
     """
-    rows, columns = tensor.stride()
-    wide = columns == 1 and (rows % 16 == 0 or tensor.shape[1] < 16)
+    rows, columns = tensor.stride()[-2:]
+    wide = columns == 1 and (rows % 16 == 0 or tensor.shape[-1] < 16)
     transposed = rows == 1 and columns % 16 == 0
     return tensor.data_ptr() % 16 == 0 and (wide or transposed)
 

@@ -1,20 +1,23 @@
 """The grouped operators: experts staged one group after the other, by any backend.
 
 Only experts that have rows are staged, into one workspace of a quarter of the stack or of one
-expert, and G exists for a group at a time. On a CPU a group is one expert.
+expert, and G exists for a group at a time. On a CPU a group is one expert. On a GPU the offsets are
+read once a direction, which waits for the device: the host must know which experts have rows to
+stage no others, and from which row a group's product starts, for the grouped GEMM starts at row 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn, planner, torch_backend
-from .layer import Layer, Needs, Spec, acc_dtype, cast, effective_bias
+from .layer import FactorGrads, Layer, Needs, Spec, acc_dtype, cast, effective_bias
 
 # Multiplications from which oneDNN's product repays its longer call.
 _LARGE_PRODUCT = 1 << 21
@@ -32,12 +35,25 @@ class Stack(NamedTuple):
     spec: Spec
 
 
-class Expert(NamedTuple):
-    """An expert that has rows."""
+class Group(NamedTuple):
+    """Experts with rows that are staged together: neighbors but for those without.
 
-    number: int
-    layer: Layer
-    rows: slice
+    Attributes:
+        experts: Their numbers in the stack.
+        rows: Each one's rows.
+        numbers: The numbers on the stack's device, int64; None for one expert by itself.
+        ends: The end of each one's rows, counted from the group's first, int32; likewise.
+    """
+
+    experts: Sequence[int]
+    rows: Sequence[slice]
+    numbers: Tensor | None = None
+    ends: Tensor | None = None
+
+    @property
+    def run(self) -> slice:
+        """The rows of all."""
+        return slice(self.rows[0].start, self.rows[-1].stop)
 
 
 def bounds(offsets: Tensor, rows: int) -> list[int]:
@@ -56,12 +72,13 @@ def forward(x: Tensor, layer: Stack, offsets: Tensor, backend: Any) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta` by expert, `[S, out]`, in x's type."""
     ends = bounds(offsets, len(x))
     y = x.new_empty((len(x), layer.weight.shape[1]))
-    for group in _groups(layer, ends, x.dtype):
-        _multiply(x, _stage(group, x.dtype, backend).mT, group, y)
-        for _, one, rows in group:
-            shift = effective_bias(one.bias, one.gamma, one.beta, x.dtype)
-            if shift is not None:
-                y[rows] += shift
+    shift = effective_bias(layer.bias, layer.gamma, layer.beta, x.dtype)
+    passes = _passes(layer, x.dtype, ends, backend, x)
+    for group in _groups(offsets, ends, passes.size):
+        _multiply(x, passes.stage(group).mT, group, y)
+        if shift is not None:
+            for expert, rows in zip(group.experts, group.rows, strict=True):
+                y[rows] += shift[expert]
     y[ends[-1] :] = 0
     return y
 
@@ -80,101 +97,179 @@ def backward(
     ends = bounds(offsets, len(grad))
     experts, out_features, in_features = layer.weight.shape
     dx = grad.new_empty((len(grad), in_features)) if need_x else None
-    d_A = _zeros(layer.hut_A) if needs.A and layer.hut_A is not None else None
-    d_B = _zeros(layer.hut_B) if needs.B and layer.hut_B is not None else None
-    d_gamma, sums = (
-        grad.new_zeros((experts, out_features), dtype=acc_dtype(grad.dtype)) if needed else None
-        for needed in (needs.gamma, need_sums)
-    )
-    for group in _groups(layer, ends, grad.dtype):
+    sums = None
+    if need_sums:
+        sums = grad.new_zeros((experts, out_features), dtype=acc_dtype(grad.dtype))
+    passes = _passes(layer, grad.dtype, ends, backend, grad, x)
+    if x is not None and any(needs):
+        passes.start_reduction(grad, x, needs)
+    for group in _groups(offsets, ends, passes.size):
         if dx is not None:
-            _multiply(grad, _stage(group, grad.dtype, backend), group, dx)
-        for number, one, rows in group:
-            if x is not None and any(needs):
-                parts = _grad_factors(grad[rows], x[rows], one, needs, backend)
-                for whole, part in zip((d_A, d_B, d_gamma), parts, strict=True):
-                    if whole is not None and part is not None:
-                        whole[number] = part
-            if sums is not None:
-                torch.sum(grad[rows], 0, dtype=sums.dtype, out=sums[number])
+            _multiply(grad, passes.stage(group), group, dx)
+        if x is not None and any(needs):
+            passes.reduce(grad, x, group)
+        if sums is not None:
+            for expert, rows in zip(group.experts, group.rows, strict=True):
+                torch.sum(grad[rows], 0, dtype=sums.dtype, out=sums[expert])
     if dx is not None:
         dx[ends[-1] :] = 0
-    return [made for made in (dx, d_A, d_B, d_gamma, sums) if made is not None]
+    factors = passes.finish_reduction() if x is not None and any(needs) else ()
+    return [made for made in (dx, *factors, sums) if made is not None]
 
 
-def _grad_factors(
-    grad: Tensor, x: Tensor, one: Layer, needs: Needs, backend: Any
-) -> Iterable[Tensor | None]:
-    """One expert's `d hut_A`, `d hut_B` and `sum_i W G`, each where it is needed."""
-    if backend is torch_backend:
-        return torch_backend.grad_factors(grad, x, one, needs, fresh=True)
-    made = iter(backend.linear_backward(grad, x, one, False, needs))
-    return [next(made) if needed else None for needed in needs]
+def _groups(offsets: Tensor, ends: list[int], size: int | None) -> list[Group]:
+    """The experts that have rows, by `size` of them; each by itself without a size."""
+    found = [(n, slice(*span)) for n, span in enumerate(pairwise(ends)) if span[0] < span[1]]
+    if size is None:
+        return [Group((expert,), (rows,)) for expert, rows in found]
+    # On the device itself: a copy from the host would wait for all that is enqueued.
+    idle = offsets == F.pad(offsets[:-1], (1, 0))
+    numbers = torch.argsort(idle.int(), stable=True)[: len(found)]
+    stops = offsets[numbers]
+    groups = []
+    for first in range(0, len(found), size):
+        experts, rows = zip(*found[first : first + size], strict=True)
+        here = slice(first, first + len(experts))
+        groups.append(Group(experts, rows, numbers[here], stops[here] - rows[0].start))
+    return groups
 
 
-def _zeros(factor: Tensor) -> Tensor:
-    return factor.new_zeros(factor.shape)
+def _passes(
+    layer: Stack, dtype: torch.dtype, ends: list[int], backend: Any, *activations: Tensor | None
+) -> _Kernels | _OneByOne:
+    """The way W is staged and G reduced: by kernels over a group, or an expert after the other."""
+    if layer.hut_A is not None and hasattr(backend, "experts"):
+        kernels = backend.experts(Layer._make(layer), *activations)
+        if kernels is not None:
+            return _Kernels(kernels, layer, dtype)
+        backend = torch_backend
+    return _OneByOne(layer, dtype, ends, backend)
 
 
-def _groups(layer: Stack, ends: list[int], dtype: torch.dtype) -> Iterator[list[Expert]]:
-    """The experts that have rows, those together whose weights are staged together."""
-    weight, hut_A, hut_B, bias, gamma, beta, spec = layer
-    most = 2 * sum(start < end for start, end in pairwise(ends)) > len(weight)
-    residual = spec.constant == 1.0 and gamma is None
-    if most and residual and dtype == weight.dtype == torch.bfloat16:
-        # Once for all experts; the torch backend would cast them to this type one by one.
-        hut_A = None if hut_A is None else cast(hut_A, dtype)
-        hut_B = None if hut_B is None else cast(hut_B, dtype)
-    nothing = (None,) * len(weight)
-    stacks = (weight, hut_A, hut_B, bias, gamma, beta)
-    columns = (nothing if stack is None else stack.unbind(0) for stack in stacks)
-    found = [
-        Expert(index, Layer._make((*operands, spec)), slice(start, end))
-        for index, (operands, (start, end)) in enumerate(
-            zip(zip(*columns, strict=True), pairwise(ends), strict=True)
+class _Kernels:
+    """The passes by a backend's kernels over a stack, a launch for each group."""
+
+    def __init__(self, kernels: Any, layer: Stack, dtype: torch.dtype) -> None:
+        self.kernels, self.dtype = kernels, dtype
+        self.size = planner.group_size(len(layer.weight), kernels.plan.device.arch)
+
+    def stage(self, group: Group) -> Tensor:
+        """`gamma W`, `[group, out, in]`, with the weight's order of strides."""
+        return self.kernels.stage(self.dtype, group.numbers)
+
+    def start_reduction(self, grad: Tensor, x: Tensor, needs: Needs) -> None:
+        """Makes place for the factor gradients, and for G where it is wider than W."""
+        if not _gram_is_grouped(grad, x):
+            self.size = max(1, self.size * x.itemsize // 4)
+        self.reduction = self.kernels.reduction(self.dtype, needs, self.size)
+
+    def reduce(self, grad: Tensor, x: Tensor, group: Group) -> None:
+        """Makes G of a group, and its factor gradients of that."""
+        if _gram_is_grouped(grad, x):
+            left, right = grad[group.run].t(), x[group.run]
+            G = torch._grouped_mm(left, right, offs=group.ends)
+        else:
+            G = x.new_empty((len(group.rows), grad.shape[1], x.shape[1]), dtype=torch.float32)
+            for matrix, rows in zip(G.unbind(0), group.rows, strict=True):
+                self.kernels.gram(grad[rows], x[rows], out=matrix)
+        self.reduction.add(G, group.numbers)
+
+    def finish_reduction(self) -> FactorGrads:
+        """`d hut_A`, `d hut_B` and `sum_i W G` of all experts, each where it is needed."""
+        return self.reduction.finish()
+
+
+class _OneByOne:
+    """The passes by a backend's operators, an expert after the other; without factors W is W0."""
+
+    def __init__(self, layer: Stack, dtype: torch.dtype, ends: list[int], backend: Any) -> None:
+        self.stack, self.dtype, self.backend = layer, dtype, backend
+        weight, hut_A, hut_B, *vectors, spec = layer
+        size = planner.group_size(len(weight), weight.device.type)
+        self.size = size if size > 1 else None
+        most = 2 * sum(start < end for start, end in pairwise(ends)) > len(weight)
+        residual = spec.constant == 1.0 and layer.gamma is None
+        if most and residual and dtype == weight.dtype == torch.bfloat16:
+            # Once for all experts; the torch backend would cast them to this type one by one.
+            hut_A = None if hut_A is None else cast(hut_A, dtype)
+            hut_B = None if hut_B is None else cast(hut_B, dtype)
+        nothing = (None,) * len(weight)
+        stacks = (weight, hut_A, hut_B, *vectors)
+        columns = (nothing if stack is None else stack.unbind(0) for stack in stacks)
+        self.layers = [Layer._make((*one, spec)) for one in zip(*columns, strict=True)]
+
+    def stage(self, group: Group) -> Tensor:
+        """`gamma W`, `[group, out, in]`, with the weight's order of strides."""
+        if len(group.experts) == 1:
+            return self._staged(self.layers[group.experts[0]])[None]
+        weight = self.stack.weight[: len(group.experts)]
+        workspace = torch.empty_like(weight, dtype=self.dtype)
+        for W, expert in zip(workspace.unbind(0), group.experts, strict=True):
+            self._staged(self.layers[expert], W)
+        return workspace
+
+    def _staged(self, one: Layer, out: Tensor | None = None) -> Tensor:
+        """`gamma W` of an expert, in `out` where that is given."""
+        if one.hut_A is not None and self.backend is torch_backend:
+            return torch_backend._merged(one, self.dtype, fresh=out is None, out=out)
+        if one.hut_A is None:
+            W = cast(one.weight, self.dtype)
+        else:
+            W = self.backend.merged_weight(one, self.dtype)
+        return W if out is None else out.copy_(W)
+
+    def start_reduction(self, grad: Tensor, x: Tensor, needs: Needs) -> None:
+        """Makes place for the factor gradients: zeros, for experts without rows."""
+        weight, hut_A, hut_B = self.stack[:3]
+        assert hut_A is not None
+        assert hut_B is not None
+        self.needs = needs
+        acc = acc_dtype(self.dtype)
+        self.grads = (
+            torch.zeros_like(hut_A) if needs.A else None,
+            torch.zeros_like(hut_B) if needs.B else None,
+            weight.new_zeros(weight.shape[:2], dtype=acc) if needs.gamma else None,
         )
-        if start < end
-    ]
-    size = planner.group_size(len(weight), weight.device.type)
-    return (found[first : first + size] for first in range(0, len(found), size))
+
+    def reduce(self, grad: Tensor, x: Tensor, group: Group) -> None:
+        """Makes G of each expert, and its factor gradients of that."""
+        for expert, rows in zip(group.experts, group.rows, strict=True):
+            parts = self._reduced(grad[rows], x[rows], self.layers[expert])
+            for whole, part in zip(self.grads, parts, strict=True):
+                if whole is not None and part is not None:
+                    whole[expert] = part
+
+    def _reduced(self, grad: Tensor, x: Tensor, one: Layer) -> Iterable[Tensor | None]:
+        if self.backend is torch_backend:
+            return torch_backend.grad_factors(grad, x, one, self.needs, fresh=True)
+        made = iter(self.backend.linear_backward(grad, x, one, False, self.needs))
+        return [next(made) if needed else None for needed in self.needs]
+
+    def finish_reduction(self) -> FactorGrads:
+        """`d hut_A`, `d hut_B` and `sum_i W G` of all experts, each where it is needed."""
+        return self.grads
 
 
-def _stage(group: Sequence[Expert], dtype: torch.dtype, backend: Any) -> Tensor:
-    """`gamma W` of a group's experts, `[group, out, in]`, with the weight's order of strides."""
-    if len(group) == 1:
-        return _staged(group[0].layer, dtype, backend)[None]
-    first = group[0].layer.weight
-    shape = first.shape if first.stride(1) == 1 else first.mT.shape
-    workspace = first.new_empty((len(group), *shape), dtype=dtype)
-    workspace = workspace if first.stride(1) == 1 else workspace.mT
-    for W, one in zip(workspace.unbind(0), group, strict=True):
-        W.copy_(_staged(one.layer, dtype, backend))
-    return workspace
+def _gram_is_grouped(grad: Tensor, x: Tensor) -> bool:
+    """True where one grouped GEMM makes every G: in bf16, which has float32's range.
+
+    In other types G is float32, made one after the other.
+    """
+    return x.dtype == torch.bfloat16 and _grouped_mm_fits(grad.t(), x)
 
 
-def _staged(one: Layer, dtype: torch.dtype, backend: Any) -> Tensor:
-    if one.hut_A is None or one.hut_B is None:
-        return cast(one.weight, dtype)
-    if backend is not torch_backend:
-        return backend.merged_weight(one, dtype)
-    return torch_backend._merged(one, dtype, fresh=True)
-
-
-def _multiply(x: Tensor, W: Tensor, group: Sequence[Expert], out: Tensor) -> None:
+def _multiply(x: Tensor, W: Tensor, group: Group, out: Tensor) -> None:
     """Writes `x W` of each expert's rows, W `[group, in, out]`."""
-    first, last = group[0].rows.start, group[-1].rows.stop
-    if len(group) > 1 and _grouped_mm_fits(x, W):
-        ends = [one.rows.stop - first for one in group]
-        offs = torch.tensor(ends, dtype=torch.int32, device=x.device)
-        out[first:last] = torch._grouped_mm(x[first:last], W, offs=offs)
+    if group.ends is not None and _grouped_mm_fits(x, W):
+        out[group.run] = torch._grouped_mm(x[group.run], W, offs=group.ends)
         return
-    for matrix, one in zip(W.unbind(0), group, strict=True):
-        part = x[one.rows]
+    for matrix, rows in zip(W.unbind(0), group.rows, strict=True):
+        part = x[rows]
         large = len(part) * matrix.numel() >= _LARGE_PRODUCT
         if large and x.dtype == torch.float32 and onednn.takes(part, matrix):
-            out[one.rows] = onednn.linear(part, matrix.t())
+            out[rows] = onednn.linear(part, matrix.t())
         else:
-            torch.mm(part, matrix, out=out[one.rows])
+            torch.mm(part, matrix, out=out[rows])
 
 
 def _grouped_mm_fits(x: Tensor, W: Tensor) -> bool:

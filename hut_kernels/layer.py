@@ -40,6 +40,8 @@ class Spec(NamedTuple):
 class Layer(NamedTuple):
     """The operands and options of a call, apart from its activations.
 
+    A stack of experts has a first dimension more in each operand.
+
     Attributes:
         weight: The frozen weight W0, `[out_features, in_features]`: a tensor of any strides, or a
             `formats.Stored`, which has a tensor's shape, dtype and device.
@@ -62,8 +64,8 @@ class Layer(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """`out_features, in_features, r`: O, K and r of the kernels."""
-        r, K = self.hut_A.shape
-        return self.hut_B.shape[0], K, r
+        r, K = self.hut_A.shape[-2:]
+        return self.hut_B.shape[-2], K, r
 
 
 class Needs(NamedTuple):
@@ -145,11 +147,11 @@ def finish_factor_grads(
         d_A = cast(_scaled(Q, spec.scaling), hut_A.dtype)
     if P is not None and needs.gamma:
         acc = acc_dtype(P.dtype)
-        d_gamma = _scaled((cast(P, acc) * cast(hut_B, acc)).sum(1), spec.scaling)
+        d_gamma = _scaled((cast(P, acc) * cast(hut_B, acc)).sum(-1), spec.scaling)
         if row_sums is not None:
             d_gamma = d_gamma + spec.constant * row_sums
     if P is not None and needs.B:
-        d_B = P if gamma is None else P * gamma[:, None]
+        d_B = P if gamma is None else P * gamma[..., None]
         d_B = cast(_scaled(d_B, spec.scaling), hut_B.dtype)
     return d_A, d_B, d_gamma
 

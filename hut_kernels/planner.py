@@ -140,8 +140,10 @@ class Plan:
         staged = group_size(p.experts, self.device.arch) if p.experts else 1
         staging = staged * p.O * p.K * _BYTES[p.dtype]
         item = _BYTES[p.dtype if p.stored else p.weight_dtype]
-        partials = p.O * p.K * item if self.backend != "torch" else 0
+        partials = staged * p.O * p.K * item if self.backend != "torch" else 0
         chunk = min(self.chunk, p.O) * p.K * 4 if self.grad_factors == CHUNKED else 0
+        if p.experts and self.backend == "triton":
+            chunk = staging  # of fewer experts where G is wider than W
         return {
             "forward": staging if self.forward == STAGED else 0,
             "grad_input": staging if self.grad_input == STAGED else 0,
@@ -221,9 +223,12 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     # What a CPU's evaluation made of a weight is read by PyTorch only, wherever it is moved to.
     repacked = problem.weight_dtype.endswith("_repacked")
     unsupported = problem.r > MAX_RANK or index >= _MAX_INDEX or repacked
-    if backend == "torch" or unsupported or empty or problem.experts:
+    one_by_one = problem.experts and backend != "triton"
+    if backend == "torch" or unsupported or empty or one_by_one:
         rows = max(1, (1 << 22) // max(1, problem.K))
         return Plan(problem, device, "torch", STAGED, STAGED, CHUNKED, rows, "not needed")
+    if problem.experts:  # the grouped GEMM's, with W and G of a group at a time
+        return Plan(problem, device, backend, STAGED, STAGED, CHUNKED, problem.O, "not needed")
     even = break_even(device)
     # Unaligned loads are not asynchronous, and split is two products: both go to cuBLAS.
     # A stored weight is read once, on its way to a workspace: in a loop it would cost each pass.

@@ -120,7 +120,7 @@ MUTANTS = (
     Mutant(
         "gamma forgotten in the H of d hut_B",
         LAYER,
-        "        d_B = P if gamma is None else P * gamma[:, None]\n",
+        "        d_B = P if gamma is None else P * gamma[..., None]\n",
         "        d_B = P\n",
         ("tests/test_ops.py", "match_the_reference"),
     ),
@@ -321,8 +321,8 @@ MUTANTS = (
     Mutant(
         "kernel: only the first partial counted",
         f"{TRITON}/partial_sums.py",
-        "    return partials[0] if len(partials) == 1 else partials.sum(0)\n",
-        "    return partials[0]\n",
+        "    return partials.select(dim, 0) if partials.shape[dim] == 1 else partials.sum(dim)\n",
+        "    return partials.select(dim, 0)\n",
         ("tests/triton/test_grad_factors.py", "any_splits"),
     ),
     Mutant(
@@ -644,15 +644,15 @@ MUTANTS = (
     Mutant(
         "an expert's offset off by one",
         GROUPED_BACKEND,
-        "slice(start, end))\n",
-        "slice(max(start - 1, 0), end))\n",
+        "    found = [(n, slice(*span)) for",
+        "    found = [(n, slice(max(span[0] - 1, 0), span[1])) for",
         ("tests/test_grouped.py", "equals_float64"),
     ),
     Mutant(
         "an expert without rows skipped where experts are counted",
         GROUPED_BACKEND,
-        "zip(zip(*columns, strict=True), pairwise(ends), strict=True)\n",
-        "zip(zip(*columns, strict=True), pairwise(sorted({*ends})), strict=False)\n",
+        "for n, span in enumerate(pairwise(ends)) if span[0] < span[1]]\n",
+        "for n, span in enumerate(pairwise(sorted({*ends}))) if span[0] < span[1]]\n",
         ("tests/test_grouped.py", "equals_float64"),
     ),
     Mutant(
@@ -668,6 +668,34 @@ MUTANTS = (
         "    y[ends[-1] :] = 0\n",
         "",
         ("tests/test_grouped.py", "equals_float64"),
+    ),
+    Mutant(
+        "kernel: an expert's place in its group taken for its number",
+        f"{TRITON}/tiles.py",
+        "return tl.load(p_experts + place), place.to(tl.int64), pid % programs\n",
+        "return place.to(tl.int64), place.to(tl.int64), pid % programs\n",
+        ("tests/triton/test_grouped.py", "equals_float64"),
+    ),
+    Mutant(
+        "kernel: the first expert's gamma for all",
+        f"{TRITON}/weight.py",
+        "        p_gamma += expert * O\n",
+        "",
+        ("tests/triton/test_grouped.py", "equals_float64"),
+    ),
+    Mutant(
+        "kernel: all experts' partials in the first one's place",
+        f"{TRITON}/grad_reduce.py",
+        "        p_P += place * k_splits * O * r\n",
+        "",
+        ("tests/triton/test_grouped.py", "equals_float64"),
+    ),
+    Mutant(
+        "an expert without rows staged in another's place",
+        GROUPED_BACKEND,
+        "    numbers = torch.argsort(idle.int(), stable=True)[: len(found)]\n",
+        "    numbers = torch.arange(len(idle), device=idle.device)[: len(found)]\n",
+        ("tests/triton/test_grouped.py", "equals_float64"),
     ),
     Mutant(
         "experts' rows combined in the order of experts",

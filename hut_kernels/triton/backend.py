@@ -103,6 +103,33 @@ def stage(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
     return launch(layer, dtype, _config(kernel, plan, dtype, layer), subtract_identity=is_split)
 
 
+class Experts:
+    """The kernels over a stack of experts: one launch for the experts of a group.
+
+    Args:
+        plan: The plan of the stack.
+        layer: Its operands, `[experts, ...]` each.
+    """
+
+    def __init__(self, plan: Plan, layer: Layer) -> None:
+        self.plan, self.layer = plan, layer
+
+    gram = staticmethod(chunked_grad_factors.gram)
+
+    def stage(self, dtype: torch.dtype, experts: Tensor) -> Tensor:
+        """`gamma W` of those experts, int64: `[group, out, in]`, with weight's order of strides."""
+        config = _config("weight", self.plan, dtype, self.layer)
+        return weight_kernel.launch_weight(self.layer, dtype, config, experts=experts)
+
+    def reduction(
+        self, dtype: torch.dtype, needs: Needs, group: int
+    ) -> chunked_grad_factors.ExpertsReduction:
+        """The reduction of G, `group` experts at a time, which share the device's programs."""
+        config = _config("grad_reduce", self.plan, dtype, self.layer)
+        splits = _splits(self.plan.problem.O, config, self.plan, self.layer, group)
+        return chunked_grad_factors.ExpertsReduction(self.layer, dtype, needs, config, splits)
+
+
 def _weight_kernel(layer: Layer) -> tuple[str, Callable[..., Tensor]]:
     """The kernel that writes W, by its name in the tables, and its launcher."""
     if isinstance(layer.weight, Stored):
@@ -125,8 +152,13 @@ def _config(kernel: str, plan: Plan, dtype: torch.dtype, layer: Layer) -> Launch
     )
 
 
-def _splits(rows: int, config: LaunchConfig, plan: Plan, layer: Layer) -> tuple[int, int]:
-    """The splits of `rows` of O, and of K, that programs reduce on their own."""
+def _splits(
+    rows: int, config: LaunchConfig, plan: Plan, layer: Layer, group: int = 1
+) -> tuple[int, int]:
+    """The splits of `rows` of O, and of K, that programs reduce on their own.
+
+    A `group` of experts has as many each.
+    """
     problem = plan.problem
     return choose_reduction_splits(
         cdiv(rows, config.BO),
@@ -134,6 +166,6 @@ def _splits(rows: int, config: LaunchConfig, plan: Plan, layer: Layer) -> tuple[
         problem.O,
         problem.K,
         problem.r,
-        layer.weight.numel() * layer.weight.element_size(),
-        plan.device.sms,
+        problem.O * problem.K * layer.weight.dtype.itemsize,
+        cdiv(plan.device.sms, group),
     )

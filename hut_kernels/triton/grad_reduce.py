@@ -5,17 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layer import FactorGrads, Layer, Needs, cast
+from ..layer import FactorGrads, Layer, Needs, cast, finish_factor_grads
 from .launch import (
     LaunchConfig,
     cdiv,
+    expert_strides,
+    layer_strides,
     on_device,
     optional,
     padded_rank,
     transform_options,
 )
 from .partial_sums import PartialSums
-from .tiles import add_up, group_of, left_tile, load_2d, right_tile, within
+from .tiles import add_up, expert_of, group_of, left_tile, load_2d, right_tile, within
 
 
 @triton.jit
@@ -25,6 +27,7 @@ def hut_grad_reduce_kernel(
     p_a,
     p_b,
     p_gamma,
+    p_experts,
     p_Q,
     p_P,
     p_sums,
@@ -39,8 +42,12 @@ def hut_grad_reduce_kernel(
     stride_ak,
     stride_bo,
     stride_br,
+    stride_we,
+    stride_ae,
+    stride_be,
     tiles_o,
     tiles_k,
+    o_splits,
     k_splits,
     NEED_Q: tl.constexpr,
     NEED_P: tl.constexpr,
@@ -54,6 +61,7 @@ def hut_grad_reduce_kernel(
     WHOLE_R: tl.constexpr,
     OPERAND: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    STACK: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
@@ -62,10 +70,21 @@ def hut_grad_reduce_kernel(
 
     A program keeps a tile of columns while it goes down its rows, so that Q's tile stays in
     registers and P's are written once; several tiles of columns (not ONE_TILE) only where their
-    partials would take too much memory, several pieces of r only where BR does not hold it.
+    partials would take too much memory, several pieces of r only where BR does not hold it. With
+    STACK it is one of several experts, of which G holds all rows.
     """
-    o_split = tl.program_id(0) // k_splits
-    k_split = tl.program_id(0) % k_splits
+    expert, place, pid = expert_of(p_experts, o_splits * k_splits, STACK)
+    if STACK:
+        p_G += place * O * K
+        p_w += expert * stride_we
+        p_a += expert * stride_ae
+        p_b += expert * stride_be
+        p_gamma += expert * O
+        p_Q += place * o_splits * r * K
+        p_P += place * k_splits * O * r
+        p_sums += place * k_splits * O
+    o_split = pid // k_splits
+    k_split = pid % k_splits
     p_Q += o_split.to(tl.int64) * r * K
     p_P += k_split.to(tl.int64) * O * r
     p_sums += k_split.to(tl.int64) * O
@@ -145,59 +164,124 @@ def launch_grad_reduce(
     `chunk` is the rows of G made at a time (float32); a program takes one of the `splits` of a
     chunk's rows and of K.
     """
-    (O, K, r), (o_splits, k_splits) = layer.sizes, splits
+    O, K, _ = layer.sizes
     partials = PartialSums(x, layer, splits, needs)
-    options = transform_options(layer, x.dtype, config)
-    hut_A, hut_B = layer.hut_A, layer.hut_B
-    # H0, and with it the factors, may be rounded to bf16; fp16 has not the range of a scaled loss.
-    operand = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    if not options["TWO_SIDED"]:
-        if layer.gamma is not None:
-            hut_B = hut_B * layer.gamma[:, None]
-        hut_A, hut_B = cast(hut_A, operand), cast(hut_B, operand)
-    options["WHOLE"] &= chunk % config.BO == 0
-    BR = min(padded_rank(r), config.BN)
-    tiles_k = cdiv(cdiv(K, config.BK), k_splits)
+    reduced = _with_operands(layer, x.dtype)
     G = torch.empty((min(chunk, O), K), dtype=torch.float32, device=x.device)  # all that is alive
     for start in range(0, O, chunk):
         rows = min(chunk, O - start)
-        _gram(grad[:, start : start + rows], x, out=G[:rows])
-        with on_device(x):
-            hut_grad_reduce_kernel[(o_splits * k_splits,)](
-                G,
-                layer.weight,
-                hut_A,
-                hut_B,
-                optional(layer.gamma, x),
-                partials.Q,
-                partials.P,
-                partials.sums,
-                start,
-                rows,
-                K,
-                O,
-                r,
-                *layer.weight.stride(),
-                *hut_A.stride(),
-                *hut_B.stride(),
-                cdiv(cdiv(chunk, config.BO), o_splits),
-                tiles_k,
-                k_splits,
-                NEED_Q=partials.NEED_Q,
-                NEED_P=partials.NEED_P,
-                NEED_SUMS=partials.NEED_SUMS,
-                HAS_GAMMA=layer.gamma is not None and options["TWO_SIDED"],
-                OPERAND=tl.bfloat16 if operand == torch.bfloat16 else tl.float32,
-                ONE_TILE=tiles_k == 1,
-                BR=BR,
-                WHOLE_R=r % BR == 0,
-                **options,
-                **config.meta(),
-            )
+        gram(grad[:, start : start + rows], x, out=G[:rows])
+        _launch(G, reduced, partials, x.dtype, config, splits, (start, rows, chunk))
     return partials.finish()
 
 
-def _gram(left: Tensor, right: Tensor, out: Tensor) -> None:
+class ExpertsReduction:
+    """The factor gradients of a stack of experts, reduced a group of them at a time.
+
+    Args:
+        layer: The stack's operands, `[experts, ...]` each.
+        dtype: The compute type.
+        needs: The gradients that are asked for.
+        config: The launch config.
+        splits: The programs of an expert, by rows and by columns.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        dtype: torch.dtype,
+        needs: Needs,
+        config: LaunchConfig,
+        splits: tuple[int, int],
+    ) -> None:
+        self.layer, self.dtype, self.needs = layer, dtype, needs
+        self.config, self.splits = config, splits
+        self.reduced = _with_operands(layer, dtype)
+        one = PartialSums(layer.weight, layer, (1, 1), needs, (len(layer.weight),))
+        self.Q, self.P, self.sums = (None if t is None else t.zero_() for t in one.add())
+
+    def add(self, G: Tensor, experts: Tensor) -> None:
+        """Reduces `G = grad^T x`, `[group, O, K]`, of those experts, int64, in one launch."""
+        O = self.layer.sizes[0]
+        partials = PartialSums(G, self.layer, self.splits, self.needs, (len(experts),))
+        rows = 0, O, O
+        _launch(G, self.reduced, partials, self.dtype, self.config, self.splits, rows, experts)
+        for total, part in zip((self.Q, self.P, self.sums), partials.add(), strict=True):
+            if total is not None and part is not None:
+                total.index_copy_(0, experts, part)
+
+    def finish(self) -> FactorGrads:
+        """`d hut_A`, `d hut_B`, `sum_i W G`, `[experts, ...]`: zeros where nothing was added."""
+        return finish_factor_grads(self.Q, self.P, self.sums, self.layer, self.needs)
+
+
+def _with_operands(layer: Layer, dtype: torch.dtype) -> Layer:
+    """The layer with its factors as the kernel multiplies by them.
+
+    H0, and with it the factors, may be rounded to bf16; fp16 has not the range of a scaled loss.
+    """
+    if layer.spec.transform == "two_sided":
+        return layer
+    operand = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    hut_B = layer.hut_B if layer.gamma is None else layer.hut_B * layer.gamma[..., None]
+    return layer._replace(hut_A=cast(layer.hut_A, operand), hut_B=cast(hut_B, operand), gamma=None)
+
+
+def _launch(
+    G: Tensor,
+    layer: Layer,
+    partials: PartialSums,
+    dtype: torch.dtype,
+    config: LaunchConfig,
+    splits: tuple[int, int],
+    block: tuple[int, int, int],
+    experts: Tensor | None = None,
+) -> None:
+    """Reduces rows of G: the first one's number, how many, and how many most launches have."""
+    (O, K, r), (o_splits, k_splits) = layer.sizes, splits
+    start, rows, chunk = block
+    options = transform_options(layer, dtype, config)
+    options["WHOLE"] &= chunk % config.BO == 0
+    BR = min(padded_rank(r), config.BN)
+    tiles_k = cdiv(cdiv(K, config.BK), k_splits)
+    programs = o_splits * k_splits
+    with on_device(G):
+        hut_grad_reduce_kernel[(programs if experts is None else programs * len(experts),)](
+            G,
+            layer.weight,
+            layer.hut_A,
+            layer.hut_B,
+            optional(layer.gamma, G),
+            optional(experts, G),
+            partials.Q,
+            partials.P,
+            partials.sums,
+            start,
+            rows,
+            K,
+            O,
+            r,
+            *layer_strides(layer),
+            *expert_strides(layer),
+            cdiv(cdiv(chunk, config.BO), o_splits),
+            tiles_k,
+            o_splits,
+            k_splits,
+            NEED_Q=partials.NEED_Q,
+            NEED_P=partials.NEED_P,
+            NEED_SUMS=partials.NEED_SUMS,
+            HAS_GAMMA=layer.gamma is not None,
+            OPERAND=tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+            ONE_TILE=tiles_k == 1,
+            STACK=experts is not None,
+            BR=BR,
+            WHOLE_R=r % BR == 0,
+            **options,
+            **config.meta(),
+        )
+
+
+def gram(left: Tensor, right: Tensor, out: Tensor) -> None:
     """`left^T right` in float32 into `out`; on CUDA the 16-bit operands stay as they are."""
     if left.is_cuda and left.dtype != torch.float32:
         torch.mm(left.t(), right, out_dtype=torch.float32, out=out)

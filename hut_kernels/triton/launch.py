@@ -109,7 +109,14 @@ def _fewer(tiles: int, splits: int) -> int:
 
 def layer_strides(layer: Layer) -> tuple[int, ...]:
     """The strides of weight, hut_A and hut_B, two each, in the kernels' order."""
-    return *layer.weight.stride(), *layer.hut_A.stride(), *layer.hut_B.stride()
+    operands = layer.weight, layer.hut_A, layer.hut_B
+    return tuple(stride for operand in operands for stride in operand.stride()[-2:])
+
+
+def expert_strides(layer: Layer) -> tuple[int, ...]:
+    """The strides from one expert to the next of weight, hut_A and hut_B; 0 for a layer."""
+    operands = layer.weight, layer.hut_A, layer.hut_B
+    return tuple(operand.stride(0) if operand.ndim == 3 else 0 for operand in operands)
 
 
 def multiplier_options(
@@ -187,7 +194,7 @@ def is_heavy(kernel: str, layer: Layer, dtype: torch.dtype, config: LaunchConfig
     wide = weight.dtype.itemsize > dtype.itemsize
     if kernel == "grad_reduce" and (O % config.BO or K % config.BK):
         return True  # its masks take registers, beside tiles that leave none
-    return wide or weight.stride()[1] != 1 or (layer.spec.transform == "two_sided" and ragged)
+    return wide or weight.stride()[-1] != 1 or (layer.spec.transform == "two_sided" and ragged)
 
 
 def kind(dtype: torch.dtype) -> str:

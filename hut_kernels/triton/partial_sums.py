@@ -16,7 +16,14 @@ from ..layer import FactorGrads, Layer, Needs, finish_factor_grads
 class PartialSums:
     """Buffers of the first stage, float32, empty where a gradient is not needed."""
 
-    def __init__(self, x: Tensor, layer: Layer, splits: tuple[int, int], needs: Needs) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        layer: Layer,
+        splits: tuple[int, int],
+        needs: Needs,
+        stack: tuple[int, ...] = (),
+    ) -> None:
         (O, K, r), (o_splits, k_splits) = layer.sizes, splits
         self.layer, self.needs = layer, needs
         self.NEED_Q = needs.A
@@ -24,7 +31,7 @@ class PartialSums:
         self.NEED_SUMS = needs.gamma and layer.spec.constant != 0.0
 
         def buffer(needed: bool, *shape: int) -> Tensor:
-            shape = shape if needed else (0,)
+            shape = (*stack, *shape) if needed else (0,)
             return torch.empty(shape, dtype=torch.float32, device=x.device)
 
         self.Q = buffer(self.NEED_Q, o_splits, r, K)
@@ -33,11 +40,16 @@ class PartialSums:
 
     def finish(self) -> FactorGrads:
         """Adds the partial sums in order, and finishes the gradients."""
-        Q = _add(self.Q) if self.NEED_Q else None
-        P = _add(self.P) if self.NEED_P else None
-        sums = _add(self.sums) if self.NEED_SUMS else None
-        return finish_factor_grads(Q, P, sums, self.layer, self.needs)
+        return finish_factor_grads(*self.add(), self.layer, self.needs)
+
+    def add(self) -> FactorGrads:
+        """Q, P and the row sums, each where it is needed."""
+        return (
+            _add(self.Q, -3) if self.NEED_Q else None,
+            _add(self.P, -3) if self.NEED_P else None,
+            _add(self.sums, -2) if self.NEED_SUMS else None,
+        )
 
 
-def _add(partials: Tensor) -> Tensor:
-    return partials[0] if len(partials) == 1 else partials.sum(0)
+def _add(partials: Tensor, dim: int) -> Tensor:
+    return partials.select(dim, 0) if partials.shape[dim] == 1 else partials.sum(dim)

@@ -25,6 +25,20 @@ def ordered_tile(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def expert_of(p_experts, programs, STACK: tl.constexpr):
+    """A program's place: expert in the stack, expert in the group, number among an expert's own.
+
+    Each expert of the group has as many `programs`; without STACK there is one, a layer.
+    """
+    pid = tl.program_id(0)
+    if STACK:
+        place = pid // programs
+        return tl.load(p_experts + place), place.to(tl.int64), pid % programs
+    else:
+        return 0, 0, pid
+
+
+@triton.jit
 def within(o, size, WHOLE: tl.constexpr):
     """The mask `o < size`; with WHOLE a constant, which the compiler drops."""
     if WHOLE:

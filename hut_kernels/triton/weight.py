@@ -6,8 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layer import Layer
-from .launch import LaunchConfig, cdiv, layer_strides, multiplier_options, on_device, optional
-from .tiles import factor_tile, load_2d, modulate, ordered_tile, two_sided_tile
+from .launch import (
+    LaunchConfig,
+    cdiv,
+    expert_strides,
+    layer_strides,
+    multiplier_options,
+    on_device,
+    optional,
+)
+from .tiles import expert_of, factor_tile, load_2d, modulate, ordered_tile, two_sided_tile
 
 
 @triton.jit
@@ -16,6 +24,7 @@ def hut_weight_kernel(
     p_a,
     p_b,
     p_gamma,
+    p_experts,
     p_out,
     K,
     O,
@@ -28,6 +37,9 @@ def hut_weight_kernel(
     stride_br,
     stride_oo,
     stride_ok,
+    stride_we,
+    stride_ae,
+    stride_be,
     constant,
     scaling,
     HAS_GAMMA: tl.constexpr,
@@ -39,13 +51,22 @@ def hut_weight_kernel(
     WHOLE: tl.constexpr,
     WHOLE_R: tl.constexpr,
     THIN: tl.constexpr,
+    STACK: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of `gamma (W0 * (constant + t))`."""
-    pid_o, pid_k = ordered_tile(tl.program_id(0), tl.cdiv(O, BO), tl.cdiv(K, BK), GROUP)
+    """One tile of `gamma (W0 * (constant + t))`, with STACK of one of several experts."""
+    tiles_o, tiles_k = tl.cdiv(O, BO), tl.cdiv(K, BK)
+    expert, place, pid = expert_of(p_experts, tiles_o * tiles_k, STACK)
+    if STACK:
+        p_w += expert * stride_we
+        p_a += expert * stride_ae
+        p_b += expert * stride_be
+        p_gamma += expert * O
+        p_out += place * O * K
+    pid_o, pid_k = ordered_tile(pid, tiles_o, tiles_k, GROUP)
     o_o = pid_o * BO + tl.arange(0, BO)
     o_k = pid_k * BK + tl.arange(0, BK)
     m_o = o_o < O
@@ -80,35 +101,43 @@ def launch_weight(
     config: LaunchConfig,
     subtract_identity: bool = False,
     exact: bool = False,
+    experts: Tensor | None = None,
 ) -> Tensor:
     """`gamma (W0 * T)`, `[O, K]`, rounded once to `dtype`, with weight's strides.
+
+    Of a stack's layer it is those of `experts`, int64, one behind the other: `[group, O, K]`.
 
     With `subtract_identity` it is `gamma (W0 * (T - 1))`, the second matrix of `split`. `exact`
     forms T in float32 throughout, for weights that outlive the step; a step's own W may take T from
     tf32, or its increment from bf16.
     """
     O, K, r = layer.sizes
-    out = torch.empty_like(layer.weight, dtype=dtype)
+    like = layer.weight if experts is None else layer.weight[: len(experts)]
+    out = torch.empty_like(like, dtype=dtype)
     rounds = not exact or dtype == torch.float32  # there an increment's form rounds nothing
     residual = layer.gamma is None and not subtract_identity and rounds
     options = multiplier_options(layer, dtype, config, residual)
     if exact:
         options["THIN"] = "ieee"
     with on_device(out):
-        hut_weight_kernel[(cdiv(O, config.BO) * cdiv(K, config.BK),)](
+        tiles = cdiv(O, config.BO) * cdiv(K, config.BK)
+        hut_weight_kernel[(tiles if experts is None else tiles * len(experts),)](
             layer.weight,
             layer.hut_A,
             layer.hut_B,
             optional(layer.gamma, out),
+            optional(experts, out),
             out,
             K,
             O,
             r,
             *layer_strides(layer),
-            *out.stride(),
+            *out.stride()[-2:],
+            *expert_strides(layer),
             layer.spec.constant - subtract_identity,
             layer.spec.scaling,
             HAS_GAMMA=layer.gamma is not None,
+            STACK=experts is not None,
             GROUP=config.GROUP,
             **options,
             **config.meta(),
