@@ -6,18 +6,21 @@ named, it would be a guard under `torch.compile`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from . import planner, torch_backend
-from .devices import Device, gpu
+from .devices import Device, Misfit, as_seen, gpu, note_misfit
 from .formats import Stored
 from .layer import Layer, Needs, as_rows, dtype_name
 from .planner import Plan, Problem
 from .triton import backend as triton_backend
 
+_Result = TypeVar("_Result")
 # Stands for the device under the interpreter: small limits, so that small shapes meet them.
 _INTERPRETER = Device("interpreter", "sm_80", sms=2, shared_memory=163 << 10, l2=1 << 16)
 
@@ -36,11 +39,14 @@ class Planned:
         """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
         if self._is_launch_bound(layer):
             return _module("cuda").linear_forward(x, layer)
-        plan = plan_call(self.name, layer, x)
-        runs = plan.backend_of("forward")
-        if runs == "triton":
-            return triton_backend.linear_forward(plan, x, layer)
-        return _module(runs).linear_forward(x, layer)
+
+        def run(plan: Plan) -> Tensor:
+            runs = plan.backend_of("forward")
+            if runs == "triton":
+                return triton_backend.linear_forward(plan, x, layer)
+            return _module(runs).linear_forward(x, layer)
+
+        return self._by_plan(run, layer, x)
 
     def linear_backward(
         self, grad: Tensor, x: Tensor | None, layer: Layer, need_x: bool, needs: Needs
@@ -48,21 +54,28 @@ class Planned:
         """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
         if self._is_launch_bound(layer):
             return _module("cuda").linear_backward(grad, x, layer, need_x, needs)
-        plan = plan_call(self.name, layer, grad, x)
-        for_x, for_factors = plan.backend_of("grad_input"), plan.backend_of("grad_factors")
-        if for_x == for_factors or not (need_x and any(needs)):
-            return _backward(plan, for_x if need_x else for_factors, grad, x, layer, need_x, needs)
-        dx = _backward(plan, for_x, grad, None, layer, True, Needs(False, False, False))
-        return dx + _backward(plan, for_factors, grad, x, layer, False, needs)
+
+        def run(plan: Plan) -> list[Tensor]:
+            for_x, for_factors = plan.backend_of("grad_input"), plan.backend_of("grad_factors")
+            if for_x == for_factors or not (need_x and any(needs)):
+                runs = for_x if need_x else for_factors
+                return _backward(plan, runs, grad, x, layer, need_x, needs)
+            dx = _backward(plan, for_x, grad, None, layer, True, Needs(False, False, False))
+            return dx + _backward(plan, for_factors, grad, x, layer, False, needs)
+
+        return self._by_plan(run, layer, grad, x)
 
     def merged_weight(self, layer: Layer, dtype: torch.dtype) -> Tensor:
         """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
         if self.name == "auto" and not isinstance(layer.weight, Stored):
             return _module("cuda").merged_weight(layer, dtype)
-        plan = plan_call(self.name, layer)
-        if plan.backend == "triton":
-            return triton_backend.merged_weight(plan, layer, dtype)
-        return torch_backend.merged_weight(layer, dtype)
+
+        def run(plan: Plan) -> Tensor:
+            if plan.backend == "triton":
+                return triton_backend.merged_weight(plan, layer, dtype)
+            return torch_backend.merged_weight(layer, dtype)
+
+        return self._by_plan(run, layer)
 
     def dequantize(self, weight: Stored, dtype: torch.dtype) -> Tensor:
         """A stored W0, `[out, in]`, in `dtype`."""
@@ -74,6 +87,20 @@ class Planned:
         """The kernels over a stack of experts; None where its experts go to PyTorch, one by one."""
         plan = plan_call(self.name, layer, *activations)
         return triton_backend.Experts(plan, layer) if plan.backend == "triton" else None
+
+    def _by_plan(
+        self, run: Callable[[Plan], _Result], layer: Layer, *activations: Tensor | None
+    ) -> _Result:
+        """Runs a call by its plan; where a kernel is too large for the device, by the next one.
+
+        A fused kernel's next is staged, and a staged one's PyTorch, which launches none of ours.
+        """
+        while True:
+            plan = plan_call(self.name, layer, *activations)
+            try:
+                return run(plan)
+            except triton_backend.DoesNotFit as error:
+                note_misfit(plan.device, Misfit(error.kernel, plan.problem.row, error.lack))
 
     def _is_launch_bound(self, layer: Layer) -> bool:
         bound = self.name == "auto" and planner.launch_bound(*layer.sizes[:2])
@@ -125,7 +152,7 @@ def plan_call(name: str, layer: Layer, *activations: Tensor | None) -> Plan:
         layer.spec.precision,
         experts=0 if layer.hut_A.ndim == 2 else len(layer.hut_A),
     )
-    return planner.plan(problem, _device(example.device), name)
+    return planner.plan(problem, as_seen(_device(example.device)), name)
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from .versions import Miscompile, installed, miscompiled
+
+# The rows of the launch tables: ranks, and tokens, up to which each of them serves.
+RANKS = (16, 32, 64, 128)
+TOKENS = (16, 64, 128)
+
+
+class Misfit(NamedTuple):
+    """A kernel that asked for more than its device has.
+
+    Attributes:
+        kernel: Its name in the launch tables.
+        row: The calls that launch it so: `planner.Problem.row`.
+        lack: What there was too little of, in words.
+    """
+
+    kernel: str
+    row: tuple[object, ...]
+    lack: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} does not fit this device, and is passed by: {self.lack}"
 
 
 @dataclass(frozen=True)
@@ -21,6 +45,7 @@ class Device:
         shared_memory: Bytes a program may use.
         l2: Bytes of L2 cache.
         miscompiles: What the Triton at hand compiles wrongly for it.
+        misfits: The kernels that turned out to be too large for it.
     """
 
     name: str
@@ -29,10 +54,15 @@ class Device:
     shared_memory: int
     l2: int
     miscompiles: tuple[Miscompile, ...] = ()
+    misfits: tuple[Misfit, ...] = ()
 
     def denies(self, kernel: str, dtype: str) -> bool:
         """True where a kernel must not run in a compute type."""
         return any(kernel in known.kernels and known.concerns(dtype) for known in self.miscompiles)
+
+    def holds(self, kernel: str, row: tuple[object, ...]) -> bool:
+        """True where no launch of the kernel for these calls has failed for its size."""
+        return not any(found.kernel == kernel and found.row == row for found in self.misfits)
 
 
 _KB, _MB = 1 << 10, 1 << 20
@@ -114,3 +144,18 @@ def gpu(device: torch.device) -> Device:
         found.L2_cache_size,
         miscompiled(installed("triton"), arch),
     )
+
+
+_misfits: dict[str, tuple[Misfit, ...]] = {}  # by the name of the device
+
+
+def as_seen(device: Device) -> Device:
+    """A device, with the kernels that turned out to be too large for it in this process."""
+    found = _misfits.get(device.name)
+    return device if found is None else dataclasses.replace(device, misfits=found)
+
+
+def note_misfit(device: Device, misfit: Misfit) -> None:
+    """Has later plans pass a kernel by, and says so once."""
+    _misfits[device.name] = (*_misfits.get(device.name, ()), misfit)
+    warnings.warn(f"on {device.name} {misfit}", stacklevel=2)

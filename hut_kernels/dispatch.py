@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice
-from .devices import CPU, Device, gpu
+from .devices import CPU, Device, as_seen, gpu
 from .errors import HUTBackendError
 from .formats import Stored
 from .versions import installed, lost_fallback, miscompiled, release
@@ -106,7 +106,7 @@ def auto_backend(device: torch.device) -> str:
 def own_device() -> Device:
     """This machine's device: its current GPU where Triton can run on it, else its CPU."""
     if torch.cuda.is_available() and not _no_device():
-        return gpu(torch.device("cuda", torch.cuda.current_device()))
+        return as_seen(gpu(torch.device("cuda", torch.cuda.current_device())))
     return CPU
 
 

@@ -7,6 +7,7 @@ materializes W for cuBLAS; `chunked` takes G from cuBLAS a block of rows at a ti
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .devices import Device, break_even
+from .devices import RANKS, TOKENS, Device, break_even
 
 FUSED, STAGED, CHUNKED = "fused", "staged", "chunked"
 PARTS = ("forward", "grad_input", "grad_factors")
@@ -51,6 +52,12 @@ class Problem(NamedTuple):
     transform: str = "low_rank"
     precision: str = "merged"
     experts: int = 0
+
+    @property
+    def row(self) -> tuple[object, ...]:
+        """What decides the launch configs of a call: types, transform, classes of N and r."""
+        tokens, rank = bisect.bisect_left(TOKENS, self.N), bisect.bisect_left(RANKS, self.r)
+        return self.dtype, self.weight_dtype, self.transform, tokens, rank
 
     @property
     def stored(self) -> bool:
@@ -158,6 +165,7 @@ class Plan:
             f"on {self.device.name} ({self.device.arch}), backend {self.backend}; "
             f"break-evens: {self.source}",
             *(str(one) for one in self.device.miscompiles if one.concerns(self.problem.dtype)),
+            *(str(one) for one in self.device.misfits if one.row == self.problem.row),
             f"{'':14}{'backend':9}{'strategy':10}{'GFLOP':>10}{'MB moved':>10}{'MB workspace':>14}",
         ]  # fmt: skip
         operations, moved, workspace = self.operations, self.bytes, self.workspace
@@ -223,6 +231,9 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     # What a CPU's evaluation made of a weight is read by PyTorch only, wherever it is moved to.
     repacked = problem.weight_dtype.endswith("_repacked")
     unsupported = problem.r > MAX_RANK or index >= _MAX_INDEX or repacked
+    # What the staged parts run on: without these nothing of Triton is left.
+    for kernel in ("stored" if problem.stored else "weight", "grad_reduce"):
+        unsupported |= not device.holds(kernel, problem.row)
     one_by_one = problem.experts and backend != "triton"
     if backend == "torch" or unsupported or empty or one_by_one:
         rows = max(1, (1 << 22) // max(1, problem.K))
@@ -236,9 +247,8 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     fusible = whole and problem.precision == "merged"
 
     def fuses(part: str, possible: bool) -> bool:
-        return (
-            possible and not device.denies(part, problem.dtype) and problem.N <= getattr(even, part)
-        )
+        runs = device.holds(part, problem.row) and not device.denies(part, problem.dtype)
+        return possible and runs and problem.N <= getattr(even, part)
 
     return Plan(
         problem,
@@ -256,7 +266,8 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
 def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
     if made.backend != "triton" or made.problem.stored:
         return made
-    wanted = dict(forced)
+    held = made.device.holds
+    wanted = {part: how for part, how in forced if how != FUSED or held(part, made.problem.row)}
     split = made.problem.precision == "split"
     return dataclasses.replace(
         made,

@@ -333,10 +333,17 @@ MUTANTS = (
         ("tests/triton/test_forward.py", "every_variant"),
     ),
     Mutant(
+        "what is too large for the device is launched again",
+        PLANNER,
+        "        runs = device.holds(part, problem.row) and not device",
+        "        runs = not device",
+        ("tests/test_explain.py", "does_not_fit"),
+    ),
+    Mutant(
         "the staged path forgets split",
         f"{TRITON}/backend.py",
-        '    is_split = layer.spec.precision == "split"\n',
-        "    is_split = False\n",
+        'layer), layer.spec.precision == "split"\n',
+        "layer), False\n",
         ("tests/triton/test_backend.py", "split"),
     ),
     Mutant(

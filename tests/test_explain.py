@@ -1,5 +1,7 @@
 """`explain`: a plan for any known device, and for this machine."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from hut_kernels import devices, dispatch, explain
 
 from .test_dispatch import on_a_cpu
 
+explaining = importlib.import_module("hut_kernels.explain")  # which the function's name hides
 CALL = {
     "N": 8, "in_features": 64, "out_features": 64, "r": 4,
     "dtype": torch.float32, "device_name": "cpu",
@@ -42,6 +45,24 @@ def test_explain_knows_unaligned_shapes_and_float64():
     for K, O in ((63, 64), (64, 63)):
         assert not explain(8, K, O, 8, dtype=torch.bfloat16, device_name="A100").problem.aligned
     assert explain(8, 64, 64, 8, dtype=torch.float64, device_name="A100").backend == "torch"
+
+
+def test_explain_tells_what_does_not_fit_this_device(monkeypatch):
+    H200 = devices.find_device("H200")
+    monkeypatch.setattr(devices, "_misfits", {})
+    monkeypatch.setattr(explaining, "own_device", lambda: devices.as_seen(H200))
+    monkeypatch.setattr(explaining, "auto_backend", lambda device: "triton")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    call = {**CALL, "device_name": None}
+    before = explain(**call)
+    assert before.forward == "fused"
+    with pytest.warns(UserWarning, match="on NVIDIA H200 forward does not fit"):
+        devices.note_misfit(H200, devices.Misfit("forward", before.problem.row, "threads of 1"))
+    assert (explain(**call).forward, explain(**call).grad_input) == ("staged", "fused")
+    assert "forward does not fit this device" in str(explain(**call))
+    other = explain(**{**call, "r": 17})
+    assert other.forward == "fused"
+    assert "does not fit" not in str(other)
 
 
 @on_a_cpu

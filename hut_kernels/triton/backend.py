@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from .. import torch_backend
 from ..formats import Stored
@@ -22,6 +23,28 @@ from .launch import LaunchConfig, cdiv, choose_num_splits, choose_reduction_spli
 from .tables import launch_config
 
 
+class DoesNotFit(Exception):
+    """A launch of `kernel`, by its name in the tables, wanted more than the device has."""
+
+    def __init__(self, kernel: str, error: OutOfResources) -> None:
+        self.kernel = kernel
+        self.lack = f"{error.name} of {error.required}, at most {error.limit}"
+
+
+class _Launching:
+    """Around a launch, which may turn out to be too large for the device."""
+
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OutOfResources):
+            raise DoesNotFit(self.kernel, error) from error
+
+
 def linear_forward(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
     if plan.forward == FUSED:
@@ -30,7 +53,8 @@ def linear_forward(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
         config = _config("forward", plan, x.dtype, layer)
         tiles = cdiv(N, config.BN) * cdiv(O, config.BO)
         num_splits = choose_num_splits(tiles, cdiv(K, config.BK), plan.device.sms)
-        y = fused_forward.launch_forward(x2d, layer, config, num_splits)
+        with _Launching("forward"):
+            y = fused_forward.launch_forward(x2d, layer, config, num_splits)
         return y.view(*x.shape[:-1], O)
     total_bias = effective_bias(layer.bias, layer.gamma, layer.beta, x.dtype)
     if layer.spec.precision == "split":
@@ -53,13 +77,17 @@ def merged_weight(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
     """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
     kernel, launch = _weight_kernel(layer)
     config = _config(kernel, plan, torch.float32, layer)
-    return launch(layer, dtype, config, exact=True)
+    with _Launching(kernel):
+        return launch(layer, dtype, config, exact=True)
 
 
 def dequantize(weight: Stored, dtype: torch.dtype, arch: str) -> Tensor:
     """A stored W0, `[out, in]`, in `dtype`."""
     config = launch_config("stored", arch, 1, 1, kind(dtype))
-    return stored_weight_kernel.launch_dequantize(weight, dtype, config)
+    try:
+        return stored_weight_kernel.launch_dequantize(weight, dtype, config)
+    except OutOfResources:
+        return weight.dense(dtype)
 
 
 def grad_input(plan: Plan, grad: Tensor, layer: Layer) -> Tensor:
@@ -70,7 +98,8 @@ def grad_input(plan: Plan, grad: Tensor, layer: Layer) -> Tensor:
         config = _config("grad_input", plan, grad.dtype, layer)
         tiles = cdiv(N, config.BN) * cdiv(K, config.BK)
         num_splits = choose_num_splits(tiles, cdiv(O, config.BO), plan.device.sms)
-        dx = fused_grad_input.launch_grad_input(grad2d, layer, config, num_splits)
+        with _Launching("grad_input"):
+            dx = fused_grad_input.launch_grad_input(grad2d, layer, config, num_splits)
         return dx.view(*grad.shape[:-1], K)
     if layer.spec.precision == "split":
         return torch_backend.split_grad_input(grad, layer, _stage_split(plan, layer, grad.dtype))
@@ -83,13 +112,17 @@ def grad_factors(plan: Plan, grad: Tensor, x: Tensor, layer: Layer, needs: Needs
     if plan.grad_factors == FUSED:
         config = _config("grad_factors", plan, x.dtype, layer)
         splits = _splits(O, config, plan, layer)
-        return fused_grad_factors.launch_grad_factors(grad2d, x2d, layer, needs, config, splits)
+        with _Launching("grad_factors"):
+            return fused_grad_factors.launch_grad_factors(grad2d, x2d, layer, needs, config, splits)
     if isinstance(layer.weight, Stored):
         layer = layer._replace(weight=dequantize(layer.weight, x.dtype, plan.device.arch))
     config = _config("grad_reduce", plan, x.dtype, layer)
     chunk = min(plan.chunk, O)
     splits = _splits(chunk, config, plan, layer)
-    return chunked_grad_factors.launch_grad_reduce(grad2d, x2d, layer, needs, config, splits, chunk)
+    with _Launching("grad_reduce"):
+        return chunked_grad_factors.launch_grad_reduce(
+            grad2d, x2d, layer, needs, config, splits, chunk
+        )
 
 
 def stage(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
@@ -99,8 +132,9 @@ def stage(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
     enqueued: every layer's W lands in the same memory, also inside a CUDA graph.
     """
     kernel, launch = _weight_kernel(layer)
-    is_split = layer.spec.precision == "split"
-    return launch(layer, dtype, _config(kernel, plan, dtype, layer), subtract_identity=is_split)
+    config, is_split = _config(kernel, plan, dtype, layer), layer.spec.precision == "split"
+    with _Launching(kernel):
+        return launch(layer, dtype, config, subtract_identity=is_split)
 
 
 class Experts:

@@ -31,10 +31,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from ..devices import RANKS, TOKENS
 from .launch import LaunchConfig
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-RANKS = (16, 32, 64, 128)
 
 _TABLE = """
 sm_80
@@ -158,7 +158,7 @@ def launch_config(
         low_smem: For a call whose tiles need more than those that the table was made for
             (`launch.is_heavy`).
     """
-    tokens = next((str(most) for most in (16, 64, 128) if N <= most), "128" if low_smem else "more")
+    tokens = next((str(most) for most in TOKENS if N <= most), "128" if low_smem else "more")
     column = next(i for i, most in enumerate(RANKS) if r <= most)
     config = _table()[family(arch), kernel, tokens, dtype][column]
     return _with_low_smem(kernel, config) if low_smem else config
@@ -204,13 +204,13 @@ def _table() -> dict[tuple[str, str, str, str], tuple[LaunchConfig, ...]]:
             kernel, tokens, kind, *cells = words
             for arch in archs:
                 parsed = tuple(_parse(cell, arch, kind) for cell in cells)
-                for each in _TOKENS.get(tokens, (tokens,)):
+                for each in _CLASSES.get(tokens, (tokens,)):
                     for dtype in ("bf16", "fp16") if kind == "16-bit" else (kind,):
                         table[arch, kernel, each, dtype] = parsed
     return table
 
 
-_TOKENS = {
+_CLASSES = {
     "any": ("16", "64", "128", "more"),
     "64+": ("64", "128", "more"),
     "128+": ("128", "more"),

@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
+import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime.errors import OutOfResources
 
-from hut_kernels import auto, backends, hut_linear, hut_weight, ops, planner
+from hut_kernels import auto, backends, devices, hut_linear, hut_weight, ops, planner
 from hut_kernels.layer import Needs
 from hut_kernels.triton import backend, launch
 from hut_kernels.versions import Miscompile
@@ -92,6 +94,73 @@ def test_the_planner_avoids_a_miscompiled_kernel(denied, monkeypatch):
     with launches() as launched:
         check(case, run(case, backend="triton"))
     assert launched == [instead if kernel == denied else kernel for kernel in fused]
+
+
+@pytest.fixture
+def too_large(monkeypatch):
+    """Launches of the kernels that are put into the set are too large; nothing is known yet."""
+    kernels = set()
+
+    def guarded(name, launcher):
+        def call(*args, **kwargs):
+            if name in kernels:
+                raise OutOfResources(300_000, 101_376, "shared memory")
+            return launcher(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(devices, "_misfits", {})
+    for name, module in LAUNCHERS.items():
+        launcher = f"launch_{name}"
+        monkeypatch.setattr(module, launcher, guarded(name, getattr(module, launcher)))
+    return kernels
+
+
+@pytest.mark.parametrize("kernel", LAUNCHERS)
+def test_a_launch_that_does_not_fit_is_passed_by(kernel, too_large):
+    """By the staged path, and where that does not fit either, by PyTorch; said once a row."""
+    case = make_normal(16, 64, 32, 16, dtype=torch.float32, vectors="bias gamma")
+    expected = ["forward", "grad_input", "grad_factors"]
+    if kernel in ("weight", "grad_reduce"):  # for what the fused ones leave
+        too_large |= {"forward", "grad_input", "grad_factors"}
+        expected = []
+    too_large.add(kernel)
+    with pytest.warns(UserWarning, match="does not fit") as said:
+        check(case, run(case, backend="triton"))
+    names = [str(one.message).split(" does not fit")[0] for one in said]
+    assert f"on interpreter {kernel}" in names
+    assert len(names) == len({*names})
+    with warnings.catch_warnings(action="error"), launches() as launched:
+        check(case, run(case, backend="triton"))
+        with planner.force(**STRATEGIES[0]):  # nor is it launched where it is forced
+            check(case, run(case, backend="triton"))
+    instead = {"grad_factors": "grad_reduce"}.get(kernel, "weight")
+    assert launched == 2 * [instead if name == kernel else name for name in expected]
+    plan = auto.plan_call("triton", case.layer, case.x)
+    assert f"{kernel} does not fit this device, and is passed by: shared memory" in str(plan)
+    assert "300000, at most 101376" in str(plan)
+
+
+def test_a_launch_that_does_not_fit_is_passed_by_in_its_row_only(too_large):
+    too_large.add("forward")
+    row = {"dtype": torch.float32, "r": 16}
+    with pytest.warns(UserWarning, match="does not fit"):
+        run(make_normal(16, 64, 32, **row), backend="triton")
+    with warnings.catch_warnings(action="error"), launches() as launched:
+        run(make_normal(3, 96, 48, **row), backend="triton")  # the same
+    assert launched[0] == "weight"
+    for N, other in ((17, row), (16, {**row, "r": 32}), (16, {**row, "dtype": torch.float16})):
+        with pytest.warns(UserWarning, match="does not fit"):
+            run(make_normal(N, 64, 32, **other), backend="triton")
+
+
+def test_a_weight_that_cannot_be_written_is_merged_by_pytorch(too_large):
+    too_large.add("weight")
+    case = make_normal(1, 48, 36, 3)
+    spec = case.transform, case.offset, case.scaling
+    with pytest.warns(UserWarning, match="weight does not fit"):
+        out = ops.weight(case.weight, case.hut_A, case.hut_B, None, *spec, torch.float32, "triton")
+    assert error(out, case.merged_weight()) < 1e-6
 
 
 @every_form
