@@ -67,6 +67,14 @@ class Layer(NamedTuple):
         r, K = self.hut_A.shape[-2:]
         return self.hut_B.shape[-2], K, r
 
+    @property
+    def transposed(self) -> Layer:
+        """The layer of `W^T`: factors and groups change places, in both transforms.
+
+        bias, gamma and beta stay `[out_features]` of this layer, its `in_features`.
+        """
+        return self._replace(weight=self.weight.t(), hut_A=self.hut_B.t(), hut_B=self.hut_A.t())
+
 
 class Needs(NamedTuple):
     """The factor gradients that are asked for."""

@@ -340,6 +340,13 @@ MUTANTS = (
         ("tests/test_explain.py", "does_not_fit"),
     ),
     Mutant(
+        "the factors of a transposed layer keep their places",
+        LAYER,
+        "hut_A=self.hut_B.t(), hut_B=self.hut_A.t()",
+        "hut_A=self.hut_B.t().flip(1), hut_B=self.hut_A.t()",
+        ("tests/triton/test_backend.py", "other_direction"),
+    ),
+    Mutant(
         "the staged path forgets split",
         f"{TRITON}/backend.py",
         'layer), layer.spec.precision == "split"\n',

@@ -142,8 +142,10 @@ def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
                 for variant in variants:
                     if _stands_for_others(variant, kernel, dtype, r, last=N == tokens[-1]):
                         tiles = launch_config(kernel, arch, N, r, dtype)
-                        if is_heavy(kernel, _layer(variant, dtype, r, "meta"), TYPES[dtype], tiles):
-                            tiles = launch_config(kernel, arch, N, r, dtype, low_smem=True)
+                        layer = _layer(kernel, variant, dtype, r, "meta")
+                        if is_heavy(kernel, layer, TYPES[dtype], tiles):
+                            gathers = layer.spec.transform == "two_sided"
+                            tiles = launch_config(kernel, arch, N, r, dtype, True, gathers)
                         yield Config(arch, kernel, dtype, r, N, tiles, variant)
 
 
@@ -216,13 +218,15 @@ def compile_config(config: Config) -> Any:
 def _launch(config: Config) -> None:
     """Calls the launcher with tensors of one real layer's size and strides."""
     dtype, N, tiles = TYPES[config.dtype], config.N, config.row
-    layer = _layer(config.variant, config.dtype, config.r)
+    layer = _layer(config.kernel, config.variant, config.dtype, config.r)
     size = layer.sizes[0]
     x, grad = torch.empty(N, size, dtype=dtype), torch.empty(N, size, dtype=dtype)
     needs = Needs(True, True, layer.gamma is not None)
     if config.kernel == "forward":
         forward.launch_forward(x, layer, tiles)
     elif config.kernel == "grad_input":
+        if config.variant != "transposed":  # as which it gives y
+            grad, layer = grad_input.join_gamma(grad, layer)
         grad_input.launch_grad_input(grad, layer, tiles)
     elif config.kernel == "grad_factors":
         grad_factors.launch_grad_factors(grad, x, layer, needs, tiles, (8, 8))
@@ -234,7 +238,7 @@ def _launch(config: Config) -> None:
         weight.launch_weight(layer, dtype, tiles)
 
 
-def _layer(variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:
+def _layer(kernel: str, variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:
     size = {"unaligned": 4099, "ragged": 768, "across": 4304}.get(variant, 4096)
     W0_dtype = torch.float32 if variant == "wide" else TYPES[dtype]
     W0: Any = torch.empty(size, size, dtype=W0_dtype, device=device)
@@ -242,10 +246,15 @@ def _layer(variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:
         W0 = _stored(variant, size, W0_dtype, device)
     if variant == "transposed":
         W0 = W0.t()
-    vector = torch.empty(size, device=device) if variant == "vectors" else None
+    has_vectors = variant == "vectors" or (variant, kernel) == ("transposed", "grad_input")
+    vector = torch.empty(size, device=device) if has_vectors else None
     hut_A, hut_B = torch.empty(r, size, device=device), torch.empty(size, r, device=device)
     spec = Spec("two_sided" if variant in ("two_sided", "ragged") else "low_rank")
-    return Layer(W0, hut_A, hut_B, vector, vector, vector, spec)
+    layer = Layer(W0, hut_A, hut_B, vector, vector, vector, spec)
+    swapped = variant == "transposed" and kernel in ("forward", "grad_input")
+    return (
+        layer.transposed if swapped else layer
+    )  # as `backend` has it: y of one is dx of the other
 
 
 def _stored(variant: str, size: int, dtype: torch.dtype, device: str) -> Stored:
@@ -459,8 +468,7 @@ def _broken_rules(
     broken += warnings
     if config.kernel == "stored":
         broken += _broken_stored_rules(config, code)
-    strict = config.variant == "plain" and config.dtype != "fp32"
-    if strict and config.kernel in PRODUCTS:
+    if config.dtype != "fp32" and config.kernel in PRODUCTS:
         broken += _broken_loop_rules(config, loop)
     return tuple(broken)
 
@@ -485,8 +493,9 @@ def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:
     loop = collections.Counter(_opcode(line) for line in lines)
     wanted = _TENSOR_CORES.get(config.arch, "HMMA")
     products = [line for line in lines if re.fullmatch(wanted.replace("*", r"\w*"), _opcode(line))]
-    # T's own product, of rank BR, is on the tensor cores too; the gradient's T is not in the loop.
-    thin = config.kernel != "grad_factors"
+    # T's own product, of rank BR, is on the tensor cores too; the gradient's T is not in the loop,
+    # and that of `two_sided` no product.
+    thin = config.kernel != "grad_factors" and config.variant not in ("two_sided", "ragged")
     tiles = config.row
     needed = tiles.BO * tiles.BK * (tiles.BN + thin * padded_rank(config.r))
     done = _multiplications(products, tiles.warps)

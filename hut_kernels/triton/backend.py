@@ -19,7 +19,15 @@ from . import grad_input as fused_grad_input
 from . import grad_reduce as chunked_grad_factors
 from . import stored_weight as stored_weight_kernel
 from . import weight as weight_kernel
-from .launch import LaunchConfig, cdiv, choose_num_splits, choose_reduction_splits, is_heavy, kind
+from .launch import (
+    LaunchConfig,
+    cdiv,
+    choose_num_splits,
+    choose_reduction_splits,
+    is_heavy,
+    is_transposed,
+    kind,
+)
 from .tables import launch_config
 
 
@@ -49,13 +57,12 @@ def linear_forward(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
     if plan.forward == FUSED:
         x2d = as_rows(x)
-        N, K, O = plan.problem.N, plan.problem.K, plan.problem.O
-        config = _config("forward", plan, x.dtype, layer)
-        tiles = cdiv(N, config.BN) * cdiv(O, config.BO)
-        num_splits = choose_num_splits(tiles, cdiv(K, config.BK), plan.device.sms)
         with _Launching("forward"):
-            y = fused_forward.launch_forward(x2d, layer, config, num_splits)
-        return y.view(*x.shape[:-1], O)
+            if is_transposed(layer.weight):
+                y = _times_weight(plan, x2d, layer.transposed)
+            else:
+                y = _times_weight_t(plan, x2d, layer)
+        return y.view(*x.shape[:-1], plan.problem.O)
     total_bias = effective_bias(layer.bias, layer.gamma, layer.beta, x.dtype)
     if layer.spec.precision == "split":
         return torch_backend.split_forward(x, layer, _stage_split(plan, layer, x.dtype), total_bias)
@@ -94,13 +101,13 @@ def grad_input(plan: Plan, grad: Tensor, layer: Layer) -> Tensor:
     """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
     if plan.grad_input == FUSED:
         grad2d = as_rows(grad)
-        N, K, O = plan.problem.N, plan.problem.K, plan.problem.O
-        config = _config("grad_input", plan, grad.dtype, layer)
-        tiles = cdiv(N, config.BN) * cdiv(K, config.BK)
-        num_splits = choose_num_splits(tiles, cdiv(O, config.BO), plan.device.sms)
         with _Launching("grad_input"):
-            dx = fused_grad_input.launch_grad_input(grad2d, layer, config, num_splits)
-        return dx.view(*grad.shape[:-1], K)
+            grad2d, bare = fused_grad_input.join_gamma(grad2d, layer)
+            if is_transposed(layer.weight):
+                dx = _times_weight_t(plan, grad2d, bare.transposed)
+            else:
+                dx = _times_weight(plan, grad2d, bare)
+        return dx.view(*grad.shape[:-1], plan.problem.K)
     if layer.spec.precision == "split":
         return torch_backend.split_grad_input(grad, layer, _stage_split(plan, layer, grad.dtype))
     return grad @ stage(plan, layer, grad.dtype)
@@ -123,6 +130,22 @@ def grad_factors(plan: Plan, grad: Tensor, x: Tensor, layer: Layer, needs: Needs
         return chunked_grad_factors.launch_grad_reduce(
             grad2d, x2d, layer, needs, config, splits, chunk
         )
+
+
+def _times_weight_t(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
+    """Fused `gamma * (x W^T + bias) + beta` of a row-major W0: y, or a transposed one's dx."""
+    config = _config("forward", plan, x.dtype, layer)
+    tiles = cdiv(len(x), config.BN) * cdiv(layer.sizes[0], config.BO)
+    num_splits = choose_num_splits(tiles, cdiv(layer.sizes[1], config.BK), plan.device.sms)
+    return fused_forward.launch_forward(x, layer, config, num_splits)
+
+
+def _times_weight(plan: Plan, grad: Tensor, layer: Layer) -> Tensor:
+    """Fused `gamma * (grad W + bias) + beta` of a row-major W0: dx, or a transposed one's y."""
+    config = _config("grad_input", plan, grad.dtype, layer)
+    tiles = cdiv(len(grad), config.BN) * cdiv(layer.sizes[1], config.BK)
+    num_splits = choose_num_splits(tiles, cdiv(layer.sizes[0], config.BO), plan.device.sms)
+    return fused_grad_input.launch_grad_input(grad, layer, config, num_splits)
 
 
 def stage(plan: Plan, layer: Layer, dtype: torch.dtype) -> Tensor:
@@ -181,9 +204,9 @@ def _stage_split(plan: Plan, layer: Layer, dtype: torch.dtype) -> torch_backend.
 def _config(kernel: str, plan: Plan, dtype: torch.dtype, layer: Layer) -> LaunchConfig:
     where = kernel, plan.device.arch, plan.problem.N, plan.problem.r, kind(dtype)
     config = launch_config(*where)
-    return (
-        launch_config(*where, low_smem=True) if is_heavy(kernel, layer, dtype, config) else config
-    )
+    if is_heavy(kernel, layer, dtype, config):
+        return launch_config(*where, low_smem=True, gathers=layer.spec.transform == "two_sided")
+    return config
 
 
 def _splits(

@@ -1,4 +1,7 @@
-"""Fused input gradient: `dx = (gamma * g) W` with W made again tile by tile."""
+"""Fused input gradient: `dx = (gamma * g) W` with W made again tile by tile.
+
+The forward of a W0 that is stored `[in, out]` is the same product, with an epilogue.
+"""
 
 import torch
 import triton
@@ -14,10 +17,19 @@ from .launch import (
     moving_factor,
     multiplier_options,
     on_device,
+    optional,
     product_precision,
 )
 from .split_k import add_partial_sums
-from .tiles import factor_tile, keep_wgmma_async, load_tile, modulate, ordered_tile, two_sided_tile
+from .tiles import (
+    factor_tile,
+    keep_wgmma_async,
+    load_tile,
+    modulate,
+    ordered_tile,
+    scale_shift,
+    two_sided_tile,
+)
 
 
 @triton.jit
@@ -26,6 +38,9 @@ def hut_grad_input_kernel(
     p_w,
     p_a,
     p_b,
+    p_bias,
+    p_gamma,
+    p_beta,
     p_dx,
     N,
     K,
@@ -42,6 +57,9 @@ def hut_grad_input_kernel(
     stride_br,
     constant,
     scaling,
+    HAS_BIAS: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
     TWO_SIDED: tl.constexpr,
     UNIFORM_P: tl.constexpr,
     UNIFORM_Q: tl.constexpr,
@@ -113,22 +131,32 @@ def hut_grad_input_kernel(
 
     if W_FIRST:
         acc = tl.trans(acc)
+    if not SPLIT_K:
+        acc = scale_shift(acc, p_bias, p_gamma, p_beta, o_k, o_k < K, HAS_BIAS, HAS_GAMMA, HAS_BETA)
     o_dx = (split_k.to(tl.int64) * N + o_n)[:, None] * K + o_k[None, :]
     mask = (o_n < N)[:, None] & (o_k < K)[None, :]
     tl.store(p_dx + o_dx, acc.to(p_dx.dtype.element_ty), mask=mask)
 
 
+def join_gamma(grad: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
+    """`gamma * grad`, and the layer without its vectors: dx is the product of the two.
+
+    In one pass over few tokens: a load of gamma in the main loop would keep the tensor cores of
+    sm_90 waiting (ptxas C7519).
+    """
+    if layer.gamma is not None:
+        grad = torch.mul(grad, layer.gamma, out=torch.empty_like(grad))  # multiplied in float32
+    return grad, layer._replace(bias=None, gamma=None, beta=None)
+
+
 def launch_grad_input(
     grad: Tensor, layer: Layer, config: LaunchConfig, num_splits: int = 1
 ) -> Tensor:
-    """`[N, K]` from grad `[N, O]`, any strides, with `num_splits` programs over O for each tile.
+    """`gamma * (grad W + bias) + beta`, `[N, K]`, with `num_splits` programs over O for each tile.
 
-    gamma joins grad before, in one pass over few tokens: a load of it in the main loop would keep
-    the tensor cores of sm_90 waiting (ptxas C7519).
+    The vectors are `[K]`, a transposed layer's. grad `[N, O]` may have any strides.
     """
     (N, O), K = grad.shape, layer.sizes[1]
-    if layer.gamma is not None:
-        grad = torch.mul(grad, layer.gamma, out=torch.empty_like(grad))  # multiplied in float32
     dx = torch.empty((N, K), dtype=grad.dtype, device=grad.device)
     partials = (num_splits, N, K)
     out = dx if num_splits == 1 else torch.empty(partials, dtype=torch.float32, device=dx.device)
@@ -146,6 +174,9 @@ def launch_grad_input(
             p_w,
             layer.hut_A,
             p_b,
+            optional(layer.bias, grad),
+            optional(layer.gamma, grad),
+            optional(layer.beta, grad),
             out,
             N,
             K,
@@ -156,6 +187,9 @@ def launch_grad_input(
             *layer_strides(layer),
             layer.spec.constant,
             layer.spec.scaling,
+            HAS_BIAS=layer.bias is not None,
+            HAS_GAMMA=layer.gamma is not None,
+            HAS_BETA=layer.beta is not None,
             PRECISION=product_precision(grad.dtype),
             WGMMA_ASYNC=config.wgmma_async,
             TMA=tma,
@@ -168,5 +202,5 @@ def launch_grad_input(
             **config.meta(),
         )
         if num_splits > 1:
-            add_partial_sums(out, dx)
+            add_partial_sums(out, dx, layer.bias, layer.gamma, layer.beta)
     return dx

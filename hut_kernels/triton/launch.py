@@ -158,7 +158,7 @@ def moving_factor(
     covered = N <= 16 and options["BR"] <= 16
     if options["TWO_SIDED"] or options["FACTOR"] != tl.bfloat16 or covered:
         return factor, False, factor
-    factor = factor.to(torch.bfloat16)
+    factor = factor.to(torch.bfloat16, memory_format=torch.contiguous_format)
     tma, (operand,) = descriptors(config, (factor, block))
     return factor, tma, operand
 
@@ -195,6 +195,15 @@ def is_heavy(kernel: str, layer: Layer, dtype: torch.dtype, config: LaunchConfig
     if kernel == "grad_reduce" and (O % config.BO or K % config.BK):
         return True  # its masks take registers, beside tiles that leave none
     return wide or weight.stride()[-1] != 1 or (layer.spec.transform == "two_sided" and ragged)
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """True where W0 is stored `[in, out]`, as Conv1D's: the weight of a layer of `W^T` as it lies.
+
+    By its own strides it would have no asynchronous copies, and no descriptors.
+    """
+    rows, columns = weight.stride()
+    return rows == 1 and columns != 1
 
 
 def kind(dtype: torch.dtype) -> str:

@@ -19,8 +19,9 @@ core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What sur
 - fp32 (ieee) products run on the CUDA cores, where a large tile only spills.
 - fp16 decides many cells of its line: its factors stay float32, twice the memory of bf16's.
 - Past r = 64 the tiles shrink because A's, `[r, BK]` in float32, takes most of the shared memory.
-- A float32 or transposed W0, and the ragged groups of `two_sided`, whose factors are gathered for
-  each weight, need more than the plain case: such a call takes its `low_smem` config.
+- A float32 W0, and the ragged groups of `two_sided`, whose factors are gathered for each weight,
+  need more than the plain case: such a call takes its `low_smem` config.
+- A transposed W0 has no line: its y is dx's kernel over the transposed layer, and its dx is y's.
 - grad_reduce has no tile of tokens: its first number is how many of the r it sums at a time, with
   their d hut_A in registers. It reads G again for each further piece.
 - grad_factors sums r in pieces too (`launch.REDUCTION_RANK`), behind its loop.
@@ -145,7 +146,13 @@ weight        any   fp32    16x32x32/8/1     16x32x32/8/1     16x32x32/8/1     1
 
 
 def launch_config(
-    kernel: str, arch: str, N: int, r: int, dtype: str, low_smem: bool = False
+    kernel: str,
+    arch: str,
+    N: int,
+    r: int,
+    dtype: str,
+    low_smem: bool = False,
+    gathers: bool = False,
 ) -> LaunchConfig:
     """The launch config of a call; there is one for every architecture.
 
@@ -157,14 +164,15 @@ def launch_config(
         dtype: `"bf16"`, `"fp16"`, `"tf32"` or `"fp32"`.
         low_smem: For a call whose tiles need more than those that the table was made for
             (`launch.is_heavy`).
+        gathers: Such a call of `two_sided`: its factors take room, `[BO, BK]` each.
     """
     tokens = next((str(most) for most in TOKENS if N <= most), "128" if low_smem else "more")
     column = next(i for i, most in enumerate(RANKS) if r <= most)
     config = _table()[family(arch), kernel, tokens, dtype][column]
-    return _with_low_smem(kernel, config) if low_smem else config
+    return _with_low_smem(kernel, config, gathers) if low_smem else config
 
 
-def _with_low_smem(kernel: str, config: LaunchConfig) -> LaunchConfig:
+def _with_low_smem(kernel: str, config: LaunchConfig, gathers: bool) -> LaunchConfig:
     """A config that leaves room in shared memory and registers."""
     if kernel == "grad_reduce":
         return dataclasses.replace(
@@ -176,7 +184,10 @@ def _with_low_smem(kernel: str, config: LaunchConfig) -> LaunchConfig:
         stages = min(2, config.stages)
         if kernel == "grad_input" and config.W_FIRST:  # its product sums over BO
             return dataclasses.replace(config, BO=config.BO // 2, stages=stages)
-        return dataclasses.replace(config, BK=max(32, config.BK // 2), warps=8, stages=stages)
+        if not gathers and config.BK > 64:  # in narrower ones warps would make the same tile of T
+            return dataclasses.replace(config, stages=stages)
+        warps = 8 if gathers or config.BN >= 128 else config.warps
+        return dataclasses.replace(config, BK=max(32, config.BK // 2), warps=warps, stages=stages)
     return config  # no loop that keeps tiles for its next steps
 
 

@@ -10,7 +10,7 @@ import torch
 from hut_kernels.layer import Needs
 from hut_kernels.triton.forward import launch_forward
 from hut_kernels.triton.grad_factors import launch_grad_factors
-from hut_kernels.triton.grad_input import launch_grad_input
+from hut_kernels.triton.grad_input import join_gamma, launch_grad_input
 from hut_kernels.triton.grad_reduce import launch_grad_reduce
 from hut_kernels.triton.launch import LaunchConfig
 from hut_kernels.triton.weight import launch_weight
@@ -47,7 +47,18 @@ def forward(case, config=SQUARE, **how):
 
 
 def grad_input(case, config=SQUARE, **how):
-    return {"x": launch_grad_input(case.grad, case.layer, config, **how)}
+    return {"x": launch_grad_input(*join_gamma(case.grad, case.layer), config, **how)}
+
+
+def transposed_forward(case, config=SQUARE, **how):
+    """Y of a W0 stored [in, out], by the kernel of dx."""
+    return {"y": launch_grad_input(case.x, case.layer.transposed, config, **how)}
+
+
+def transposed_grad_input(case, config=SQUARE, **how):
+    """Dx of a W0 stored [in, out], by the kernel of y."""
+    grad, bare = join_gamma(case.grad, case.layer)
+    return {"x": launch_forward(grad, bare.transposed, config, **how)}
 
 
 def weight(case, dtype, config=SQUARE, **how):

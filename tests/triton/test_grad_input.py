@@ -32,6 +32,8 @@ from .launches import (
     every_shape,
     every_transform,
     grad_input,
+    transposed_forward,
+    transposed_grad_input,
 )
 from .test_forward import UNIFORM
 
@@ -53,6 +55,16 @@ def test_every_variant(form, dtype, config, vectors):
 def test_every_shape(form, shape, config):
     case = make(*shape, min(3, *shape[1:]), vectors="gamma", **form)
     check(case, grad_input(case, config))
+
+
+@every_form
+@pytest.mark.parametrize("config", [SQUARE, LEFT, THROUGH_TMA], ids=["g first", "W first", "TMA"])
+@pytest.mark.parametrize("product", [transposed_forward, transposed_grad_input])
+def test_a_transposed_weight_is_the_weight_of_the_other_product(form, config, product):
+    case = make_normal(19, 56, 40, 4, dtype=torch.float16, vectors="bias gamma beta", **form)
+    case = case.replace(weight=case.weight.t().contiguous().t())
+    for num_splits in (1, 2):
+        check(case, product(case, config, num_splits=num_splits))
 
 
 @every_form
