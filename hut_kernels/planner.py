@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
     @property
     def row(self) -> tuple[object, ...]:
-        """What decides the launch configs of a call: types, transform, classes of N and r."""
+        """The types, transform and classes of N and r, by which launch configs are chosen."""
         tokens, rank = bisect.bisect_left(TOKENS, self.N), bisect.bisect_left(RANKS, self.r)
         return self.dtype, self.weight_dtype, self.transform, tokens, rank
 
