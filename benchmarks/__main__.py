@@ -1,8 +1,9 @@
 """Benchmarks of HUT next to LoRA, HiRA and plain PyTorch, on this machine.
 
 Suites: `layer`, `memory`, `overhead`, `model`, `experts`, and `cost`, which counts and measures
-nothing. On their records: `compare`, `plot`, `check`, `targets`, and in a checkout `tables`, which
-writes the tables and pictures of README.md and docs/ anew.
+nothing. On their records: `compare`, `plot`, `check`, `targets`, `export` in the form of PEFT's
+method_comparison, and in a checkout `tables`, which writes the tables and pictures of README.md and
+docs/ anew.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from . import data_sheets, records
 from .measure import OtherPrograms, memory_method, settle_threads
 from .progress import Progress
 from .providers import COMPILED, GRAPH, PROVIDERS, Admission, admit, named
-from .report import compare, documents, tables, targets
+from .report import compare, documents, exchange, tables, targets
 from .report import text as texts
 from .shapes import MODELS, Shape, parsed
 from .suites import cost, estimate, experts, layer, memory, model, overhead
@@ -35,8 +36,11 @@ EVERYWHERE = (
     "frozen",
     "lora",
     "lora_graph",
-    "peft_*",
+    "peft_lora*",
+    "peft_hira*",
+    "peft_loha*",
     "hut_low_rank",
+    "hut_low_rank_config",
     "hut_low_rank_fused",
     "hut_low_rank_staged",
     "hut_low_rank_graph",
@@ -73,7 +77,8 @@ CPU_PARTS = (
     "frozen lora peft_lora peft_hira hira hut_low_rank hut_paper hut_low_rank_eager",
     "layer --dtype float32 bfloat16 --shapes 1x4096x4096 --rank 8 --baseline frozen "
     "--provider frozen hut_low_rank hut_paper",
-    "overhead --dtype float32 --rank 8 --provider frozen lora peft_* hut_low_rank hut_paper",
+    "overhead --dtype float32 --rank 8 --provider frozen lora peft_lora* peft_hira* peft_loha* "
+    "hut_low_rank hut_low_rank_config hut_paper",
     "memory --dtype float32 --shapes 4096x4096 --tokens 64 --depths 6 --resident "
     "--provider hut_low_rank hut_paper",
 )
@@ -169,6 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("files", nargs="+", type=Path, metavar="FILE")
     one.add_argument("--out", type=Path, default=Path("plots"), help="folder (plots)")
     one.set_defaults(command=_plot)
+    one = commands.add_parser("export", help="fine-tunes in the form of PEFT's method_comparison")
+    one.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    one.add_argument("--out", type=Path, default=Path("results"), help="folder (results)")
+    one.set_defaults(command=_export)
     one = commands.add_parser("check", help="whether records are valid")
     one.add_argument("files", nargs="+", type=Path, metavar="FILE")
     one.set_defaults(command=_check)
@@ -621,6 +630,13 @@ def _targets(options: argparse.Namespace) -> int:
 
 def _joined(files: Sequence[Path]) -> list[Row]:
     return [row for file in files for row in records.read(file)]
+
+
+def _export(options: argparse.Namespace) -> int:
+    for file in options.files:
+        for written in exchange.write(records.read(file), options.out):
+            print(written)
+    return 0
 
 
 def _check(options: argparse.Namespace) -> int:

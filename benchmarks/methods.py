@@ -118,6 +118,20 @@ class HiRALinear(Adapted):
         return F.linear(x, self.matrix, self.bias) + update
 
 
+class LyCORISLoHa(Adapted):
+    """LyCORIS's LoHa in the mode that never forms the update where its kernels run."""
+
+    def __init__(self, linear: nn.Module, r: int) -> None:
+        from lycoris.modules.loha import LohaModule
+
+        super().__init__(linear)
+        self.lycoris = LohaModule("layer", linear, lora_dim=r, alpha=r, bypass_mode=True)
+        self.lycoris.to(self.weight.device, torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lycoris(x)
+
+
 def replaced(model: nn.Module, targets: str, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Freezes `model` and replaces its modules whose whole name matches `targets`, in place."""
     model.requires_grad_(False)
@@ -152,6 +166,50 @@ def loha_formula(x: Tensor, p: Parameters) -> Tensor:
     return x @ (p["weight"] + first * second).T + p["bias"]
 
 
+def rslora_formula(x: Tensor, p: Parameters) -> Tensor:
+    """LoRA with `scaling = alpha / sqrt(r)`, alpha = r."""
+    update = math.sqrt(len(p["lora_A"])) * p["lora_B"] @ p["lora_A"]
+    return x @ (p["weight"] + update).T + p["bias"]
+
+
+def dora_formula(x: Tensor, p: Parameters) -> Tensor:
+    """A trained norm of each row; that of W + B A is a constant in backward, as in its paper."""
+    weight = p["weight"] + p["lora_B"] @ p["lora_A"]
+    scale = p["lora_magnitude_vector"] / weight.norm(dim=1).detach()
+    return x @ (scale[:, None] * weight).T + p["bias"]
+
+
+def vera_formula(x: Tensor, p: Parameters) -> Tensor:
+    """Random matrices that all layers share, cut to a layer's size, between trained vectors."""
+    out_features, in_features = p["weight"].shape
+    A, B = p["vera_A"][:, :in_features], p["vera_B"][:out_features]
+    update = (p["vera_lambda_b"][:, None] * B) @ (p["vera_lambda_d"][:, None] * A)
+    return x @ (p["weight"] + update).T + p["bias"]
+
+
+def oft_formula(x: Tensor, p: Parameters) -> Tensor:
+    """W0 R, R a block's rotation by five terms of Cayley's series, the last counted once."""
+    angles = p["oft_R"]
+    blocks, size = len(angles), round((1 + math.sqrt(1 + 8 * angles.shape[1])) / 2)
+    rows, columns = torch.triu_indices(size, size, 1)
+    upper = angles.new_zeros(blocks, size, size).index_put(
+        (torch.arange(blocks)[:, None], rows, columns), angles
+    )
+    Q = upper - upper.mT
+    R = torch.eye(size).to(Q) + 2 * (Q + Q @ Q + Q @ Q @ Q) + Q @ Q @ Q @ Q
+    rotated = torch.einsum("nbi,bij->nbj", x.unflatten(-1, (blocks, size)), R).flatten(-2)
+    return rotated @ p["weight"].T + p["bias"]
+
+
+def ia3_formula(x: Tensor, p: Parameters) -> Tensor:
+    return p["ia3_l"].flatten() * (x @ p["weight"].T + p["bias"])
+
+
+def lokr_formula(x: Tensor, p: Parameters) -> Tensor:
+    second = p["lokr_w2"] if "lokr_w2" in p else p["lokr_w2_a"] @ p["lokr_w2_b"]
+    return x @ (p["weight"] + torch.kron(p["lokr_w1"], second)).T + p["bias"]
+
+
 def low_rank_formula(x: Tensor, p: Parameters) -> Tensor:
     return x @ (p["weight"] * (1 + p["hut_B"] @ p["hut_A"])).T + p["bias"]
 
@@ -167,5 +225,6 @@ def paper_formula(x: Tensor, p: Parameters) -> Tensor:
 
 def plain_name(name: str) -> str:
     """A parameter's name without the wrappers around it, `lora_A` for `lora_A.default.weight`."""
-    name = name.replace("base_layer.", "").replace(".default", "")
+    for wrapper in ("base_layer.", "lycoris.", ".default"):
+        name = name.replace(wrapper, "")
     return name if name == "weight" else name.removesuffix(".weight")

@@ -2,10 +2,13 @@
 
 What starts with `peft_` is PEFT's own layer, as users get it: adapters in fp32, or, with `_cast`,
 in the compute type. `lora` and `hira` are `methods.py`'s. HUT comes in two forms, `hut_low_rank`
-and `hut_paper`, each fused as the planner likes, or in one of the other `MODES`.
+and `hut_paper`, each fused as the planner likes, or in one of the other `MODES`; and through the
+two doors of its PEFT integration, `hut_low_rank_config` and `peft_hira_accelerated`.
 """
 
+import copy
 import fnmatch
+import importlib
 import importlib.util
 import math
 import warnings
@@ -37,7 +40,7 @@ class Provider:
 
     Attributes:
         label: What tables call it.
-        method: Whose costs it has, a key of `cost.METHODS`.
+        method: Whose costs it has, a key of `cost.METHODS`; None where nobody has counted them.
         adapt: Puts adapters of a rank into the modules of a model whose whole names match a regular
             expression, and freezes the rest; changes the model.
         formula: What a layer claims to compute, from `x` and its parameters by plain name.
@@ -47,7 +50,7 @@ class Provider:
     """
 
     label: str
-    method: str
+    method: str | None
     adapt: Adapt
     formula: Callable[[Tensor, Parameters], Tensor]
     adapters: str = "float32"
@@ -68,7 +71,11 @@ class Provider:
         """The reason why it cannot run here; None where it can."""
         if isinstance(self.adapt, _PEFT) and importlib.util.find_spec("peft") is None:
             return "peft is not installed (in the repository: pip install '.[bench]')"
-        if self.adapters == "compute" and dtype == torch.float32:
+        if self.adapt is _lycoris and importlib.util.find_spec("lycoris") is None:
+            return "lycoris is not installed (pip install --no-deps lycoris-lora)"
+        if self.adapt is _lycoris and device.type != "cuda":
+            return "the kernels of LyCORIS need a CUDA device"
+        if isinstance(self.adapt, _PEFT) and self.adapt.cast and dtype == torch.float32:
             return "adapters are in the compute type as it is, float32"
         if self.run == GRAPH and device.type != "cuda":
             return "CUDA graphs need a CUDA device"
@@ -87,15 +94,31 @@ class _PEFT:
 
     config: str
     options: Callable[[int], Mapping[str, Any]]
-    cast: bool
+    cast: bool = False
+    module: str = "peft"
+    finish: Callable[[nn.Module], object] = lambda model: None
 
     def __call__(self, model: nn.Module, targets: str, r: int) -> nn.Module:
         import peft
 
+        kind = getattr(importlib.import_module(self.module), self.config)
         with warnings.catch_warnings():  # on Conv1D layers, whose layout PEFT corrects by itself
             warnings.simplefilter("ignore")
-            config = getattr(peft, self.config)(r=r, target_modules=targets, **self.options(r))
-            return peft.get_peft_model(model, config, autocast_adapter_dtype=not self.cast)
+            config = kind(target_modules=targets, **self.options(r))
+            made = peft.get_peft_model(model, config, autocast_adapter_dtype=not self.cast)
+        self.finish(made)
+        return made
+
+
+def _accelerate(model: nn.Module) -> None:
+    from hut_kernels.integrations.peft import accelerate_hira
+
+    accelerate_hira(model)
+
+
+def _full(model: nn.Module, targets: str, r: int) -> nn.Module:
+    """A copy in which everything is trained: the original's weights are frozen, and shared."""
+    return copy.deepcopy(model).requires_grad_(True)
 
 
 def _own(layer: Callable[[nn.Module, int], nn.Module]) -> Adapt:
@@ -113,6 +136,7 @@ def _hut(**options: Any) -> Adapt:
     return adapt
 
 
+_lycoris = _own(methods.LyCORISLoHa)
 FUSED = {"forward": planner.FUSED, "grad_input": planner.FUSED, "grad_factors": planner.FUSED}
 STAGED = {"forward": planner.STAGED, "grad_input": planner.STAGED, "grad_factors": planner.CHUNKED}
 MODES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -131,9 +155,37 @@ FORMS = {
     "hut_paper": ("HUT paper's form", "hut_two_sided", PAPER, methods.paper_formula),
 }
 PEFT_METHODS = {
-    "lora": ("LoRA", "LoraConfig", lambda r: {"lora_alpha": r}, methods.lora_formula),
-    "hira": ("HiRA", "HiraConfig", lambda r: {}, methods.hira_formula),
-    "loha": ("LoHa", "LoHaConfig", lambda r: {"alpha": r}, methods.loha_formula),
+    "lora": ("LoRA", "LoraConfig", lambda r: {"r": r, "lora_alpha": r}, methods.lora_formula),
+    "hira": ("HiRA", "HiraConfig", lambda r: {"r": r}, methods.hira_formula),
+    "loha": ("LoHa", "LoHaConfig", lambda r: {"r": r, "alpha": r}, methods.loha_formula),
+}
+# Those that only run if they are named: whose costs, options by rank, formula. OFT's blocks have
+# about as many parameters as two factors; IA3 has a vector, whatever the rank.
+MORE_OF_PEFT: dict[str, tuple[str, str | None, str, Callable[[int], Mapping[str, Any]], Any]] = {
+    "rslora": (
+        "rsLoRA",
+        "peft_lora",
+        "LoraConfig",
+        lambda r: {"r": r, "lora_alpha": r, "use_rslora": True},
+        methods.rslora_formula,
+    ),
+    "dora": (
+        "DoRA",
+        None,
+        "LoraConfig",
+        lambda r: {"r": r, "lora_alpha": r, "use_dora": True},
+        methods.dora_formula,
+    ),
+    "vera": ("VeRA", None, "VeraConfig", lambda r: {"r": r}, methods.vera_formula),
+    "oft": (
+        "OFT",
+        None,
+        "OFTConfig",
+        lambda r: {"r": 0, "oft_block_size": 2 * r},
+        methods.oft_formula,
+    ),
+    "ia3": ("IA3", None, "IA3Config", lambda r: {"feedforward_modules": []}, methods.ia3_formula),
+    "lokr": ("LoKr", None, "LoKrConfig", lambda r: {"r": r, "alpha": r}, methods.lokr_formula),
 }
 
 
@@ -155,6 +207,15 @@ def _peft_provider(name: str, cast: bool) -> Provider:
     )
 
 
+def _more_of_peft(name: str) -> Provider:
+    label, method, config, options, formula = MORE_OF_PEFT[name]
+    return Provider(f"{label} (PEFT)", method, _PEFT(config, options), formula)
+
+
+_HIRA = _PEFT("HiraConfig", lambda r: {"r": r}, finish=_accelerate)
+_HUT_CONFIG = _PEFT("HUTConfig", lambda r: {"r": r}, module="hut_kernels.integrations.peft")
+
+
 LORA = Provider("LoRA, lean", "lora", _own(LoRALinear), methods.lora_formula)
 PROVIDERS = {
     "frozen": Provider("frozen linear", "frozen", _own(FrozenLinear), methods.frozen_formula),
@@ -167,6 +228,15 @@ PROVIDERS = {
         for name in PEFT_METHODS
         for cast in (False, True)
     },
+    "peft_hira_accelerated": Provider(
+        "HiRA (accelerate_hira)", "hut_low_rank", _HIRA, methods.hira_formula
+    ),
+    "hut_low_rank_config": Provider(
+        "HUT low_rank (HUTConfig)", "hut_low_rank", _HUT_CONFIG, methods.low_rank_formula
+    ),
+    **{f"peft_{name}": _more_of_peft(name) for name in MORE_OF_PEFT},
+    "lycoris_loha": Provider("LoHa (LyCORIS, bypass)", None, _lycoris, methods.loha_formula),
+    "full": Provider("full fine-tuning", "full", _full, methods.frozen_formula, "compute"),
     "hira": Provider("HiRA, plain PyTorch", "hira", _own(HiRALinear), methods.hira_formula),
     **{f"{form}{mode}": _hut_provider(form, mode) for form in FORMS for mode in MODES},
 }
@@ -374,7 +444,8 @@ def _expected(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dic
         plain_name(name): p.detach().double().requires_grad_(p.requires_grad)
         for name, p in layer.named_parameters()
     }
-    y = provider.formula(x, exact)
+    constants = {plain_name(name): b.double() for name, b in layer.named_buffers()}
+    y = provider.formula(x, {**constants, **exact})
     y.backward(g.double())
     return {"y": y.detach(), "dx": x.grad, **_gradients(exact.items())}
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from benchmarks.report.finetunes import NAMES
 from benchmarks.report.plots import COLORS, STYLE
 from benchmarks.report.text import (
     load_sentences,
@@ -23,12 +24,6 @@ from benchmarks.report.text import (
 )
 
 Row = dict[str, Any]
-NAMES = {  # of the metrics, each of which is shown a hundredfold
-    "accuracy": "accuracy in %",
-    "matthews": "Matthews correlation × 100",
-    "pearson": "Pearson correlation × 100",
-    "bleu": "BLEU",
-}
 COLOR = {
     **COLORS,
     "probe": COLORS["frozen"],
@@ -36,17 +31,7 @@ COLOR = {
     "hut_paper_grouped": COLORS["hut_paper"],
 }
 DASHED = ("hut_low_rank", "hut_paper")  # the plain rate, in the color of the one that is LoRA's
-# Student's t for 95 %, by the number of values: with three, the normal's 1.96 would flatter.
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 POINTS = 32  # of a loss curve
-
-
-def interval(values: Sequence[float]) -> Row:
-    """Mean of the seeds' values and half the width of its 95 % interval, None for one seed."""
-    n, margin = len(values), None
-    if n > 1:
-        margin = T95.get(n, 2.262) * statistics.stdev(values) / n**0.5
-    return {"mean": statistics.fmean(values), "margin": margin, "values": list(values)}
 
 
 def described(data: Row) -> str:

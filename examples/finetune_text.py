@@ -1,7 +1,7 @@
 """Fine-tune a text model with HUT, LoRA and HiRA, each at its best learning rate, and compare them.
 
     python -m examples.finetune_text                             # downloads nothing
-    python -m examples.finetune_text --rates 1e-3 3e-3 1e-2 3e-2 1e-1   # all of them, every seed
+    python -m examples.finetune_text --rates 1e-3 3e-3 1e-2 3e-2 1e-1   # the same for every method
     python -m examples.finetune_text --preset glue --subset cola
     python -m examples.finetune_text --model NAME --dataset NAME
 
@@ -15,7 +15,6 @@ import functools
 import importlib.util
 import itertools
 import math
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +48,8 @@ from benchmarks.measure import (
     settle_threads,
 )
 from benchmarks.progress import Progress
+from benchmarks.report import finetunes
+from benchmarks.report.finetunes import NAMES, interval
 from examples import finetune_report as report
 from examples import texts
 from hut_kernels import parameter_groups
@@ -121,8 +122,9 @@ class Recipe:
         head_rate: One learning rate for the head beside every adapter: where it follows the
             adapter's, a method that wants a larger one is given a better head as well.
         rungs: How far up `LADDER` every method's first rates are moved.
-        rates: Rates at which every adapter is trained with every seed; None looks for the best
-            one, beginning with the method's own.
+        rates: Rates at which every adapter is trained; the best one is that of the lowest loss,
+            and every seed is trained there and at LoRA's best. None looks for the best by the
+            metric, beginning with the method's own.
         tried: The most rates that are tried for a method.
         seeds: Trainings at the best rate.
         scored: The most rows of the other parts; None for all.
@@ -200,6 +202,11 @@ class Score:
     value: float
     loss: float
 
+    @property
+    def goodness(self) -> tuple[float, float]:
+        """To compare by: value, then loss, where one that is not a number is the worst."""
+        return self.value, -self.loss if math.isfinite(self.loss) else -math.inf
+
     def as_row(self, metric: str) -> Row:
         return {metric: self.value, "loss": self.loss}
 
@@ -223,17 +230,18 @@ class Run:
 class Study:
     """A method's runs at each rate that was tried: at the best one, with every seed.
 
-    `model` is that of the best rate and seed 0.
+    The best is that of seed 0: further seeds do not move it. `model` is its, of seed 0.
     """
 
     r: int | None
     tried: dict[float, list[Run]]
+    best: float
     model: nn.Module
 
     @property
     def runs(self) -> list[Run]:
         """Those at the best rate."""
-        return self.tried[best_of(self.tried)]
+        return self.tried[self.best]
 
 
 class Bench:
@@ -384,12 +392,17 @@ class Bench:
         on_gpu = self.device.type == "cuda"
         return torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
 
-    def study(self, method: Method) -> Study:
-        """Finds a method's best rate on the validation part, and trains there with every seed."""
+    def study(self, method: Method, also: float | None = None) -> Study:
+        """Finds a method's best rate on the validation part, and trains there with every seed.
+
+        Args:
+            method: Which one.
+            also: A rate at which every seed is trained too.
+        """
         recipe, r, first = self.recipe, self.even_rank(method), self.first_rates(method)
-        swept = recipe.rates is not None and method.config is not None
+        by_loss = recipe.rates is not None
         most = max(recipe.tried, len(first))
-        planned = most * recipe.seeds if swept else most + recipe.seeds - 1
+        planned = most + (recipe.seeds - 1) * (1 if also is None else 2)
         tried: dict[float, list[Run]] = {}
         finished: list[Run] = []
         with Progress(method.label, planned) as progress:
@@ -404,21 +417,21 @@ class Bench:
                 finished.append(run)
                 return run, model
 
-            while (rate := next_rate(tried, first, most)) is not None:
-                made = [train(rate, seed) for seed in range(recipe.seeds if swept else 1)]
-                tried[rate] = [run for run, _ in made]
-                if rate == best_of(tried):
-                    kept = [model for _, model in made]
-            best = best_of(tried)
-            runs = tried[best]
-            for run, model in zip(runs, kept, strict=True):
-                run.test = self.score(model, "test")
-            for seed in range(len(runs), recipe.seeds):
-                run, model = train(best, seed)
-                run.test = self.score(model, "test")
-                runs.append(run)
+            while (rate := next_rate(tried, first, most, by_loss)) is not None:
+                run, model = train(rate, 0)
+                tried[rate] = [run]
+                if rate == best_of(tried, by_loss):
+                    kept = model
+            best = best_of(tried, by_loss)
+            tried[best][0].test = self.score(kept, "test")
+            for rate in {best: None, also or best: None}:
+                runs = tried.setdefault(rate, [])
+                for seed in range(len(runs), recipe.seeds):
+                    run, model = train(rate, seed)
+                    run.test = self.score(model, "test") if rate == best else None
+                    runs.append(run)
             progress.to(planned, f"best rate {best:g}")
-        return Study(r, tried, kept[0])
+        return Study(r, tried, best, kept)
 
     def first_rates(self, method: Method) -> list[float]:
         """The rates to begin with; one where there is nothing to train."""
@@ -491,17 +504,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     studies: dict[str, Study] = {}
     for name, method in METHODS.items():
-        studies[name] = bench.study(method)
+        adapts = recipe.rates and "lora" in studies
+        studies[name] = bench.study(method, studies["lora"].best if adapts else None)
         row = row_of(name, studies[name], bench.metric)
         best = report.hundredfold(row[bench.metric])
-        say(f"{method.label}: {report.NAMES[bench.metric]} {best}, rate {row['rate']:g}")
+        say(f"{method.label}: {NAMES[bench.metric]} {best}, rate {row['rate']:g}")
         record["methods"].append(row)
         records.write(options.out / "finetune.json", [record], environment, None)
     costs = bench.costs(studies)
     record["methods"] = rows = [
         {**row, **costs.get(row["method"], {})} for row in record["methods"]
     ]
-    record["sentences"] = sentences = report.sentences(rows, bench.metric, environment, threads)
+    record["sentences"] = sentences = [
+        *report.sentences(rows, bench.metric, environment, threads),
+        *finetunes.sentences(record),
+    ]
     record["load_average_at_end"] = records.load_average()
     record |= {"seconds": perf_counter() - begin, "complete": True}
     records.write(options.out / "finetune.json", [record], environment, None)
@@ -535,11 +552,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     add("--weight-decay", type=float, help="of matrices")
     add("--head-rate", type=float, help="learning rate of the head beside an adapter")
     add("--rungs", type=int, help="moves every method's learning rates up (about 3x each) or down")
-    add("--rates", type=float, nargs="+", help="train at all of these, with every seed")
+    add("--rates", type=float, nargs="+", help="train at all of these; the best is chosen by loss")
     add("--tried", type=int, help="the most rates that are tried for a method")
     add("--seeds", type=int, help="trainings at the best rate")
     add("--scored", type=int, help="the most rows to score on")
-    add("--metric", choices=report.NAMES, help="what to score by; the best rate is chosen by it")
+    add("--metric", choices=NAMES, help="what to score by; the best rate is chosen by it")
     add("--device", type=torch.device, help="cpu, cuda … (a GPU where there is one)")
     add("--out", type=Path, default=Path("finetune_output"), help="folder for the results")
     options = parser.parse_args(arguments)
@@ -632,14 +649,14 @@ def rung(rate: float, steps: int) -> float:
 
 
 def next_rate(
-    tried: Mapping[float, Sequence[Run]], first: Sequence[float], most: int
+    tried: Mapping[float, Sequence[Run]], first: Sequence[float], most: int, by_loss: bool = False
 ) -> float | None:
     """The next rate to try: the first ones, then beyond the best while that stands at an end."""
     if len(tried) >= most:
         return None
     if left := [rate for rate in first if rate not in tried]:
         return left[0]
-    best = best_of(tried)
+    best = best_of(tried, by_loss)
     if best == max(tried) and best > 0:
         return rung(best, 1)
     if best == min(tried) and best > 0:
@@ -647,21 +664,14 @@ def next_rate(
     return None
 
 
-def best_of(tried: Mapping[float, Sequence[Run]]) -> float:
-    """The rate with the best runs on the validation part."""
-    return max(tried, key=lambda rate: goodness(tried[rate]))
-
-
-def goodness(runs: Sequence[Run]) -> tuple[float, float]:
-    """To compare rates by: mean value, then loss, where one that is not a number is the worst."""
-    loss = statistics.fmean(run.validation.loss for run in runs)
-    value = statistics.fmean(run.validation.value for run in runs)
-    return value, -loss if math.isfinite(loss) else -math.inf
+def best_of(tried: Mapping[float, Sequence[Run]], by_loss: bool = False) -> float:
+    """The rate whose seed 0 did best on the validation part."""
+    return max(tried, key=lambda rate: tried[rate][0].validation.goodness[by_loss:])
 
 
 def row_of(name: str, study: Study, metric: str) -> Row:
     """A method's entry of the record."""
-    runs, rate = study.runs, best_of(study.tried)
+    runs, rate = study.runs, study.best
     return {
         "method": name,
         "label": METHODS[name].label if runs[0].losses else "nothing trained",
@@ -671,8 +681,8 @@ def row_of(name: str, study: Study, metric: str) -> Row:
         "adapter_bytes": adapter_bytes(study.model),
         "rate": rate,
         "on_edge": rate in (min(study.tried), max(study.tried)),
-        metric: report.interval([run.test.value for run in runs if run.test]),
-        "loss": report.interval([run.test.loss for run in runs if run.test]),
+        metric: interval([run.test.value for run in runs if run.test]),
+        "loss": interval([run.test.loss for run in runs if run.test]),
         "sweep": [
             {"rate": rate, "validation": validation_of(study.tried[rate], metric)}
             for rate in sorted(study.tried)
@@ -685,8 +695,8 @@ def validation_of(runs: Sequence[Run], metric: str) -> Row:
     """The scores at a rate, over its seeds."""
     scores = [run.validation for run in runs]
     return {
-        metric: report.interval([score.value for score in scores]),
-        "loss": report.interval([score.loss for score in scores]),
+        metric: interval([score.value for score in scores]),
+        "loss": interval([score.loss for score in scores]),
     }
 
 

@@ -191,7 +191,7 @@ def test_a_copy_that_reaches_the_next_pass_is_found():
 
 @triton.jit
 def plain_product(p_x, p_y, p_out, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """A product whose right operand, in float32, passes through registers into a buffer of its own."""
+    """A product whose right operand, in float32, passes through registers into its own buffer."""
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k in range(0, K, BK):
         acc = tl.dot(p_x.load([0, k]), p_y.load([k, 0]), acc, input_precision="tf32")

@@ -5,8 +5,9 @@
     <!-- end of benchmark -->
 
 KIND is a suite, whose tables in full are wanted; `brief`, for a layer record and a memory record in
-one small table; `ratios`, for a record of `make bench-cpu` in sentences; or `cost`, which needs no
-FILE. Files lie in benchmarks/results/. A picture is an SVG that holds its record's checksum.
+one small table; `ratios`, for a record of `make bench-cpu` in sentences; `finetune`, for one of
+`make finetune`; or `cost`, which needs no FILE. Files lie in benchmarks/results/. A picture is an
+SVG that holds its record's checksum.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from typing import Any
 from .. import records
 from ..shapes import MODELS, parsed
 from ..suites import cost
-from . import tables
+from . import finetunes, tables
 
 RESULTS = records.ROOT / "benchmarks" / "results"
 FOLDER = records.ROOT / "docs" / "pictures"
@@ -53,6 +54,11 @@ def _generated(found: re.Match[str]) -> str:
     kind, names = found["kind"], found["files"].split()
     if kind == "cost":
         return "\n\n".join(table.markdown() for table in tables.of(_counted()))
+    if kind == "finetune":
+        record = records.read(RESULTS / names[0])[0]
+        shown = (table.markdown() for table in finetunes.tables(record))
+        said = "\n".join(f"- {line}" for line in finetunes.sentences(record))
+        return "\n\n".join([*shown, said, tables.provenance([record])])
     if kind == "ratios":
         rows = records.read(RESULTS / names[0])
         return f"{_ratios(rows[0]['rows'])} {tables.provenance(rows)}"

@@ -250,7 +250,9 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _method(name: str) -> str:
-    return "full" if name == "full" else PROVIDERS[name].method
+    method = PROVIDERS[name].method
+    assert method is not None
+    return method
 
 
 def _roofline(method: str, shape: Shape, r: int, again: bool, sheet: Sheet) -> float:

@@ -158,14 +158,17 @@ def _figures(
     # A replay is compared with replays alone, for the others' times hold the host's too.
     replay = PROVIDERS[name].run == GRAPH
     baselines = [other for other in baselines if replay == (PROVIDERS[other].run == GRAPH)]
-    forward, backward = cost.METHODS[method].operations(shape, r)
-    operations = {"forward": forward, "backward": backward, "step": forward + backward}
+    counts: Row = {"operations": {}, "floor_share": {}}
+    if method is not None:
+        forward, backward = cost.METHODS[method].operations(shape, r)
+        operations = {"forward": forward, "backward": backward, "step": forward + backward}
+        for one in measured:
+            counts["operations"][one] = operations[one]
+            floor = _floor(one, method, times)
+            counts["floor_share"][one] = ratios(floor, times[name, one]).as_dict()
     return {
         "seconds": {one: Quantiles.of(times[name, one]).as_dict() for one in measured},
-        "operations": {one: operations[one] for one in measured},
-        "floor_share": {
-            one: ratios(_floor(one, method, times), times[name, one]).as_dict() for one in measured
-        },
+        **counts,
         "versus": {
             other: {
                 one: ratios(times[name, one], times[other, one]).as_dict()

@@ -118,5 +118,7 @@ def check(shape: Shape) -> None:
 
 def _theory(name: str, shape: Shape, depth: int, r: int, dtype: torch.dtype) -> int | None:
     provider = PROVIDERS[name]
+    if provider.method is None:
+        return None
     adapter = provider.adapter_dtype(dtype).itemsize
     return cost.METHODS[provider.method].stack_kept(shape, r, depth, dtype.itemsize, adapter)

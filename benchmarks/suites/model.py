@@ -299,7 +299,8 @@ def adapted_share(model: nn.Module, targets: str) -> float:
 
 def _counts(name: str, model: nn.Module, share: float, checkpointing: bool) -> Row:
     """Counts of a step, and its full products over those of a LoRA step."""
-    third = cost.METHODS[PROVIDERS[name].method].products == (1, 2)
+    method = PROVIDERS[name].method
+    third = method is not None and cost.METHODS[method].products == (1, 2)
     return {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapted_share": share,

@@ -48,6 +48,11 @@ class TestProofs:
     def test_a_compiled_one_does_too(self):
         prove(PROVIDERS["hut_low_rank_eager_compiled"], torch.float32, CPU)
 
+    def test_the_formula_of_lycoris_holds(self):
+        """Where it is installed: on a CPU it takes its slow path, which `missing` keeps away."""
+        pytest.importorskip("lycoris")
+        prove(PROVIDERS["lycoris_loha"], torch.float32, CPU)
+
     def test_a_wrong_output_is_found(self):
         class Doubled(LoRALinear):
             def forward(self, x):
@@ -105,6 +110,7 @@ class TestProviders:
         assert "Triton" in PROVIDERS["hut_low_rank_fused"].missing(CPU, torch.float32)
         monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
         assert "peft is not installed" in PROVIDERS["peft_hira"].missing(CPU, torch.float32)
+        assert "lycoris is not" in PROVIDERS["lycoris_loha"].missing(CUDA, torch.float32)
         assert PROVIDERS["hut_low_rank"].missing(CPU, torch.float32) is None
 
     def test_patterns_name_providers_in_order(self):
@@ -113,16 +119,43 @@ class TestProviders:
             named(["frozen", "nothing"])
 
     def test_all_layers_share_one_weight(self):
-        linear = nn.Linear(6, 5)
+        linear = nn.Linear(8, 6)
         for name in HERE:
+            if PROVIDERS[name].missing(CPU, torch.float32):
+                continue
             layer = PROVIDERS[name].make(linear, 2)
             pointers = {parameter.data_ptr() for parameter in layer.parameters()}
-            assert linear.weight.data_ptr() in pointers, name
+            shared = name != "full"  # which trains a copy
+            assert (linear.weight.data_ptr() in pointers) == shared, name
             assert not linear.weight.requires_grad
+
+    def test_full_fine_tuning_trains_everything(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).requires_grad_(False)
+        trained = PROVIDERS["full"].adapt(model, "0", 2)
+        assert all(p.requires_grad for p in trained.parameters())
+        assert not any(p.requires_grad for p in model.parameters())
+
+    def test_the_doors_of_the_integration_run_the_fused_layer(self):
+        """By the operator: the forward of a layer is one call of hut::linear_forward."""
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Seen(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                names.append(func.name())
+                return func(*args, **(kwargs or {}))
+
+        for name in ("peft_hira_accelerated", "hut_low_rank_config", "peft_hira"):
+            layer, names = PROVIDERS[name].make(nn.Linear(8, 6), 2), []
+            with Seen():
+                layer(torch.randn(3, 8))
+            fused = any(op.startswith("hut::") for op in names)
+            assert fused == (name != "peft_hira"), name
 
     def test_adapters_have_the_type_that_is_said(self):
         for name in HERE:
-            layer = PROVIDERS[name].make(nn.Linear(6, 5, dtype=torch.bfloat16), 2)
+            if PROVIDERS[name].missing(CPU, torch.bfloat16):
+                continue
+            layer = PROVIDERS[name].make(nn.Linear(8, 6, dtype=torch.bfloat16), 2)
             types = {p.dtype for p in layer.parameters() if p.requires_grad}
             assert types <= {PROVIDERS[name].adapter_dtype(torch.bfloat16)}, name
 

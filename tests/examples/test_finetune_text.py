@@ -12,14 +12,14 @@ pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from examples import finetune_report, finetune_text
+from benchmarks.report.finetunes import interval
+from examples import finetune_text
 from examples.finetune_text import (
     METHODS,
     PRESETS,
     Run,
     Score,
     best_of,
-    goodness,
     next_rate,
     parse,
 )
@@ -226,7 +226,9 @@ def test_a_metric_that_does_not_fit_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("method", ["lora", "hut_paper"])
-def test_only_factors_that_decay_to_the_pretrained_model_decay(bert, tastes, tokenizer, monkeypatch, method):
+def test_only_what_pulls_to_the_pretrained_model_decays(
+    bert, tastes, tokenizer, monkeypatch, method
+):
     pytest.importorskip("datasets")
     from examples import texts
 
@@ -244,7 +246,7 @@ def test_only_factors_that_decay_to_the_pretrained_model_decay(bert, tastes, tok
 
 def scored_by(metric, folder, arguments):
     """The record of a run, whose scores all go by the metric's name."""
-    assert finetune_text.main([*arguments, *SMALL, "--out", str(folder)]) == 0
+    assert finetune_text.main([*SMALL, *arguments, "--out", str(folder)]) == 0
     record = json.loads((folder / "finetune.json").read_text())
     assert record["metric"] == metric
     assert (folder / "finetune.png").exists()
@@ -271,7 +273,7 @@ def test_two_classes_by_matthews_correlation(tmp_path, bert, tastes, capsys):
 
 def test_a_regression_goes_through_it_too(tmp_path, bert, grades, capsys):
     pytest.importorskip("datasets")
-    data = ["--model", bert, "--dataset", grades, "--epochs", "10"]
+    data = ["--model", bert, "--dataset", grades, "--epochs", "10", "--tried", "4"]
     record = scored_by("pearson", tmp_path, data)
     rows = {row["method"]: row for row in record["methods"]}
     assert {row["head"] for row in rows.values()} == {32 + 1}
@@ -356,16 +358,18 @@ def test_rates_are_tried_beyond_the_best_while_it_stands_at_an_end():
 
 
 def test_a_run_that_diverged_is_never_the_best():
-    good, bad = Run(1e-3, 0, [], Score(0.5, 9.0)), Run(1e-3, 1, [], Score(0.5, math.nan))
-    assert goodness([good, good]) > goodness([good, bad])
+    good, bad = Score(0.5, 9.0), Score(0.5, math.nan)
+    assert good.goodness > bad.goodness
 
 
-def test_rates_are_compared_over_their_seeds():
-    low, high = (Run(1e-3, 0, [], Score(value, 1.0)) for value in (0.5, 0.7))
-    assert best_of({1e-3: [low, high], 3e-3: [high, high], 1e-2: [high, low]}) == 3e-3
+def test_the_best_rate_of_a_sweep_is_that_of_the_loss_and_no_later_seed_moves_it():
+    one, other = Run(1e-3, 0, [], Score(0.7, 1.0)), Run(3e-3, 0, [], Score(0.5, 0.9))
+    worst = Run(1e-3, 1, [], Score(0.1, 9.0))
+    assert best_of({1e-3: [one, worst], 3e-3: [other]}) == 1e-3
+    assert best_of({1e-3: [one], 3e-3: [other, worst]}, by_loss=True) == 3e-3
 
 
-def test_all_of_the_given_rates_are_trained_with_every_seed(tmp_path, bert, tastes):
+def test_every_seed_is_trained_at_the_best_of_the_given_rates_and_at_loras(tmp_path, bert, tastes):
     pytest.importorskip("datasets")
     data = ["--model", bert, "--dataset", tastes, "--epochs", "0.1", "--rates", "1e-1", "1e-3"]
     assert finetune_text.main([*data, *SMALL, "--tried", "2", "--out", str(tmp_path)]) == 0
@@ -373,12 +377,14 @@ def test_all_of_the_given_rates_are_trained_with_every_seed(tmp_path, bert, tast
     assert record["recipe"]["rates"] == [1e-3, 1e-1]
     for row in record["methods"][1:]:
         assert [one["rate"] for one in row["sweep"]] == [1e-3, 1e-1]
-        for one in row["sweep"]:
-            for scores in one["validation"].values():
-                assert len(scores["values"]) == 2
-        best = max(row["sweep"], key=lambda one: one["validation"]["accuracy"]["mean"])
-        at_best = [run["validation"]["accuracy"] for run in row["runs"]]
-        assert best["validation"]["accuracy"]["mean"] == statistics.fmean(at_best)
+        losses = {one["rate"]: one["validation"]["loss"]["values"] for one in row["sweep"]}
+        assert row["rate"] == min(losses, key=lambda rate: losses[rate][0])
+        assert losses[row["rate"]] == [run["validation"]["loss"] for run in row["runs"]]
+        whole = {row["rate"], record["methods"][1]["rate"]}
+        assert {rate: len(values) for rate, values in losses.items()} == {
+            rate: 2 if rate in whole else 1 for rate in (1e-3, 1e-1)
+        }
+    assert sum("at LoRA's best rate" in line for line in record["sentences"]) == 2
     with pytest.raises(SystemExit):
         parse(["--model", bert, "--rates", "0", "1"])
 
@@ -407,10 +413,10 @@ def test_parameter_groups_make_the_rates_and_leave_the_head_its_own(
 
 
 def test_the_interval_is_students():
-    q = finetune_report.interval([0.70, 0.72, 0.77])
+    q = interval([0.70, 0.72, 0.77])
     assert q["mean"] == pytest.approx(0.73)
     assert q["margin"] == pytest.approx(4.303 * 0.036056 / 3**0.5, rel=1e-3)
-    assert finetune_report.interval([0.5])["margin"] is None
+    assert interval([0.5])["margin"] is None
 
 
 def test_presets_and_their_help(bert):
