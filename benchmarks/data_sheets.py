@@ -10,7 +10,7 @@ class Sheet:
 
     Attributes:
         name: As it is called in shops.
-        memory: GiB.
+        memory: GiB that the driver shows: with ECC on GDDR6 a sixteenth less than is printed.
         bandwidth: GB/s of its memory.
         tflops: Dense 16-bit matrix products with float32 sums, TFLOP/s.
         arch: Its compute capability; the kernels need `sm_80`.
@@ -30,22 +30,22 @@ class Sheet:
 
 SHEETS = (
     Sheet("V100", 32, 900, 125, "sm_70"),
-    Sheet("T4", 16, 320, 65, "sm_75"),
+    Sheet("T4", 15, 320, 65, "sm_75"),
     Sheet("A100 40GB", 40, 1555, 312, "sm_80"),
     Sheet("A100", 80, 2039, 312, "sm_80"),
-    Sheet("A10", 24, 600, 125, "sm_86"),
+    Sheet("A10", 22.5, 600, 125, "sm_86"),
     Sheet("A6000", 48, 768, 155, "sm_86"),
-    Sheet("RTX 3060", 12, 360, 25.6, "sm_86"),
+    Sheet("RTX 3060", 12, 360, 25.5, "sm_86"),
     Sheet("RTX 3080", 10, 760, 59.5, "sm_86"),
     Sheet("RTX 3090", 24, 936, 71, "sm_86"),
-    Sheet("L4", 24, 300, 121, "sm_89"),
-    Sheet("L40S", 48, 864, 362, "sm_89"),
+    Sheet("L4", 22.5, 300, 121, "sm_89"),
+    Sheet("L40S", 45, 864, 362, "sm_89"),
     Sheet("RTX 4070", 12, 504, 58.3, "sm_89"),
     Sheet("RTX 4090", 24, 1008, 165, "sm_89"),
     Sheet("H100 PCIe", 80, 2000, 756, "sm_90"),
     Sheet("H100", 80, 3350, 989, "sm_90"),
-    Sheet("H200", 141, 4800, 989, "sm_90"),
-    Sheet("B200", 180, 8000, 2250, "sm_100"),
+    Sheet("H200", 140.4, 4800, 989, "sm_90"),
+    Sheet("B200", 179, 8000, 2250, "sm_100"),
     Sheet("RTX 5070", 12, 672, 61.7, "sm_120"),
     Sheet("RTX 5080", 16, 960, 112.6, "sm_120"),
     Sheet("RTX 5090", 32, 1792, 209.5, "sm_120"),

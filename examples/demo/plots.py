@@ -48,8 +48,7 @@ def _curves(axes: Axes, rows: Sequence[Row]) -> None:
     margin = 0.05 * (start - low)
     axes.set_ylim(low - margin, start + 3 * margin)  # what diverges leaves through the top
     axes.set(title="Adapting the frozen model to English", xlabel="step")
-    # Probed often, so on the beginning of the text; at the end, on the right, all of it is read.
-    axes.set_ylabel("nats per byte, first 8 KiB of validation (pale: other rates)")
+    axes.set_ylabel("nats per byte, first 8 KiB of validation,\nread often (pale: other rates)")
     axes.legend()
 
 
@@ -65,8 +64,8 @@ def _sweep(axes: Axes, rows: Sequence[Row]) -> None:
     axes.plot([], [], "*", color="#444444", markersize=10, label="held out, at the best rate")
     axes.set_xscale("log")
     axes.margins(y=0.25)
-    axes.set(title="Where each learning rate ends", xlabel="learning rate")
-    axes.set_ylabel("nats per byte (colors as on the left)")
+    axes.set(title="Where each learning rate ends", xlabel="learning rate (log)")
+    axes.set_ylabel("nats per byte, the whole texts, read once\n(colors as on the left)")
     axes.legend(loc="upper center", ncols=2)
 
 

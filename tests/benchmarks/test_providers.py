@@ -49,7 +49,7 @@ class TestProofs:
         prove(PROVIDERS["hut_low_rank_eager_compiled"], torch.float32, CPU)
 
     def test_the_formula_of_lycoris_holds(self):
-        """Where it is installed: on a CPU it takes its slow path, which `missing` keeps away."""
+        """On a CPU it takes its slow path, which `missing` keeps out of the tables."""
         pytest.importorskip("lycoris")
         prove(PROVIDERS["lycoris_loha"], torch.float32, CPU)
 
