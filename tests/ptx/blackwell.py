@@ -23,6 +23,16 @@ LANES, COLUMNS = 128, 512
 Cells = tuple[Array, ...]
 
 
+@handles("fma.rn.f32.f16", "fma.rn.f32.bf16")
+def _mixed_fma(b: Block, i: Instruction, mask: Mask) -> None:
+    """`x * y + z` in float32, of which x and y have 16 bits; rounded once."""
+    kind, (d, *sources) = i.parts[-1], i.operands
+    types = kind, kind, "f32"
+    x, y, z = (formats.lanes(b.read(s, t), t) for s, t in zip(sources, types, strict=True))
+    with np.errstate(all="ignore"):
+        b.write(d, formats.pack(formats.odd_sum(x * y, z), "f32"), mask)
+
+
 class TensorMemory:
     """128 lanes of 512 words.
 

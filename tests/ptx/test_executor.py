@@ -253,6 +253,20 @@ def test_fma_rounds_once(kind):
         assert errors[0] == min(errors)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_a_mixed_fma_multiplies_16_bits_and_adds_32(kind):
+    """Of sm_100 and sm_120: only the factors have 16 bits."""
+    x, y = (formats.pack(draw.astype(np.float64), kind) for draw in filled(2, THREADS, 1))
+    z = filled(THREADS)
+    body = "cvt.u16.u32 %rs1, %r10; cvt.u16.u32 %rs2, %r11;\n"
+    body += f"fma.rn.f32.{kind} %r30, %rs1, %rs2, %r20;"
+    loads = load(1, 1, 10) + load(1, 2, 11) + load(1, 3, 20)
+    given = x.astype(np.uint32), y.astype(np.uint32), z, empty(THREADS)
+    out = run(loads + body + save(1, 4, 30), *given)[3]
+    exact = formats.lanes(x, kind) * formats.lanes(y, kind) + z[:, None].astype(np.float64)
+    assert np.array_equal(out, exact[:, 0].astype(np.float32))
+
+
 INTEGERS = {
     "add.s32": lambda a, b: a + b,
     "sub.s32": lambda a, b: a - b,
