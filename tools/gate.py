@@ -64,8 +64,13 @@ TYPES = {
 }
 # What a launch may have beside the plain case: strides and pointers that are no multiples of 16
 # elements; groups of `two_sided` that fill whole tiles, and such as do not; bias, gamma, beta and
-# the sums for d gamma; a float32 W0 under 16 bits; a W0 stored transposed, as Conv1D's is.
-VARIANTS = ("plain", "unaligned", "two_sided", "ragged", "vectors", "wide", "transposed")
+# the sums for d gamma; a float32 W0 under 16 bits; a W0 stored transposed, as Conv1D's is; a stack
+# of experts, for the two kernels that take one.
+VARIANTS = (
+    *("plain", "unaligned", "two_sided", "ragged", "vectors", "wide", "transposed"),
+    "experts",
+)
+OF_EXPERTS = ("weight", "grad_reduce")
 # What W0 is stored as, for the kernel of that: NF4, doubly quantized, in blocks across rows; int8.
 STORED = ("nf4", "nested", "across", "int8")
 # Instructions a weight of NF4 at most, by rank; doubly quantized it may be 0.4 more. bitsandbytes'
@@ -155,6 +160,8 @@ def _stands_for_others(variant: str, kernel: str, dtype: str, r: int, last: bool
         return True
     if variant in STORED:
         return dtype == "bf16" and r in (16, 64)
+    if variant == "experts":
+        return kernel in OF_EXPERTS and dtype != "fp32" and r in (16, 128)
     if dtype == "fp32" or (variant == "wide" and dtype == "tf32"):
         return False
     if variant in ("unaligned", "two_sided"):
@@ -222,7 +229,9 @@ def _launch(config: Config) -> None:
     size = layer.sizes[0]
     x, grad = torch.empty(N, size, dtype=dtype), torch.empty(N, size, dtype=dtype)
     needs = Needs(True, True, layer.gamma is not None)
-    if config.kernel == "forward":
+    if config.variant == "experts":
+        _launch_experts(config, layer, needs)
+    elif config.kernel == "forward":
         forward.launch_forward(x, layer, tiles)
     elif config.kernel == "grad_input":
         if config.variant != "transposed":  # as which it gives y
@@ -238,6 +247,18 @@ def _launch(config: Config) -> None:
         weight.launch_weight(layer, dtype, tiles)
 
 
+def _launch_experts(config: Config, layer: Layer, needs: Needs) -> None:
+    """Calls the launcher of a group of experts: both of a stack of two."""
+    dtype, (O, K, _), tiles = TYPES[config.dtype], layer.sizes, config.row
+    experts = torch.arange(2)
+    if config.kernel == "weight":
+        weight.launch_weight(layer, dtype, tiles, experts=experts)
+    else:
+        G = torch.empty(2, O, K, dtype=dtype if config.dtype == "bf16" else torch.float32)
+        reduction = grad_reduce.ExpertsReduction(layer, dtype, needs, tiles, (8, 8))
+        reduction.add(G, experts)
+
+
 def _layer(kernel: str, variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:
     size = {"unaligned": 4099, "ragged": 768, "across": 4304}.get(variant, 4096)
     W0_dtype = torch.float32 if variant == "wide" else TYPES[dtype]
@@ -250,6 +271,8 @@ def _layer(kernel: str, variant: str, dtype: str, r: int, device: str = "cpu") -
     vector = torch.empty(size, device=device) if has_vectors else None
     hut_A, hut_B = torch.empty(r, size, device=device), torch.empty(size, r, device=device)
     spec = Spec("two_sided" if variant in ("two_sided", "ragged") else "low_rank")
+    if variant == "experts":
+        W0, hut_A, hut_B = (operand.expand(2, *operand.shape) for operand in (W0, hut_A, hut_B))
     layer = Layer(W0, hut_A, hut_B, vector, vector, vector, spec)
     swapped = variant == "transposed" and kernel in ("forward", "grad_input")
     return (
