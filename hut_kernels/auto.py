@@ -83,10 +83,18 @@ class Planned:
             return weight.dense(dtype)
         return triton_backend.dequantize(weight, dtype, _device(weight.device).arch)
 
-    def experts(self, layer: Layer, *activations: Tensor | None) -> triton_backend.Experts | None:
-        """The kernels over a stack of experts; None where its experts go to PyTorch, one by one."""
-        plan = plan_call(self.name, layer, *activations)
-        return triton_backend.Experts(plan, layer) if plan.backend == "triton" else None
+    def over_experts(
+        self,
+        run: Callable[[triton_backend.Experts | None], _Result],
+        layer: Layer,
+        *activations: Tensor | None,
+    ) -> _Result:
+        """Runs a call with the kernels over a stack; without, where PyTorch takes its experts."""
+
+        def planned(plan: Plan) -> _Result:
+            return run(triton_backend.Experts(plan, layer) if plan.backend == "triton" else None)
+
+        return self._by_plan(planned, layer, *activations)
 
     def _by_plan(
         self, run: Callable[[Plan], _Result], layer: Layer, *activations: Tensor | None

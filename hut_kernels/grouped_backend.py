@@ -8,9 +8,9 @@ stage no others, and from which row a group's product starts, for the grouped GE
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from .layer import FactorGrads, Layer, Needs, Spec, acc_dtype, cast, effective_b
 
 # Multiplications from which oneDNN's product repays its longer call.
 _LARGE_PRODUCT = 1 << 21
+_Result = TypeVar("_Result")
 
 
 class Stack(NamedTuple):
@@ -73,14 +74,17 @@ def forward(x: Tensor, layer: Stack, offsets: Tensor, backend: Any) -> Tensor:
     ends = bounds(offsets, len(x))
     y = x.new_empty((len(x), layer.weight.shape[1]))
     shift = effective_bias(layer.bias, layer.gamma, layer.beta, x.dtype)
-    passes = _passes(layer, x.dtype, ends, backend, x)
-    for group in _groups(offsets, ends, passes.size):
-        _multiply(x, passes.stage(group).mT, group, y)
-        if shift is not None:
-            for expert, rows in zip(group.experts, group.rows, strict=True):
-                y[rows] += shift[expert]
-    y[ends[-1] :] = 0
-    return y
+
+    def run(passes: _Kernels | _OneByOne) -> Tensor:
+        for group in _groups(offsets, ends, passes.size):
+            _multiply(x, passes.stage(group).mT, group, y)
+            if shift is not None:
+                for expert, rows in zip(group.experts, group.rows, strict=True):
+                    y[rows] += shift[expert]
+        y[ends[-1] :] = 0
+        return y
+
+    return _with_passes(run, layer, x.dtype, ends, backend, x)
 
 
 def backward(
@@ -100,21 +104,24 @@ def backward(
     sums = None
     if need_sums:
         sums = grad.new_zeros((experts, out_features), dtype=acc_dtype(grad.dtype))
-    passes = _passes(layer, grad.dtype, ends, backend, grad, x)
-    if x is not None and any(needs):
-        passes.start_reduction(grad, x, needs)
-    for group in _groups(offsets, ends, passes.size):
-        if dx is not None:
-            _multiply(grad, passes.stage(group), group, dx)
+
+    def run(passes: _Kernels | _OneByOne) -> list[Tensor]:
         if x is not None and any(needs):
-            passes.reduce(grad, x, group)
-        if sums is not None:
-            for expert, rows in zip(group.experts, group.rows, strict=True):
-                torch.sum(grad[rows], 0, dtype=sums.dtype, out=sums[expert])
-    if dx is not None:
-        dx[ends[-1] :] = 0
-    factors = passes.finish_reduction() if x is not None and any(needs) else ()
-    return [made for made in (dx, *factors, sums) if made is not None]
+            passes.start_reduction(grad, x, needs)
+        for group in _groups(offsets, ends, passes.size):
+            if dx is not None:
+                _multiply(grad, passes.stage(group), group, dx)
+            if x is not None and any(needs):
+                passes.reduce(grad, x, group)
+            if sums is not None:
+                for expert, rows in zip(group.experts, group.rows, strict=True):
+                    torch.sum(grad[rows], 0, dtype=sums.dtype, out=sums[expert])
+        if dx is not None:
+            dx[ends[-1] :] = 0
+        factors = passes.finish_reduction() if x is not None and any(needs) else ()
+        return [made for made in (dx, *factors, sums) if made is not None]
+
+    return _with_passes(run, layer, grad.dtype, ends, backend, grad, x)
 
 
 def _groups(offsets: Tensor, ends: list[int], size: int | None) -> list[Group]:
@@ -134,16 +141,24 @@ def _groups(offsets: Tensor, ends: list[int], size: int | None) -> list[Group]:
     return groups
 
 
-def _passes(
-    layer: Stack, dtype: torch.dtype, ends: list[int], backend: Any, *activations: Tensor | None
-) -> _Kernels | _OneByOne:
-    """The way W is staged and G reduced: by kernels over a group, or an expert after the other."""
-    if layer.hut_A is not None and hasattr(backend, "experts"):
-        kernels = backend.experts(Layer._make(layer), *activations)
-        if kernels is not None:
-            return _Kernels(kernels, layer, dtype)
-        backend = torch_backend
-    return _OneByOne(layer, dtype, ends, backend)
+def _with_passes(
+    run: Callable[[_Kernels | _OneByOne], _Result],
+    layer: Stack,
+    dtype: torch.dtype,
+    ends: list[int],
+    backend: Any,
+    *activations: Tensor | None,
+) -> _Result:
+    """Runs a direction by kernels over groups, where the backend has them, or one by one."""
+    if layer.hut_A is None or not hasattr(backend, "over_experts"):
+        return run(_OneByOne(layer, dtype, ends, backend))
+
+    def with_kernels(kernels: Any) -> _Result:
+        if kernels is None:
+            return run(_OneByOne(layer, dtype, ends, torch_backend))
+        return run(_Kernels(kernels, layer, dtype))
+
+    return backend.over_experts(with_kernels, Layer._make(layer), *activations)
 
 
 class _Kernels:
@@ -161,7 +176,7 @@ class _Kernels:
         """Makes place for the factor gradients, and for G where it is wider than W."""
         if not _gram_is_grouped(grad, x):
             self.size = max(1, self.size * x.itemsize // 4)
-        self.reduction = self.kernels.reduction(self.dtype, needs, self.size)
+        self.kernels.start_reduction(self.dtype, needs, self.size)
 
     def reduce(self, grad: Tensor, x: Tensor, group: Group) -> None:
         """Makes G of a group, and its factor gradients of that."""
@@ -172,11 +187,11 @@ class _Kernels:
             G = x.new_empty((len(group.rows), grad.shape[1], x.shape[1]), dtype=torch.float32)
             for matrix, rows in zip(G.unbind(0), group.rows, strict=True):
                 self.kernels.gram(grad[rows], x[rows], out=matrix)
-        self.reduction.add(G, group.numbers)
+        self.kernels.reduce(G, group.numbers)
 
     def finish_reduction(self) -> FactorGrads:
         """`d hut_A`, `d hut_B` and `sum_i W G` of all experts, each where it is needed."""
-        return self.reduction.finish()
+        return self.kernels.finish_reduction()
 
 
 class _OneByOne:

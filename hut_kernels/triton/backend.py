@@ -176,15 +176,25 @@ class Experts:
     def stage(self, dtype: torch.dtype, experts: Tensor) -> Tensor:
         """`gamma W` of those experts, int64: `[group, out, in]`, with weight's order of strides."""
         config = _config("weight", self.plan, dtype, self.layer)
-        return weight_kernel.launch_weight(self.layer, dtype, config, experts=experts)
+        with _Launching("weight"):
+            return weight_kernel.launch_weight(self.layer, dtype, config, experts=experts)
 
-    def reduction(
-        self, dtype: torch.dtype, needs: Needs, group: int
-    ) -> chunked_grad_factors.ExpertsReduction:
-        """The reduction of G, `group` experts at a time, which share the device's programs."""
+    def start_reduction(self, dtype: torch.dtype, needs: Needs, group: int) -> None:
+        """Begins to reduce G, `group` experts at a time, which share the device's programs."""
         config = _config("grad_reduce", self.plan, dtype, self.layer)
         splits = _splits(self.plan.problem.O, config, self.plan, self.layer, group)
-        return chunked_grad_factors.ExpertsReduction(self.layer, dtype, needs, config, splits)
+        self.reduction = chunked_grad_factors.ExpertsReduction(
+            self.layer, dtype, needs, config, splits
+        )
+
+    def reduce(self, G: Tensor, experts: Tensor) -> None:
+        """Reduces G, `[group, out, in]`, of those experts."""
+        with _Launching("grad_reduce"):
+            self.reduction.add(G, experts)
+
+    def finish_reduction(self) -> FactorGrads:
+        """`d hut_A`, `d hut_B`, `sum_i W G`, `[experts, ...]` each, where it is needed."""
+        return self.reduction.finish()
 
 
 def _weight_kernel(layer: Layer) -> tuple[str, Callable[..., Tensor]]:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
-from hut_kernels import planner
+from hut_kernels import devices, planner
 from hut_kernels.triton import grad_reduce, weight
 from tests.test_grouped import ALL, FORMS, stack
 
@@ -86,3 +87,19 @@ def test_any_strides(launched, layout):
     for name in ("x", "grad", *STACKS):
         setattr(experts, name, lay(getattr(experts, name), layout))
     experts.check(experts.run(backend="triton"))
+
+
+@pytest.mark.parametrize("name", ["launch_weight", "ExpertsReduction.add"])
+def test_a_launch_that_does_not_fit_leaves_the_experts_to_pytorch(launched, monkeypatch, name):
+    def too_large(*args, **kwargs):
+        raise OutOfResources(300_000, 101_376, "shared memory")
+
+    where = weight if name == "launch_weight" else grad_reduce.ExpertsReduction
+    monkeypatch.setattr(devices, "_misfits", {})
+    monkeypatch.setattr(where, name.split(".")[-1], too_large)
+    experts = stack(24, 16, 2, vectors=ALL)
+    with pytest.warns(UserWarning, match="does not fit"):
+        experts.check(experts.run(backend="triton"))
+    launched["weight"].clear()
+    experts.check(experts.run(backend="triton"))
+    assert not launched["weight"]
