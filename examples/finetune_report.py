@@ -56,7 +56,8 @@ def table_of(rows: Sequence[Row], metric: str) -> str:
             metric,
             "loss",
             "step ms",
-            "step / LoRA",
+            f"step / {_lora(rows)['label']}",
+            "model MiB",
             "peak MiB",
             "file kB",
         ],
@@ -70,6 +71,7 @@ def table_of(rows: Sequence[Row], metric: str) -> str:
                 f"{row['loss']['mean']:.3f}",
                 _or_dash(row.get("step"), milliseconds),
                 _or_dash(row.get("step_versus_lora"), ratio),
+                mebibytes(row["model_bytes"]),
                 _or_dash(row.get("peak_bytes"), mebibytes),
                 _or_dash(row["adapter_bytes"], lambda size: f"{size / 1000:.0f}"),
             ]
@@ -103,8 +105,7 @@ def sentences(
     rows: Sequence[Row], metric: str, environment: Row, threads: tuple[int, int]
 ) -> list[str]:
     """Sentences on the numbers, and on their limits."""
-    by = {row["method"]: row for row in rows}
-    lora = by["lora"]
+    lora = _lora(rows)
     counts = sorted({row["trainable"] for row in rows if row["r"]})
     even = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return [
@@ -116,19 +117,23 @@ def sentences(
     ]
 
 
+def _lora(rows: Sequence[Row]) -> Row:
+    return next(row for row in rows if row["method"] == "lora")
+
+
 def _against(row: Row, lora: Row, metric: str) -> str:
-    mine, other = row[metric], lora[metric]
+    mine, other, name = row[metric], lora[metric], lora["label"]
     difference = mine["mean"] - other["mean"]
     if other["margin"] is None:
         word = "one seed, no interval"
     elif abs(difference) <= other["margin"]:
-        word = "within LoRA's interval"
+        word = f"within {name}'s interval"
     else:
-        word = "above LoRA's interval" if difference > 0 else "BELOW LoRA's interval"
+        word = f"{'above' if difference > 0 else 'BELOW'} {name}'s interval"
     return (
-        f"{row['label']} ends at {hundredfold(mine)}, LoRA at {hundredfold(other)} "
+        f"{row['label']} ends at {hundredfold(mine)}, {name} at {hundredfold(other)} "
         f"({NAMES[metric]}): {word}; its best rate is "
-        f"{row['rate'] / lora['rate']:.3g} times LoRA's."
+        f"{row['rate'] / lora['rate']:.3g} times {name}'s."
     )
 
 

