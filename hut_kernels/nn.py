@@ -625,9 +625,10 @@ def rms(weight: Tensor) -> float:
     """
     if weight.is_meta:
         raise HUTBackendError("the size of a weight on the meta device (offloaded) is not known")
-    dense = formats.dense(weight.detach(), torch.float32)
-    norm = torch.linalg.vector_norm(dense, dtype=torch.float64)
-    value = float(whole(norm)) / math.sqrt(weight.numel())
+    with torch.no_grad():  # and no detach(), which takes the class off a weight in few bits
+        dense = formats.dense(weight, torch.float32)
+        norm = torch.linalg.vector_norm(dense, dtype=torch.float64)
+    value = float(whole(norm)) / math.sqrt(dense.numel())
     if not 0 < value < math.inf:
         raise ValueError(f"scale_by_rms needs a weight of a finite size that is not 0; got {value}")
     return value

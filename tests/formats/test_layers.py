@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hut_kernels import HUTLinear, explain, formats, hut_linear, hut_weight, inject, merge
+from hut_kernels import (
+    HUTLinear,
+    explain,
+    formats,
+    hut_linear,
+    hut_weight,
+    inject,
+    merge,
+    parameter_groups,
+)
 from hut_kernels.errors import HUTBackendError
 
 from ..references import TRAINABLE, check, error, make_normal
@@ -364,6 +373,21 @@ def test_merge_makes_a_model_that_runs_in_its_own_type():
         merge(model)
     assert model[0].weight.dtype == torch.bfloat16
     assert error(model(x), y.detach().double()) < 8e-3
+
+
+@pytest.mark.parametrize("make", [linear4bit, linear8bit])
+@pytest.mark.parametrize("options", [{}, {"transform": "two_sided"}, {"scale_by_rms": True}])
+def test_rates_and_scales_are_those_over_the_dequantized_weight(make, options):
+    """W0 is what `parameter_groups` and `scale_by_rms` measure, not its codes."""
+    few_bits, dense = nn.Sequential(make()), nn.Sequential(nn.Linear(64, 96))
+    dense[0].weight.data = formats.dense(few_bits[0].weight, torch.float32)
+    for model in (few_bits, dense):
+        inject(model, ["0"], r=4, **options)
+    assert few_bits[0].scaling == dense[0].scaling
+    rates, expected = (
+        [group["lr"] for group in parameter_groups(model, 1e-3)] for model in (few_bits, dense)
+    )
+    assert rates == expected
 
 
 # Refusals
