@@ -14,13 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import data_sheets, records
+from .bases import BASES, DENSE
 from .measure import OtherPrograms, memory_method, settle_threads
 from .progress import Progress
 from .providers import COMPILED, GRAPH, PROVIDERS, Admission, admit, named
@@ -79,6 +79,8 @@ CPU_PARTS = (
     "--provider frozen hut_low_rank hut_paper",
     "overhead --dtype float32 --rank 8 --provider frozen lora peft_lora* peft_hira* peft_loha* "
     "hut_low_rank hut_low_rank_config hut_paper",
+    "layer --dtype bfloat16 --base nf4 --shapes 512x1024x4096 512x2048x2048 --provider "
+    "peft_lora peft_hira hut_low_rank",
     "memory --dtype float32 --shapes 4096x4096 --tokens 64 --depths 6 --resident "
     "--provider hut_low_rank hut_paper",
 )
@@ -219,6 +221,8 @@ def _add_suite(commands: Any, suite: str) -> None:
     if suite == "memory":
         add("--depths", type=_positive, nargs="+", help="layers of the stacks")
         add("--resident", action="store_true", help="also the process's resident high-water mark")
+    if suite in ("layer", "memory", "model"):
+        add("--base", choices=BASES, default=DENSE, help=f"storage of frozen weights ({DENSE})")
     if suite != "cost":
         add("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"])
         add("--device", type=_torch_device, help="cpu, cuda, cuda:1 … (a GPU where there is one)")
@@ -401,7 +405,7 @@ def _groups(options: argparse.Namespace, wrong: list[str]) -> Iterator[list[Row]
             for row in rows:
                 row["proof"] = admitted.errors[row["provider"]]
             wrong += [row["provider"] for row in rows if row.get("wrong")]
-            yield [*rows, *_not_admitted(admitted, rows, dtype)]
+            yield [*rows, *_not_admitted(admitted, rows, dtype, _base(options))]
 
 
 def _experts_groups(options: argparse.Namespace, size: Size) -> Iterator[list[Row]]:
@@ -442,19 +446,27 @@ def _admit(names: Sequence[str], dtype: torch.dtype, options: argparse.Namespace
     ]
     names = [name for name in names if name not in slow]
     with Progress(f"proofs, {layer.type_name(dtype)}", len(names)) as progress:
-        found = admit(names, dtype, device, lambda name: progress.to(names.index(name), name))
+        found = admit(
+            names, dtype, device, lambda name: progress.to(names.index(name), name), _base(options)
+        )
         progress.to(len(names))
     found.left_out.update(dict.fromkeys(slow, SLOW_TO_COMPILE))
     return found
 
 
-def _not_admitted(admitted: Admission, rows: Sequence[Row], dtype: torch.dtype) -> list[Row]:
+def _base(options: argparse.Namespace) -> str:
+    return getattr(options, "base", DENSE)
+
+
+def _not_admitted(
+    admitted: Admission, rows: Sequence[Row], dtype: torch.dtype, base: str
+) -> list[Row]:
     """For each case of the rows, one row for every provider that was not admitted."""
     cases = {tuple(row["case"].items()): row for row in rows}.values()
     return [
         {
             "suite": like["suite"],
-            **layer.labels(name, dtype),
+            **layer.labels(name, dtype, base),
             "case": like["case"],
             "left_out": reason,
         }
@@ -479,11 +491,15 @@ def _layer_groups(
             now = [name for name in names if name not in late]
             case = {**shape._asdict(), "r": r}
             with Progress(f"layer {shape}, r {r}", 1) as progress:
-                rows = layer.measure(shape, r, dtype, device, seconds, now, baselines, progress.to)
+                given = shape, r, dtype, device, seconds, now, baselines, progress.to
+                rows = layer.measure(*given, base=options.base)
             yield [
                 *rows,
                 *(
-                    {**layer.described(name, case, dtype), "left_out": COMPILED_ONCE}
+                    {
+                        **layer.described(name, case, dtype, options.base),
+                        "left_out": COMPILED_ONCE,
+                    }
                     for name in late
                 ),
             ]
@@ -513,7 +529,8 @@ def _memory_groups(
     for r in options.rank:
         for shape in _shapes(options, size):
             with Progress(f"memory {shape}, r {r}", 1) as progress:
-                rows = memory.measure(shape, depths, r, dtype, _device(options), names, progress.to)
+                given = shape, depths, r, dtype, _device(options), names, progress.to
+                rows = memory.measure(*given, base=options.base)
             yield memory.with_resident(rows, shape) if options.resident else rows
 
 
@@ -528,9 +545,9 @@ def _model_groups(
     for setting in _settings(options, size):
         what = f"{setting.model}, {setting.targets}"
         with Progress(f"{what}{', checkpointing' * setting.checkpointing}", 1) as progress:
-            base = model.build(setting, dtype, device)
-            show = partial(progress.to)
-            yield model.measure(setting, base, dtype, device, seconds, names, baselines, show)
+            base = model.build(setting, dtype, device, options.base)
+            given = setting, base, dtype, device, seconds, names, baselines, progress.to
+            yield model.measure(*given, storage=options.base)
 
 
 def _settings(options: argparse.Namespace, size: Size) -> Iterator[model.Setting]:

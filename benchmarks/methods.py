@@ -142,8 +142,13 @@ def replaced(model: nn.Module, targets: str, make: Callable[[nn.Module], nn.Modu
 
 def sharing_copy(model: nn.Module) -> nn.Module:
     """A copy with modules of its own over the very same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():  # a Linear8bitLt has its codes and scales there
+        state = vars(module).get("state")
+        tensors += (
+            [value for value in vars(state).values() if isinstance(value, Tensor)] if state else []
+        )
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 # What each method claims to compute, from x and its parameters by their plain names.

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from hut_kernels import PAPER, backends, inject, planner
 
-from . import methods
+from . import bases, methods
+from .bases import DENSE
 from .measure import Call, backward_call, clear_gradients, first_line, forward_call, step_call
 from .methods import FrozenLinear, HiRALinear, LoRALinear, Parameters, plain_name, replaced
 
@@ -59,7 +60,9 @@ class Provider:
 
     def make(self, linear: nn.Module, r: int) -> nn.Module:
         """One adapted layer over `linear`, whose weight it shares."""
-        model = self.adapt(nn.Sequential(linear), "0", r)
+        stack = nn.Sequential(linear)
+        bases.mark(stack)
+        model = self.adapt(stack, "0", r)
         return next(m for name, m in model.named_modules() if name.rpartition(".")[2] == "0")
 
     @property
@@ -67,8 +70,19 @@ class Provider:
         """True if it can be one of many layers: no graph of its own, nothing forced."""
         return self.run == EAGER and not self.force
 
-    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """The reason why it cannot run here; None where it can."""
+    @property
+    def of_hut(self) -> bool:
+        """True for one of this package's own layers."""
+        return (self.method or "").startswith("hut_")
+
+    def missing(self, device: torch.device, dtype: torch.dtype, base: str = DENSE) -> str | None:
+        """The reason why it cannot run here, over weights stored so; None where it can."""
+        if reason := bases.missing(base):
+            return reason
+        if base != DENSE and not (isinstance(self.adapt, _PEFT) or self.of_hut):
+            return "it takes dense weights only"
+        if base != DENSE and self.force:
+            return "a quantized weight has one strategy"
         if isinstance(self.adapt, _PEFT) and importlib.util.find_spec("peft") is None:
             return "peft is not installed (in the repository: pip install '.[bench]')"
         if self.adapt is _lycoris and importlib.util.find_spec("lycoris") is None:
@@ -340,6 +354,7 @@ def admit(
     dtype: torch.dtype,
     device: torch.device,
     on_each: Callable[[str], object] = lambda name: None,
+    base: str = DENSE,
 ) -> Admission:
     """Has each provider prove its formula, where it can run at all.
 
@@ -348,14 +363,15 @@ def admit(
         dtype: Type of the activations and the base weight.
         device: Where to run.
         on_each: Called with each name before its turn.
+        base: How the base weight is stored, of `bases.BASES`.
     """
     found = Admission({}, {}, [])
     for name in names:
         on_each(name)
-        reason = PROVIDERS[name].missing(device, dtype)
+        reason = PROVIDERS[name].missing(device, dtype, base)
         if reason is None:
             try:
-                found.errors[name] = prove(PROVIDERS[name], dtype, device)
+                found.errors[name] = prove(PROVIDERS[name], dtype, device, base=base)
                 continue
             except ArithmeticError as failure:
                 reason = str(failure)
@@ -366,7 +382,9 @@ def admit(
     return found
 
 
-def prove(provider: Provider, dtype: torch.dtype, device: torch.device, r: int = 4) -> float:
+def prove(
+    provider: Provider, dtype: torch.dtype, device: torch.device, r: int = 4, base: str = DENSE
+) -> float:
     """Shows on a small layer that a provider computes its formula, gradients included.
 
     Args:
@@ -374,6 +392,7 @@ def prove(provider: Provider, dtype: torch.dtype, device: torch.device, r: int =
         dtype: Type of the activations and the base weight.
         device: Where to run it.
         r: Rank of the factors.
+        base: How the base weight is stored, of `bases.BASES`.
 
     Returns:
         The largest relative error of the output and all gradients, against float64.
@@ -383,11 +402,15 @@ def prove(provider: Provider, dtype: torch.dtype, device: torch.device, r: int =
     """
     generator = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=generator)
-    layer = provider.make(nn.Linear(48, 64, device=device, dtype=dtype), r)
-    with torch.no_grad():  # off the identity, or half of the gradients would be zero
-        for parameter in layer.parameters():
+    linear = nn.Linear(64, 48, device=device, dtype=dtype)
+    with torch.no_grad():
+        for parameter in linear.parameters():
             parameter.add_(0.3 * normal(parameter.shape).to(parameter))
-    x, g = (normal(24, size).to(device, dtype) for size in (48, 64))
+        layer = provider.make(bases.stored(linear, base), r)
+        for parameter in layer.parameters():  # off the identity, or half of the gradients are zero
+            if parameter.requires_grad:
+                parameter.add_(0.3 * normal(parameter.shape).to(parameter))
+    x, g = (normal(24, size).to(device, dtype) for size in (64, 48))
     x.requires_grad_()
     return prove_step(provider, layer, passes(provider, layer, x, g)["step"], x, g)
 
@@ -442,7 +465,7 @@ def _expected(provider: Provider, layer: nn.Module, x: Tensor, g: Tensor) -> dic
     x = x.double().requires_grad_()
     exact = {
         plain_name(name): p.detach().double().requires_grad_(p.requires_grad)
-        for name, p in layer.named_parameters()
+        for name, p in bases.parameters(layer, g.dtype)
     }
     constants = {plain_name(name): b.double() for name, b in layer.named_buffers()}
     y = provider.formula(x, {**constants, **exact})

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..measure import FEWEST
 from ..records import busy, differences, machine
-from .tables import NONE, Table, at, measured, where_of
+from .tables import NONE, Table, at, measured, types_of, where_of
 
 Row = dict[str, Any]
 FASTER, SLOWER, LEVEL = "faster", "slower", "no difference beyond the spread"
@@ -192,8 +192,8 @@ def _identity(row: Row) -> tuple[Any, ...]:
 
 
 def _words(row: Row) -> str:
-    dtype = at(row, "types.compute") or NONE
-    return f"{row['suite']} {row['provider']} {where_of(row['case'])} r {row['case']['r']} {dtype}"
+    types = types_of(row) if at(row, "types.compute") else NONE
+    return f"{row['suite']} {row['provider']} {where_of(row['case'])} r {row['case']['r']} {types}"
 
 
 def _only_in(first: Sequence[Row], second: Sequence[Row], names: tuple[str, str]) -> list[str]:

@@ -142,7 +142,7 @@ def share_of_floor(rows: Sequence[Row]) -> Figure:
 
 def memory_over_depth(rows: Sequence[Row]) -> Figure:
     """Bytes that the deepest stack keeps for backward, and each stack's peak."""
-    stacks = _grouped(rows, "case.tokens", "case.width", "case.r", "types.compute")
+    stacks = _grouped(rows, "case.tokens", "case.width", "case.r", tables.types_of)
     figure, grid = plt.subplots(
         len(stacks), 2, figsize=(13, 4.4 * len(stacks)), squeeze=False, layout="constrained"
     )
@@ -200,7 +200,7 @@ def _layer_panels(rows: Sequence[Row]) -> tuple[Figure, list[tuple[Axes, list[Ro
     """Panels for each weight, three abreast: eager and compiled, graphs, forced strategies."""
     parts = []
     for where, (K, O, r, dtype), some in _grouped(
-        rows, "case.in_features", "case.out_features", "case.r", "types.compute"
+        rows, "case.in_features", "case.out_features", "case.r", tables.types_of
     ):
         for kind, chosen in KINDS.items():
             own = [row for row in some if chosen(row["provider"])]
@@ -221,7 +221,7 @@ def _layer_panels(rows: Sequence[Row]) -> tuple[Figure, list[tuple[Axes, list[Ro
     return figure, [(axes, own) for axes, (_, own) in zip(grid.flat, parts, strict=False)]
 
 
-def _grouped(rows: Sequence[Row], *paths: str) -> list[tuple[str, Any, list[Row]]]:
+def _grouped(rows: Sequence[Row], *paths: Any) -> list[tuple[str, Any, list[Row]]]:
     """`tables.grouped` by machine, with what a title adds to tell machines apart."""
     machines = tables.by_machine(rows)
     return [

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..bases import BASES
 from ..data_sheets import Sheet
 from ..records import machine
 from ..suites import cost
@@ -48,11 +49,11 @@ def of(rows: Sequence[Row]) -> list[Table]:
     return [table for suite, some in grouped(rows, "suite") for table in makers[suite](some)]
 
 
-def grouped(rows: Iterable[Row], *paths: str) -> list[tuple[Any, list[Row]]]:
+def grouped(rows: Iterable[Row], *paths: str | Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
     """Rows by what stands at dotted paths, in order of appearance; one path gives a bare key."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        key = tuple(at(row, path) for path in paths)
+        key = tuple(at(row, path) if isinstance(path, str) else path(row) for path in paths)
         groups.setdefault(key if len(paths) > 1 else key[0], []).append(row)
     return list(groups.items())
 
@@ -63,6 +64,12 @@ def at(row: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def types_of(row: Row) -> str:
+    """The compute type, and the storage of frozen weights in few bits."""
+    dtype, weight = at(row, "types.compute"), at(row, "types.weight")
+    return f"{dtype} over {weight}" if weight in BASES else str(dtype)
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:
@@ -129,7 +136,7 @@ def provenance(rows: Sequence[Row]) -> str:
 def _layer(rows: Sequence[Row]) -> list[Table]:
     tables = []
     for (tokens, K, O, r, dtype), some in grouped(
-        rows, "case.tokens", "case.in_features", "case.out_features", "case.r", "types.compute"
+        rows, "case.tokens", "case.in_features", "case.out_features", "case.r", types_of
     ):
         baselines = _baselines(some)
         tables.append(
@@ -188,7 +195,7 @@ def _overhead(rows: Sequence[Row]) -> list[Table]:
 def _memory(rows: Sequence[Row]) -> list[Table]:
     tables = []
     for (tokens, width, r, dtype), some in grouped(
-        rows, "case.tokens", "case.width", "case.r", "types.compute"
+        rows, "case.tokens", "case.width", "case.r", types_of
     ):
         depths = list(dict.fromkeys(row["case"]["depth"] for row in some))
         deepest = depths[-1]
@@ -294,7 +301,7 @@ def _experts_of(case: Mapping[str, Any]) -> str:
 def by_setting(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows of the model suite, those of one case and type together."""
     keys = ("model", "targets", "checkpointing", "blocks", "batch", "sequence", "r")
-    groups = grouped(rows, *(f"case.{key}" for key in keys), "types.compute")
+    groups = grouped(rows, *(f"case.{key}" for key in keys), types_of)
     return [some for _, some in groups]
 
 
@@ -307,7 +314,7 @@ def setting_of(row: Row) -> str:
     return (
         f"{case['model']}, {case['targets']} adapted, "
         f"{'with' if case['checkpointing'] else 'without'} activation checkpointing: {blocks}, "
-        f"{case['batch']} x {case['sequence']} tokens, r {case['r']}, {row['types']['compute']}"
+        f"{case['batch']} x {case['sequence']} tokens, r {case['r']}, {types_of(row)}"
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..bases import BASES, DENSE
 from ..measure import FEWEST
 from ..providers import PROVIDERS
 from ..records import busy
@@ -12,7 +13,8 @@ from .tables import NONE, Table, at, grouped, measured, where_of
 Row = dict[str, Any]
 MET, MISSED, UNDECIDED, UNMEASURED = "met", "MISSED", "within the spread", "not measured"
 BUSY = "not judged: busy machine"
-PRODUCTS, WEIGHT = "products", "weight"  # divisors that are no provider's figure
+# Divisors that are no provider's figure.
+PRODUCTS, WEIGHT, LIBRARY = "products", "weight", "library"
 FIGURES = {
     "forward": "forward",
     "step": "step",
@@ -20,8 +22,14 @@ FIGURES = {
     "peak": "peak memory",
     "resident": "resident high-water mark",
     "peak_above": "peak memory above the frozen experts'",
+    "dequantize": "W0 from its codes",
 }
-_LABELS = {PRODUCTS: "its plain products", WEIGHT: "one weight", "plain": "the product without T"}
+_LABELS = {
+    PRODUCTS: "its plain products",
+    WEIGHT: "one weight",
+    LIBRARY: "bitsandbytes' own",
+    "plain": "the product without T",
+}
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,14 @@ class Target:
         suite: Of which records.
         place: Its cases, in words.
         where: Allowed values of a case; `dtype` is the compute type.
-        over, under: Whose figure is divided by whose; `under` may be `PRODUCTS` or `WEIGHT` too.
+        over, under: Whose figure is divided by whose; `under` may be `PRODUCTS`, `WEIGHT` or
+            `LIBRARY` too.
         limit: Bound of the ratio.
         least: Whether it is the least that the ratio may be; else the most.
         figure: A key of `FIGURES`.
         workspace: Whether one weight in the compute type is added to the divisor.
         device: `"cuda"` or `"cpu"`.
+        base: How the frozen weights are stored, of `bases.BASES`.
     """
 
     suite: str
@@ -50,11 +60,13 @@ class Target:
     figure: str = "step"
     workspace: bool = False
     device: str = "cuda"
+    base: str = DENSE
 
     @property
     def words(self) -> str:
         """The ratio in words."""
         more = " and one weight" if self.workspace else ""
+        more += f", over {self.base}" if self.base != DENSE else ""
         labels = (
             _LABELS.get(name) or (PROVIDERS[name].label if name in PROVIDERS else name)
             for name in (self.over, self.under)
@@ -68,15 +80,19 @@ class Target:
     def meant_for(self, row: Row) -> bool:
         """True for a row of one of its cases, whoever provides it."""
         case = {**row["case"], "dtype": at(row, "types.compute")}
+        stored = at(row, "types.weight")
         return (
             row["suite"] == self.suite
             and at(row, "environment.device") == self.device
+            and self.base == (stored if stored in BASES else DENSE)
             and all(case.get(key) in allowed for key, allowed in self.where.items())
         )
 
     def ratio(self, by: Mapping[str, Row]) -> Mapping[str, float] | None:
         """The ratio on one case with its spread, from rows by provider; None if not measured."""
         over, under = by.get(self.over, {}), by.get(self.under, {})
+        if self.under == LIBRARY:
+            return at(over, f"{self.figure}.over_library")
         if self.figure not in ("step", "forward"):
             return self._bytes_ratio(over, under)
         if self.under == PRODUCTS:
@@ -224,6 +240,17 @@ ON_CPU = tuple(
                 {"over": LORA, "under": PEFT, "limit": 1.15},  # as lean as it is called
             )
         ),
+        {
+            **_layer(1024, 4096, _ONE[2]), "over": HUT, "under": "peft_hira", "limit": 0.75,
+            "base": "nf4",
+        },
+        *(
+            {
+                **_layer(K, O, _ONE[2]), "over": HUT, "under": LIBRARY, "limit": 4.5,
+                "figure": "dequantize", "base": "nf4",
+            }
+            for K, O in ((1024, 4096), (2048, 2048))
+        ),
         *(
             {**_CHAIN, "over": over, "under": WEIGHT, "limit": 1.85, "figure": figure}
             for over in (HUT, PAPER)
@@ -280,7 +307,10 @@ def lines(target: Target, rows: Sequence[Row]) -> Iterator[list[str]]:
             if q["p20"] < q["p80"]:
                 shown += f" ({q['p20']:.2f}–{q['p80']:.2f})"
             # A graph's replay does not wait for the host.
-            timed = target.figure in ("step", "forward") and target.suite not in ("tokens", "step")
+            timed = target.figure in ("step", "forward", "dequantize") and target.suite not in (
+                "tokens",
+                "step",
+            )
             said = BUSY if timed and busy(row["environment"]) else target.verdict(q)
             where = f"{where_of(row['case'])}, {at(row, 'types.compute')}"
             yield [target.words, target.bound, where, shown, said]

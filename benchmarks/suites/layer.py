@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import bases
+from ..bases import DENSE
 from ..measure import Call, Quantiles, interleaved, peak_bytes, ratios, survived
 from ..providers import COMPILED, GRAPH, PROVIDERS, Provider, passes, prove_step
 from ..shapes import Shape
@@ -14,6 +16,7 @@ from . import cost
 Row = dict[str, Any]
 PASSES = ("forward", "backward", "step")
 PRODUCT = "product"  # owns the plain products that are timed beside the providers
+DEQUANTIZE = "dequantize"  # owns W0 by the fallback, and by the library of a quantized weight
 
 
 def measure(
@@ -25,6 +28,7 @@ def measure(
     names: Sequence[str],
     baselines: Sequence[str],
     on_round: Callable[[float], object] = lambda share: None,
+    base: str = DENSE,
     **timing: Any,
 ) -> list[Row]:
     """Measures providers on one shape; all share one weight, one input, one upstream gradient.
@@ -42,13 +46,15 @@ def measure(
         names: Keys of `PROVIDERS`; they have proved their formulas.
         baselines: Those of the names that every row is compared with.
         on_round: Called with the share that is done.
+        base: How the base weight is stored, of `bases.BASES`; the floor is of the dense one.
         **timing: More arguments of `interleaved`.
 
     Returns:
         One row per provider; `left_out` says why one has no figures, and `wrong` that it does not
         compute its formula on this shape.
     """
-    linear = nn.Linear(shape.in_features, shape.out_features, device=device, dtype=dtype)
+    plain = nn.Linear(shape.in_features, shape.out_features, device=device, dtype=dtype)
+    linear = bases.stored(plain, base)
     x = torch.randn(shape.tokens, shape.in_features, device=device, dtype=dtype)
     g = torch.randn(shape.tokens, shape.out_features, device=device, dtype=dtype)
     x.requires_grad_()  # as inside a model: even the frozen layer computes dx
@@ -65,9 +71,12 @@ def measure(
                 wrong.append(name)
                 raise
     cases = {(name, one): case for name, some in ready.items() for one, case in some.items()}
+    if base != DENSE and device.type == "cpu":  # where the fallback dequantizes
+        unpacked = bases.dequantizations(linear, dtype)
+        cases |= {(DEQUANTIZE, whose): Call(run) for whose, run in unpacked.items()}
     failed: dict[tuple[str, str], str] = {}
     times = interleaved(
-        {**cases, **_products(linear.weight.detach(), x.detach(), g)},
+        {**cases, **_products(plain.weight.detach(), x.detach(), g)},
         device,
         seconds,
         on_round=on_round,
@@ -87,30 +96,33 @@ def measure(
     case = {**shape._asdict(), "r": r}
     rows = []
     for name in names:
-        row = described(name, case, dtype)
+        row = described(name, case, dtype, base)
         if name in left_out:
             row |= {"left_out": left_out[name], **({"wrong": True} if name in wrong else {})}
         else:
             row |= _figures(name, ready[name], times, shape, r, seen)
             row["bytes"] = size[name]
+            if (DEQUANTIZE, bases.OWN) in times and PROVIDERS[name].of_hut:
+                ours, theirs = (times[DEQUANTIZE, whose] for whose in (bases.OWN, bases.LIBRARY))
+                row[DEQUANTIZE] = {"over_library": ratios(ours, theirs).as_dict()}
         rows.append(row)
     return rows
 
 
-def described(name: str, case: Mapping[str, Any], dtype: torch.dtype) -> Row:
+def described(name: str, case: Mapping[str, Any], dtype: torch.dtype, base: str = DENSE) -> Row:
     """A row of this suite before its figures: what was run, on what, in which types."""
-    return {"suite": "layer", **labels(name, dtype), "case": dict(case)}
+    return {"suite": "layer", **labels(name, dtype, base), "case": dict(case)}
 
 
-def labels(name: str, dtype: torch.dtype) -> Row:
+def labels(name: str, dtype: torch.dtype, base: str = DENSE) -> Row:
     """A provider's name and label, and the types that it runs in."""
-    provider = PROVIDERS[name]
+    provider, few_bits = PROVIDERS[name], base != DENSE
     return {
         "provider": name,
-        "label": provider.label,
+        "label": "Q" * (few_bits and name.startswith("peft_lora")) + provider.label,
         "types": {
             "compute": type_name(dtype),
-            "weight": type_name(dtype),
+            "weight": base if few_bits else type_name(dtype),
             "adapter": type_name(provider.adapter_dtype(dtype)),
             "autocast": None,
         },

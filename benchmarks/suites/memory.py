@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import bases
+from ..bases import DENSE
 from ..measure import (
     Call,
     forward_call,
@@ -34,6 +36,7 @@ def measure(
     device: torch.device,
     names: Sequence[str],
     on_each: Callable[[float], object] = lambda share: None,
+    base: str = DENSE,
 ) -> list[Row]:
     """Bytes that stacks of square layers hold: after a forward, and at a step's peak.
 
@@ -48,6 +51,7 @@ def measure(
         device: Where to run.
         names: Keys of `PROVIDERS`; they have proved their formulas.
         on_each: Called with the share that is done.
+        base: How the base weights are stored, of `bases.BASES`.
 
     Returns:
         One row per depth and provider.
@@ -61,18 +65,17 @@ def measure(
     g = torch.randn(tokens, width, device=device, dtype=dtype)
     rows: list[Row] = []
     for depth in depths:
-        base = nn.Sequential(
-            *(nn.Linear(width, width, device=device, dtype=dtype) for _ in range(depth))
-        )
+        layers = (nn.Linear(width, width, device=device, dtype=dtype) for _ in range(depth))
+        frozen = bases.with_stored(nn.Sequential(*layers), base)
         case = {"tokens": tokens, "width": width, "depth": depth, "r": r}
         for name in names:
-            row = {"suite": "memory", **labels(name, dtype), "case": case}
+            row = {"suite": "memory", **labels(name, dtype, base), "case": case}
             left_out: dict[str, str] = {}
             with survived(name, left_out):
-                stack = PROVIDERS[name].adapt(sharing_copy(base), r"\d+", r)
+                stack = PROVIDERS[name].adapt(sharing_copy(frozen), r"\d+", r)
                 row["bytes"] = {
                     "saved": kept_bytes(forward_call(stack, x), device),
-                    "saved_by_theory": _theory(name, shape, depth, r, dtype),
+                    "saved_by_theory": _theory(name, shape, depth, r, dtype, base),
                     "peak": peak_bytes(step_call(stack, x, g), device),
                 }
             if left_out:
@@ -89,18 +92,21 @@ def with_resident(rows: list[Row], shape: Shape) -> list[Row]:
     """
     for row in (row for row in rows if "left_out" not in row):
         case, dtype = row["case"], row["types"]["compute"]
-        given = row["provider"], shape, case["depth"], case["r"], dtype
+        base = row["types"]["weight"]
+        base = base if base in bases.BASES else DENSE
+        given = row["provider"], shape, case["depth"], case["r"], dtype, base
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             row["bytes"]["resident"] = pool.submit(_resident, *given).result()
     return rows
 
 
-def _resident(name: str, shape: Shape, depth: int, r: int, dtype: str) -> int | None:
+def _resident(name: str, shape: Shape, depth: int, r: int, dtype: str, base: str) -> int | None:
     def step(width: int) -> Call:
         options = {"dtype": getattr(torch, dtype)}
-        base = nn.Sequential(*(nn.Linear(width, width, **options) for _ in range(depth)))
+        layers = (nn.Linear(width, width, **options) for _ in range(depth))
+        frozen = bases.with_stored(nn.Sequential(*layers), base)
         x = torch.randn(shape.tokens, width, requires_grad=True, **options)
-        stack = PROVIDERS[name].adapt(base, r"\d+", r)
+        stack = PROVIDERS[name].adapt(frozen, r"\d+", r)
         return step_call(stack, x, torch.randn(shape.tokens, width, **options))
 
     call = step(shape.in_features)
@@ -116,9 +122,11 @@ def check(shape: Shape) -> None:
         )
 
 
-def _theory(name: str, shape: Shape, depth: int, r: int, dtype: torch.dtype) -> int | None:
+def _theory(
+    name: str, shape: Shape, depth: int, r: int, dtype: torch.dtype, base: str
+) -> int | None:
     provider = PROVIDERS[name]
-    if provider.method is None:
-        return None
+    if provider.method is None or (base != DENSE and not provider.of_hut):
+        return None  # what the library's own layers keep is not counted
     adapter = provider.adapter_dtype(dtype).itemsize
     return cost.METHODS[provider.method].stack_kept(shape, r, depth, dtype.itemsize, adapter)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from hut_kernels.nn import is_conv1d
 
+from .. import bases
+from ..bases import DENSE
 from ..measure import Call, Quantiles, interleaved, peak_bytes, ratios, survived
 from ..methods import sharing_copy
 from ..providers import PROVIDERS
@@ -199,9 +201,12 @@ class Setting:
         }
 
 
-def build(setting: Setting, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The frozen model, in training mode."""
+def build(
+    setting: Setting, dtype: torch.dtype, device: torch.device, base: str = DENSE
+) -> nn.Module:
+    """The frozen model, in training mode, its blocks' weights stored as `base` says."""
     model = recipe_of(setting.model).build(setting.blocks).to(device, dtype)
+    model = bases.with_stored(model, base)
     return checkpointed(model) if setting.checkpointing else model
 
 
@@ -222,6 +227,7 @@ def measure(
     names: Sequence[str],
     baselines: Sequence[str],
     on_round: Callable[[float], object] = lambda share: None,
+    storage: str = DENSE,
 ) -> list[Row]:
     """Measures training steps; all models share the frozen parameters of `base`.
 
@@ -234,6 +240,7 @@ def measure(
         names: Keys of `PROVIDERS`; they have proved their formulas.
         baselines: Those of the names that every row is compared with.
         on_round: Called with the share that is done.
+        storage: That of `base`, of `bases.BASES`.
 
     Returns:
         One row per provider.
@@ -245,7 +252,8 @@ def measure(
     left_out: dict[str, str] = {}
     cases: dict[str, Call] = {}
     rows = {
-        name: {"suite": "model", **labels(name, dtype), "case": setting.case()} for name in names
+        name: {"suite": "model", **labels(name, dtype, storage), "case": setting.case()}
+        for name in names
     }
     for name in names:
         with survived(name, left_out):
@@ -289,7 +297,10 @@ def training_step(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[],
 def adapted_share(model: nn.Module, targets: str) -> float:
     """The share of the linear work in adapted layers, heads included: f of docs/performance.md."""
     sizes = {
+        # Of the layer, since a weight in four bits holds two in a byte.
         name: module.weight.numel()
+        if is_conv1d(module)
+        else module.in_features * module.out_features
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or is_conv1d(module)
     }

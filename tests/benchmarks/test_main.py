@@ -145,10 +145,10 @@ class TestSuites:
     def test_measurements_before_an_interruption_are_written(self, monkeypatch, tmp_path):
         measure = cli.layer.measure
 
-        def interrupted(shape, *arguments):
+        def interrupted(shape, *arguments, **options):
             if shape.tokens == 16:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return measure(shape, *arguments)
+            return measure(shape, *arguments, **options)
 
         monkeypatch.setattr(cli.layer, "measure", interrupted)
         file = tmp_path / "r.jsonl"
