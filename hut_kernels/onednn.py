@@ -7,6 +7,8 @@ Where they are missing, callers take PyTorch's own products. The operators are t
 from __future__ import annotations
 
 import functools
+import platform
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +22,18 @@ def takes(*tensors: Tensor) -> bool:
         and first.dtype in _dtypes()
         and all(tensor.dtype == first.dtype and tensor.numel() > 0 for tensor in tensors)
     )
+
+
+@functools.cache
+def beats_mkl() -> bool:
+    """True where the CPU is not Intel's: MKL keeps its best code for those."""
+    if not torch.backends.mkl.is_available():
+        return True
+    try:
+        vendor = Path("/proc/cpuinfo").read_text().partition("vendor_id")[2].split("\n")[0]
+    except OSError:
+        vendor = platform.processor()
+    return "Intel" not in vendor
 
 
 @functools.cache

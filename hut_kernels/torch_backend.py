@@ -1,22 +1,21 @@
 """The operators in PyTorch: the CPU fallback, and any device without kernels of ours.
 
-W is built once a pass into one buffer. G, and any multiplier that is not W's own buffer, exist some
-rows at a time, so that beside W no more than `_BLOCK` elements are alive.
+W is formed some rows at a time, in tiles that stay in a core's cache. They make up a workspace for
+one large product or, where tokens are few, are multiplied at once and never written to memory: in
+backward, and of one token in forward. G exists a block of rows at a time, a tile where tokens are
+few, and is reduced in tiles.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import onednn
-from .definition import group_index
 from .formats import Stored
 from .formats.base import buffer
 from .layer import (
@@ -29,6 +28,7 @@ from .layer import (
     effective_bias,
     finish_factor_grads,
 )
+from .multiplier import Multiplier, take
 
 # Elements of a row block: large enough for its product to run at full speed, small enough for a
 # 4096 x 4096 layer to need a quarter of a weight beside W.
@@ -37,8 +37,8 @@ _BLOCK = 1 << 22
 _LARGE = 1 << 16
 # Bytes up to which malloc hands out memory that it has had before, without page faults.
 _FRESH = 1 << 23
-# Elements of T formed at a time: in float32 they stay in a core's cache until they are used.
-_TILE = 1 << 17
+# Tokens up to which a tile's product costs no more by itself than within that of the whole weight.
+_FEW = 64
 _shared = threading.local()
 
 Stage = Callable[[bool], Tensor]
@@ -49,6 +49,11 @@ def linear_forward(x: Tensor, layer: Layer) -> Tensor:
     total_bias = effective_bias(layer.bias, layer.gamma, layer.beta, x.dtype)
     if layer.spec.precision == "split":
         return split_forward(x, layer, _stage(layer, x.dtype), total_bias)
+    if x.numel() == x.shape[-1] and _are_few(x, layer.weight):
+        bias = x.new_zeros(len(layer.weight)) if total_bias is None else total_bias
+        # No tile goes to memory.
+        parts = [F.linear(x, W, bias[rows]) for rows, W in _weight_tiles(layer, x.dtype)]
+        return torch.cat(parts, -1)
     return F.linear(x, _merged(layer, x.dtype), total_bias)
 
 
@@ -56,18 +61,26 @@ def linear_backward(
     grad: Tensor, x: Tensor | None, layer: Layer, need_x: bool, needs: Needs
 ) -> list[Tensor]:
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
-    grads = [grad_input(grad, layer)] if need_x else []
-    if x is not None and any(needs):
-        factors = grad_factors(grad, x, layer, needs)
-        grads += [gradient for gradient in factors if gradient is not None]
-    return grads
+    if x is None or not any(needs):
+        return [grad_input(grad, layer)] if need_x else []
+    tokens, groups = len(as_rows(grad)), layer.hut_A.shape[0]
+    if (
+        layer.spec.transform == "two_sided"
+        and layer.spec.precision == "merged"
+        and _are_few(grad, layer.weight)
+        and tokens * groups <= len(layer.weight)
+        and all(size % groups == 0 for size in layer.weight.shape)
+    ):
+        dx, factors = _backward_by_blocks(grad, x, layer, need_x, needs)
+    else:
+        dx = grad_input(grad, layer) if need_x else None
+        factors = grad_factors(grad, x, layer, needs, fresh=True)
+    return [gradient for gradient in (dx, *factors) if gradient is not None]
 
 
 def merged_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
     """`gamma W`, `[out, in]`, rounded once to `dtype`, with weight's strides."""
-    if dtype == torch.bfloat16:  # forward rounds an increment, for time; what is kept need not
-        return _blockwise(layer, dtype)
-    return _merged(layer, dtype, out=_empty_like(layer.weight, dtype))
+    return _formed(layer, dtype)
 
 
 def dequantize(weight: Stored, dtype: torch.dtype) -> Tensor:
@@ -79,7 +92,63 @@ def grad_input(grad: Tensor, layer: Layer) -> Tensor:
     """`dx = (gamma * grad) W`, `[..., in]`, in grad's type."""
     if layer.spec.precision == "split":
         return split_grad_input(grad, layer, _stage(layer, grad.dtype))
+    if _are_few(grad, layer.weight):
+        return _grad_input_by_tiles(grad, layer)
     return grad @ _merged(layer, grad.dtype)
+
+
+def _are_few(tokens: Tensor, weight: Tensor | Stored) -> bool:
+    """True where tiles of W and G are used one by one: few tokens, a weight that has tiles."""
+    size = weight.numel()
+    return (
+        size >= _LARGE
+        and 0 < tokens.numel() <= _FEW * tokens.shape[-1]
+        and weight.device.type == "cpu"
+        and weight.stride()[1] == 1
+    )
+
+
+def _grad_input_by_tiles(grad: Tensor, layer: Layer) -> Tensor:
+    """`grad_input` of few tokens."""
+    rows_of_grad = cast(as_rows(grad), acc_dtype(grad.dtype))
+    dx = rows_of_grad.new_zeros((len(rows_of_grad), layer.weight.shape[1]))
+    for rows, W in _weight_tiles(layer, grad.dtype):
+        torch.addmm(dx, rows_of_grad[:, rows], cast(W, dx.dtype), out=dx)
+    return cast(dx, grad.dtype).view(*grad.shape[:-1], -1)
+
+
+def _backward_by_blocks(
+    grad: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Needs
+) -> tuple[Tensor | None, FactorGrads]:
+    """`grad_input` and `grad_factors` of `two_sided` for few tokens and groups of one size.
+
+    Within a group p of rows, A multiplies the activations in place of the weight. With
+    `U = g (W0 * B)` over its rows, dx is the sum of `A[p] * U` and `Q[p] = sum_n x * U`; P is
+    `g^T (x * A[p]) * W0` summed over each group q. A weight is multiplied twice, not seven times.
+    """
+    weight, acc = layer.weight, acc_dtype(grad.dtype)
+    x, g_t = cast(as_rows(x), acc), cast(as_rows(grad), acc).t()
+    multiplier = _gradient_multiplier(layer, acc)
+    sums = _Sums(multiplier, needs, False)
+    dx = x.new_zeros(x.shape) if need_x else None
+    for rows in multiplier.tiles():
+        groups, sizes = multiplier.blocks(rows)
+        A = take(multiplier.right, groups)[:, None]  # [groups, 1, in]
+        W0 = cast(_base_rows(weight, rows, grad.dtype), acc)
+        g = g_t[rows].view(*sizes[:2], -1)  # [groups, size, N]
+        if dx is not None or sums.Q is not None:
+            weighted = W0.view(sizes) * take(multiplier.left, rows).view(*sizes[:3], 1)
+            U = torch.bmm(g.mT, weighted.view(*sizes[:2], -1))  # [groups, N, in]
+            if sums.Q is not None:
+                take(sums.Q, groups).add_((x * U).sum(1))
+            if dx is not None:
+                dx += (A * U).sum(0)
+        if sums.P is not None:
+            H0 = torch.bmm(g, x * A).view(len(W0), -1).mul_(W0)
+            torch.sum(H0.view(len(W0), *sizes[2:]), 2, out=take(sums.P, rows))
+    if dx is not None:
+        dx = cast(dx, grad.dtype).view(*grad.shape[:-1], -1)
+    return dx, finish_factor_grads(sums.Q, sums.P, None, layer, needs)
 
 
 def split_forward(x: Tensor, layer: Layer, stage: Stage, total_bias: Tensor | None) -> Tensor:
@@ -104,98 +173,56 @@ def grad_factors(
 
     `fresh` allows G memory of its own beside the workspace, where that saves time.
     """
-    weight, hut_A, hut_B, _, gamma, _, spec = layer
-    x, grad, x_dtype = as_rows(x), as_rows(grad), x.dtype
-    # bf16 has the range of float32, so G may be rounded to it once; in fp16 G would overflow.
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    acc = acc_dtype(dtype)
-    x, grad_t = cast(x, dtype), cast(grad, dtype).t()
-    A, B = cast(hut_A, dtype), cast(hut_B, dtype)
-    if gamma is not None:
-        B = (cast(hut_B, acc) * gamma[:, None]).to(dtype)
-    reduce = _reduce_low_rank if spec.transform == "low_rank" else _reduce_two_sided
-    parts = []
-    for rows in _row_blocks(weight):
-        H0 = _weighted(_take(grad_t, rows), x, weight, rows, x_dtype, fresh)
-        Q, P = reduce(H0, A, _take(B, rows), rows, len(weight), needs)
-        row_sums = H0.sum(1, dtype=acc) if needs.gamma and spec.constant else None
-        parts.append((Q, P, row_sums))
-        del H0
-    Q, P, row_sums = parts[0] if len(parts) == 1 else _join(parts, acc)
-    return finish_factor_grads(Q, P, row_sums, layer, needs)
+    weight, x_dtype = layer.weight, x.dtype
+    few = _are_few(x, weight)
+    # G may be rounded to bf16, which has the range of float32, once; in fp16 it would overflow.
+    acc = acc_dtype(x_dtype)
+    dtype = acc if few or x_dtype == torch.float16 else x_dtype
+    x, grad_t = cast(as_rows(x), dtype), cast(as_rows(grad), dtype).t()
+    multiplier = _gradient_multiplier(layer, acc)
+    sums = _Sums(multiplier, needs, needs.gamma and layer.spec.constant != 0.0)
+    tiles = multiplier.tiles()
+    for block in ([tile] for tile in tiles) if few else _row_blocks(tiles, weight.shape[1]):
+        first = block[0].start
+        G = _product(take(grad_t, slice(first, block[-1].stop)), x, fresh)
+        for rows in block:
+            tile = cast(take(G, slice(rows.start - first, rows.stop - first)), acc)
+            sums.add(rows, tile.mul_(_base_rows(weight, rows, x_dtype)))
+    return finish_factor_grads(sums.Q, sums.P, sums.rows, layer, needs)
 
 
-def _weighted(
-    grad_t: Tensor,
-    x: Tensor,
-    weight: Tensor | Stored,
-    rows: slice | None,
-    dtype: torch.dtype,
-    fresh: bool,
-) -> Tensor:
-    """`H0 = (grad^T x) * W0` of a block of rows, `[rows, in]`, in x's type; W0's is `dtype`."""
+def _product(grad_t: Tensor, x: Tensor, fresh: bool) -> Tensor:
+    """`G = grad^T x` of a block of rows, `[rows, in]`."""
     sizes = len(grad_t), x.shape[1]
-    fresh &= x.dtype == torch.float32 and _fits_fresh(math.prod(sizes), x.dtype)
-    if fresh and onednn.takes(grad_t, x):
-        G = onednn.linear(grad_t, x.t())
-    else:
-        G = torch.mm(grad_t, x, out=_workspace(*sizes, x.dtype, x.device))
-    if isinstance(weight, Stored):
-        rows = slice(0, len(weight)) if rows is None else rows
-        for part in weight.parts(rows):
-            G[part.start - rows.start : part.stop - rows.start].mul_(_read(weight, part, dtype))
-        return G
-    W0 = _take(weight, rows)
-    return G.mul_(W0) if W0.dtype == x.dtype else G * cast(W0, x.dtype)
+    fresh &= x.dtype == torch.float32 and _fits_fresh(sizes[0] * sizes[1], x.dtype)
+    if fresh and onednn.beats_mkl() and onednn.takes(grad_t, x):
+        return onednn.linear(grad_t, x.t())
+    return torch.mm(grad_t, x, out=_workspace(*sizes, x.dtype, x.device))
 
 
-def _reduce_low_rank(
-    H0: Tensor, A: Tensor, gamma_B: Tensor, rows: slice | None, out_features: int, needs: Needs
-) -> tuple[Tensor | None, Tensor | None]:
-    """`Q = (gamma B)^T H0`, `[r, in]`, and `P = H0 A^T`, `[rows, r]`."""
-    if (
-        A.dtype == torch.float32
-        and _fits_fresh(H0.numel(), H0.dtype)
-        and onednn.takes(H0, A, gamma_B)
-    ):
-        Q = onednn.linear(gamma_B.t(), H0.t()) if needs.A else None
-        return Q, onednn.linear(A, H0).t() if needs.P else None
-    Q = torch.mm(gamma_B.t(), H0) if needs.A else None
-    P = F.linear(H0, A) if needs.P else None
-    return Q, P
+class _Sums:
+    """The reductions of `H0 = G * W0`, which comes in tiles.
 
-
-def _reduce_two_sided(
-    H0: Tensor, A: Tensor, gamma_B: Tensor, rows: slice | None, out_features: int, needs: Needs
-) -> tuple[Tensor | None, Tensor | None]:
-    """`Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]` and `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`.
-
-    Within the rows of one group p both are thin products: `P = H0 E` with `E[i, q(i)] = A[p, i]`,
-    and Q's row is `(gamma B)^T H0`, of which column i keeps entry q(i).
+    Attributes:
+        Q: `[r, in]`, for `low_rank` `(gamma B)^T H0`, for `two_sided`
+            `Q[k, i] = sum_{p(o)=k} H0[o, i] (gamma B)[o, q(i)]`.
+        P: `[out, r]`, `H0 A^T`, or `P[o, k] = sum_{q(i)=k} H0[o, i] A[p(o), i]`.
+        rows: `[out]`, `sum_i H0[o, i]`.
     """
-    r, in_features = A.shape
-    q = group_index(in_features, r, A.device)
-    Q = torch.zeros(A.shape, dtype=A.dtype, device=A.device) if needs.A else None
-    P = torch.empty(gamma_B.shape, dtype=A.dtype, device=A.device) if needs.P else None
-    for k, group in _row_groups(rows, out_features, r):
-        if Q is not None:
-            Q[k] = torch.mm(gamma_B[group].t(), H0[group]).gather(0, q[None])[0]
-        if P is not None:
-            spread = torch.zeros((in_features, r), dtype=A.dtype, device=A.device)
-            spread.scatter_(1, q[:, None], A[k, :, None])  # [in, r]
-            P[group] = torch.mm(H0[group], spread)
-    return Q, P
 
+    def __init__(self, multiplier: Multiplier, needs: Needs, need_rows: bool) -> None:
+        left, right = multiplier.left, multiplier.right
+        self.multiplier = multiplier
+        self.Q = right.new_zeros(right.shape) if needs.A else None
+        self.P = left.new_empty(left.shape) if needs.P else None
+        self.rows = left.new_empty(len(left)) if need_rows else None
 
-def _join(parts: list, dtype: torch.dtype) -> FactorGrads:
-    """The row blocks' Q added, in order; their P and row sums one below the other."""
-    columns = zip(*parts, strict=True)
-    Q, P, row_sums = ([part for part in column if part is not None] for column in columns)
-    return (
-        torch.stack(Q).sum(0, dtype=dtype) if Q else None,
-        torch.cat(P) if P else None,
-        torch.cat(row_sums) if row_sums else None,
-    )
+    def add(self, rows: slice, H0: Tensor) -> None:
+        """Adds the tile of some rows, `[rows, in]`."""
+        if self.rows is not None:
+            torch.sum(H0, 1, out=take(self.rows, rows))
+        P = None if self.P is None else take(self.P, rows)
+        self.multiplier.reduce(rows, H0, self.Q, P)
 
 
 def _scaled_base(layer: Layer, dtype: torch.dtype, stage: Stage) -> Tensor:
@@ -212,49 +239,21 @@ def _scaled_base(layer: Layer, dtype: torch.dtype, stage: Stage) -> Tensor:
 def _merged(
     layer: Layer, dtype: torch.dtype, fresh: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """`gamma W` for a product in `dtype`; in the residual form `W0 + W0 * m` in m's own buffer.
+    """`gamma W` for a product in `dtype`, in `out` or, without that, in the workspace.
 
-    The increment m may be formed in bf16 (its error stays relative to itself), but not in fp16,
-    where small factors would underflow. `fresh` allows W memory of its own beside the workspace,
-    where that saves time. Without `out` it is the workspace.
+    `fresh` allows W memory of its own, where that saves time, and for the increment of a residual
+    form to be formed in bf16: its error stays relative to itself.
     """
     weight, hut_A, hut_B, _, gamma, _, spec = layer
-    stored = isinstance(weight, Stored)
     residual = spec.constant == 1.0 and gamma is None
-    if fresh and residual and not stored and dtype == torch.bfloat16:
+    if fresh and residual and not isinstance(weight, Stored) and dtype == torch.bfloat16:
         scaled = hut_B if spec.scaling == 1.0 else hut_B * spec.scaling
         A, B = cast(hut_A, dtype), cast(scaled, dtype)
         if _fits_fresh(weight.numel(), weight.dtype) and onednn.takes(A, B, weight):
             if weight.stride(1) == 1:
                 return onednn.linear_mul(B, A.t(), 1.0, weight)
             return onednn.linear_mul(A.t(), B, 1.0, weight.t()).t()
-    out = _workspace_like(weight, dtype) if out is None else out
-    if not residual or dtype == torch.float16 or not (stored or weight.dtype == dtype):
-        return _blockwise(layer, dtype, out)
-    if isinstance(weight, Stored):
-        return _merged_stored(weight, layer, dtype, out)
-    A, B = cast(hut_A, dtype), cast(hut_B, dtype)
-    if weight.numel() <= _BLOCK:
-        m = torch.mm(B, A, out=out)
-        return torch.addcmul(weight, weight, m, value=spec.scaling, out=m)
-    # By blocks: on CPUs without bf16 instructions a product allocates its size in float32 as well.
-    W = _empty_like(weight, dtype, out)
-    for rows in _row_blocks(weight):
-        W0, m = _take(weight, rows), _take(W, rows)
-        torch.mm(_take(B, rows), A, out=m)
-        torch.addcmul(W0, W0, m, value=spec.scaling, out=m)
-    return W
-
-
-def _merged_stored(weight: Stored, layer: Layer, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """`W0 + W0 * m` of a stored W0: some rows are read, and m of them added while in the cache."""
-    A, B = cast(layer.hut_A, dtype), cast(layer.hut_B, dtype)
-    W = _empty_like(weight, dtype, out)
-    for rows in weight.parts(slice(0, len(weight))):
-        W0 = weight.read(rows, W[rows])
-        m = torch.mm(B[rows], A, out=buffer("m", W0.numel(), dtype, W0.device).view(W0.shape))
-        W0.addcmul_(W0, m, value=layer.spec.scaling)
-    return W
+    return _formed(layer, dtype, _workspace_like(weight, dtype) if out is None else out)
 
 
 def _stage(layer: Layer, dtype: torch.dtype) -> Stage:
@@ -263,75 +262,94 @@ def _stage(layer: Layer, dtype: torch.dtype) -> Stage:
     def stage(update: bool) -> Tensor:
         out = _workspace_like(layer.weight, dtype)
         if update:
-            return _blockwise(layer, dtype, out, subtract_identity=True)
+            return _formed(layer, dtype, out, subtract_identity=True)
         return layer.weight.read(slice(0, len(layer.weight)), _empty_like(layer.weight, dtype, out))
 
     return stage
 
 
-def _read(weight: Stored, rows: slice, dtype: torch.dtype) -> Tensor:
-    """A few rows of a stored W0, in a buffer that the next call writes over."""
+def _formed(
+    layer: Layer, dtype: torch.dtype, out: Tensor | None = None, subtract_identity: bool = False
+) -> Tensor:
+    """`gamma (W0 * T)`, or `gamma (W0 * (T - 1))`, formed in float32 or float64, rounded once."""
+    weight = layer.weight
+    out = W = _empty_like(weight, dtype, out)
+    multiplier, shift = _multiplier(layer, dtype, subtract_identity)
+    if weight.stride()[1] != 1 and weight.stride()[0] == 1:  # a Conv1D's
+        multiplier, weight, W = multiplier.t(), weight.t(), W.t()
+        shift = shift.t() if isinstance(shift, Tensor) else shift
+    in_place = dtype == multiplier.left.dtype and W.stride()[1] == 1
+    tile = None if in_place else multiplier.new_tile()
+    for rows in multiplier.tiles():
+        part = take(W, rows)
+        T = part if tile is None else tile[: len(part)]
+        _form(multiplier, shift, rows, _base_rows(weight, rows, dtype), T)
+        if tile is not None:
+            part.copy_(T)
+    return out
+
+
+def _weight_tiles(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """`gamma W` some rows at a time, `[rows, in]`, in a buffer that the next ones write over."""
+    multiplier, shift = _multiplier(layer, dtype)
+    tile = multiplier.new_tile()
+    for rows in multiplier.tiles():
+        T = tile[: rows.stop - rows.start]
+        W = _form(multiplier, shift, rows, _base_rows(layer.weight, rows, dtype), T)
+        yield rows, cast(W, dtype)
+
+
+def _form(
+    multiplier: Multiplier, shift: float | Tensor, rows: slice, W0: Tensor, T: Tensor
+) -> Tensor:
+    """Some rows of `W0 * (T + shift)`, in the place of T."""
+    multiplier.write(rows, T)
+    if isinstance(shift, Tensor):
+        T += shift if len(shift) == 1 else take(shift, rows)
+    elif shift == 1.0:
+        W0 = cast(W0, T.dtype)
+        return torch.addcmul(W0, W0, T, out=T)
+    elif shift != 0.0:
+        T += shift
+    return T.mul_(W0)
+
+
+def _gradient_multiplier(layer: Layer, acc: torch.dtype) -> Multiplier:
+    """`gamma T` without its constant and scaling, which the gradients are multiplied by at last."""
+    B = cast(layer.hut_B, acc)
+    if layer.gamma is not None:
+        B = B * cast(layer.gamma, acc)[:, None]
+    return Multiplier(B, cast(layer.hut_A, acc), layer.spec.transform)
+
+
+def _multiplier(
+    layer: Layer, dtype: torch.dtype, subtract_identity: bool = False
+) -> tuple[Multiplier, float | Tensor]:
+    """`gamma T`, or `gamma (T - 1)`, less its constant; and that constant, `[out, 1]` by gamma."""
+    weight, hut_A, hut_B, _, gamma, _, spec = layer
+    acc = acc_dtype(dtype, weight.dtype, hut_A.dtype, hut_B.dtype)
+    B, shift = cast(hut_B, acc), spec.constant - subtract_identity
+    if spec.scaling != 1.0:
+        B = B * spec.scaling
+    if gamma is None:
+        return Multiplier(B, cast(hut_A, acc), spec.transform), shift
+    scale = cast(gamma, acc)[:, None]
+    multiplier = Multiplier(B * scale, cast(hut_A, acc), spec.transform)
+    return multiplier, scale * shift if shift else shift
+
+
+def _base_rows(weight: Tensor | Stored, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Some rows of W0; a stored one's in `dtype`, in a buffer that the next call writes over."""
+    if not isinstance(weight, Stored):
+        return take(weight, rows)
     size = (rows.stop - rows.start) * weight.shape[1]
     out = buffer("W0", size, dtype, weight.device)
     return weight.read(rows, out.view(-1, weight.shape[1]))
 
 
-def _blockwise(
-    layer: Layer, dtype: torch.dtype, out: Tensor | None = None, subtract_identity: bool = False
-) -> Tensor:
-    """`gamma (W0 * T)`, or `gamma (W0 * (T - 1))`, formed in float32 or float64, rounded once.
-
-    `gamma T` exists a tile of rows at a time; gamma and scaling are in B already.
-    """
-    weight, hut_A, hut_B, _, gamma, _, spec = layer
-    acc = acc_dtype(dtype, weight.dtype, hut_A.dtype, hut_B.dtype)
-    out_features, in_features = weight.shape
-    A, B = cast(hut_A, acc), cast(hut_B, acc) * spec.scaling
-    constant = spec.constant - subtract_identity
-    constants = torch.full((out_features, 1), constant, dtype=acc, device=A.device)
-    if gamma is not None:
-        scale = cast(gamma, acc)[:, None]
-        B, constants = B * scale, constants * scale
-    out = _empty_like(weight, dtype, out)
-    if spec.transform == "two_sided":
-        q, p = (group_index(size, len(A), A.device) for size in weight.shape[::-1])
-    step = max(1, _TILE // max(1, in_features))
-    buffer = torch.empty((min(step, out_features), in_features), dtype=acc, device=A.device)
-    for start in range(0, out_features, step):
-        rows = slice(start, min(start + step, out_features))
-        T = buffer[: rows.stop - start]
-        if spec.transform == "low_rank":
-            torch.mm(B[rows], A, out=T)
-        else:
-            torch.index_select(B[rows], 1, q, out=T)
-            T *= A.index_select(0, p[rows])
-        if constant != 0.0:
-            T += constants[rows]
-        stored = isinstance(weight, Stored)
-        torch.mul(_read(weight, rows, dtype) if stored else weight[rows], T, out=out[rows])
-    return out
-
-
 def _fits_fresh(size: int, dtype: torch.dtype) -> bool:
     """True where a matrix has the size at which one fused pass over it pays, in fresh memory."""
     return size >= _LARGE and size * dtype.itemsize <= _FRESH
-
-
-def _group_starts(size: int, r: int) -> list[int]:
-    """The first index of each of the r balanced groups of `size` indices, and `size` at the end.
-
-    Group k holds the indices i with `i * r // size == k`.
-    """
-    return [-(-k * size // r) for k in range(r + 1)]
-
-
-def _row_groups(rows: slice | None, out_features: int, r: int) -> Iterator[tuple[int, slice]]:
-    """Each group p that meets a block of rows, with its rows counted from the block's first."""
-    first, last = (0, out_features) if rows is None else (rows.start, rows.stop)
-    for k, (start, end) in enumerate(pairwise(_group_starts(out_features, r))):
-        start, end = max(start, first), min(end, last)
-        if start < end:
-            yield k, slice(start - first, end - first)
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -370,14 +388,13 @@ def _workspace_like(weight: Tensor | Stored, dtype: torch.dtype) -> Tensor | Non
     return _empty_like(weight, dtype) if matrix is None else matrix.t()
 
 
-def _row_blocks(weight: Tensor | Stored) -> Sequence[slice | None]:
-    """Row slices of `_BLOCK` elements; None, "all rows", where one block is enough."""
-    if weight.numel() <= _BLOCK:
-        return (None,)
-    rows, columns = weight.shape
-    step = max(1, _BLOCK // columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _take(tensor: Tensor, rows: slice | None) -> Tensor:
-    return tensor if rows is None else tensor[rows]
+def _row_blocks(tiles: Sequence[slice], columns: int) -> Iterator[list[slice]]:
+    """The tiles in groups of at most `_BLOCK` elements, or of one."""
+    block: list[slice] = []
+    for tile in tiles:
+        if block and (tile.stop - block[0].start) * columns > _BLOCK:
+            yield block
+            block = []
+        block.append(tile)
+    if block:
+        yield block

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hut_kernels import definition, torch_backend
+from hut_kernels import definition
 
 from .references import TRAINABLE, check, error, groups, limit, make, make_normal, run
 from .strategies import cases, examples
@@ -109,8 +109,6 @@ def test_groups_are_contiguous_balanced_and_not_empty(size, data):
     assert sum(sizes) == size
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
-    starts = torch_backend._group_starts(size, r)
-    assert starts == [index.index(k) for k in range(r)] + [size]
 
 
 # Types and options

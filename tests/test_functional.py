@@ -224,18 +224,17 @@ def test_hut_weight_matches_the_reference(case):
 @pytest.mark.parametrize("size", [(17, 21), (300, 256)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_forward_multiplies_by_the_merged_weight_to_the_bit(form, dtype, vectors, size, layout):
-    """But for bf16's increments, which forward rounds: by less than W itself is rounded."""
+    """Of many tokens, by W as a whole, and of one, tile by tile."""
     O, K = size
     case = make_normal(K, K, O, 3, dtype=dtype, vectors=vectors, **form)
     case = laid_out(case.replace(x=torch.eye(K, dtype=dtype)), layout)
     options = {name: case.options[name] for name in ("transform", "offset", "scaling", "gamma")}
-    used = hut_linear(case.x, case.weight, case.hut_A, case.hut_B, **options).t()
-    merged = hut_weight(case.weight, case.hut_A, case.hut_B, **options)
-    if dtype == torch.bfloat16 and not vectors and form == FORMS["residual"]:
-        assert not torch.equal(used, merged)
-        torch.testing.assert_close(used, merged, rtol=2**-7, atol=0.0)
-        return
-    assert torch.equal(used, merged)
+    operands = case.weight, case.hut_A, case.hut_B
+    merged = hut_weight(*operands, **options)
+    assert torch.equal(hut_linear(case.x, *operands, **options).t(), merged)
+    for tokens in (1, 16):
+        used = hut_linear(case.x[:tokens], *operands, **options).t()
+        assert torch.equal(used, merged[:, :tokens])
 
 
 def test_hut_weight_is_detached_and_new():

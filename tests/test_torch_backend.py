@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hut_kernels import torch_backend
+from hut_kernels import multiplier, onednn, torch_backend
 from hut_kernels.layer import Needs
 
 from .references import (
@@ -39,8 +39,9 @@ every_dtype = pytest.mark.parametrize(
 @pytest.mark.parametrize("rows", [1, 3, 4, 7, 100])
 @pytest.mark.parametrize("precision", ["merged", "split"])
 def test_any_row_block_gives_the_same(form, dtype, rows, precision, monkeypatch):
-    """13 rows in blocks with and without a remainder, and in one."""
+    """13 rows in blocks and tiles with and without a remainder, and in one."""
     monkeypatch.setattr(torch_backend, "_BLOCK", rows * 21)
+    monkeypatch.setattr(multiplier, "_TILE", rows // 2 * 21)
     options = {"precision": precision, **form}
     case = make_normal(9, 21, 13, 3, dtype=dtype, vectors="bias gamma beta", **options)
     check(case, run(case))
@@ -52,12 +53,14 @@ def test_any_row_block_gives_the_same(form, dtype, rows, precision, monkeypatch)
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_row_blocks_of_views(form, layout, monkeypatch):
     monkeypatch.setattr(torch_backend, "_BLOCK", 4 * 21)
+    monkeypatch.setattr(multiplier, "_TILE", 2 * 21)
     case = laid_out(make_normal(9, 21, 13, 3, vectors="bias gamma", **form), layout)
     check(case, operators(case, "torch"))
 
 
 def test_a_row_longer_than_a_block_is_a_block(monkeypatch):
     monkeypatch.setattr(torch_backend, "_BLOCK", 8)
+    monkeypatch.setattr(multiplier, "_TILE", 8)
     case = make_normal(5, 21, 13, 3, vectors="gamma")
     check(case, operators(case, "torch"))
 
@@ -65,6 +68,7 @@ def test_a_row_longer_than_a_block_is_a_block(monkeypatch):
 def test_no_temporary_is_larger_than_a_block(monkeypatch):
     """Beside W, and in the factor gradients beside nothing."""
     monkeypatch.setattr(torch_backend, "_BLOCK", 2 * 64)
+    monkeypatch.setattr(multiplier, "_TILE", 2 * 64)
     case = make_normal(4, 64, 50, 3, vectors="gamma", offset=0.0)
     sizes = []
 
@@ -78,21 +82,89 @@ def test_no_temporary_is_larger_than_a_block(monkeypatch):
     own = {case.weight.numel(), case.x.numel(), case.grad.numel()}
     with Sizes():
         grad_factors(case, True, True, True)
-    partials = 25 * case.hut_A.numel()  # one d hut_A for each block, then their sum
-    assert max(size for size in sizes if size not in own) <= max(2 * 64, partials)
+    gradients = max(case.hut_A.numel(), case.hut_B.numel())
+    assert max(size for size in sizes if size not in own) <= max(2 * 64, gradients)
 
 
-# Both ways to make W
+# Few tokens
+
+# Tokens, in, out and r: groups of one size, of two, and more tokens than a group has rows.
+FEW = [(1, 24, 12, 3), (4, 24, 12, 3), (5, 24, 12, 3), (9, 21, 13, 3), (3, 8, 8, 8), (3, 8, 8, 1)]
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """Every weight is large enough to be multiplied tile by tile."""
+    monkeypatch.setattr(torch_backend, "_LARGE", 1)
+
+
+@every_form
+@every_dtype
+@pytest.mark.parametrize("sizes", FEW, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 5, 100])
+def test_few_tokens_take_the_weight_tile_by_tile(form, dtype, sizes, rows, few, monkeypatch):
+    monkeypatch.setattr(multiplier, "_TILE", rows * sizes[1])
+    case = make_normal(*sizes, dtype=dtype, vectors="bias gamma beta", **form)
+    check(case, run(case))
+    plain = case.replace(gamma=None, bias=None, beta=None)
+    check(plain, run(plain))
+
+
+@every_form
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "offset"])
+@pytest.mark.parametrize("grad", [None, "expanded", "constant"])
+def test_few_tokens_in_any_layout(form, layout, grad, few):
+    weight = {"weight_dtype": torch.bfloat16, "factor_dtype": torch.bfloat16}
+    for types in ({}, weight):
+        case = make_normal((2, 2), 24, 12, 3, vectors="bias gamma", **types, **form)
+        case = laid_out(case, layout, grad)
+        if case.weight.stride()[1] == 1:
+            check(case, operators(case, "torch"))
+
+
+@every_form
+@pytest.mark.parametrize("needs", [(1, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 1, 1)], ids=str)
+def test_few_tokens_cost_what_is_asked_for(form, needs, few):
+    case = make_normal(4, 24, 12, 3, vectors="gamma", **form)
+    need_x, *factors = map(bool, needs)
+    found = torch_backend.linear_backward(case.grad, case.x, case.layer, need_x, Needs(*factors))
+    names = [n for n, need in zip(("x", "hut_A", "hut_B", "gamma"), needs, strict=True) if need]
+    check(case, dict(zip(names, found, strict=True)))
+
+
+@pytest.mark.parametrize("beats", [True, False])
+@every_form
+def test_either_library_multiplies_right(beats, form, monkeypatch):
+    monkeypatch.setattr(onednn, "beats_mkl", lambda: beats)
+    case = make_normal(70, 264, 256, 4, vectors="bias gamma beta", **form)
+    check(case, run(case))
+
+
+def test_many_tokens_or_a_small_weight_are_taken_as_a_whole():
+    weight = torch.empty(256, 256)
+    x = torch.empty(torch_backend._FEW + 1, 256)
+    assert torch_backend._are_few(x[1:], weight)
+    assert not torch_backend._are_few(x, weight)
+    assert not torch_backend._are_few(x[:0], weight)
+    assert not torch_backend._are_few(x[1:], weight[1:])
+    assert not torch_backend._are_few(x[1:], weight.t())
+
+
+# W as a whole
+
+
+@every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
-def test_the_residual_weight_is_made_in_the_increments_buffer(dtype, layout, monkeypatch):
-    """One product and one addcmul; neither T nor a second buffer."""
-    case = laid_out(make_normal(4, 20, 14, 3, dtype=dtype, scaling=0.5), layout)
-    monkeypatch.setattr(torch_backend, "_blockwise", None)
-    results = {"y": forward(case), "x": grad_input(case)}
-    check(case, results)
+@pytest.mark.parametrize("gamma", ["", "gamma"])
+def test_the_weight_of_any_layout_is_made_in_tiles(form, dtype, layout, gamma, monkeypatch):
+    monkeypatch.setattr(multiplier, "_TILE", 3 * 20)
+    case = laid_out(make_normal(4, 20, 14, 2, dtype=dtype, vectors=gamma, **form), layout)
+    check(case, {"y": forward(case), "x": grad_input(case)})
+    W = torch_backend.merged_weight(case.layer, dtype)
+    assert error(W, case.merged_weight()) < {torch.float32: 2e-6, torch.bfloat16: 3e-3}[dtype]
+    if layout in ("contiguous", "transposed"):
+        assert W.stride() == case.weight.stride()
 
 
 def forward(case):
@@ -196,6 +268,8 @@ def test_the_operations_are_the_floors():
     two_sided = case.replace(transform="two_sided")
     assert flops(forward, two_sided) == full
     assert flops(grad_factors, two_sided, True, True, True) == full + 2 * thin
+    equal = make(N, 42, O, r, vectors="gamma", transform="two_sided")
+    assert flops(grad_factors, equal, True, True, True) == 2 * N * 42 * O
 
 
 @every_form
