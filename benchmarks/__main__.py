@@ -120,6 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What was measured is written then too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = _parser().parse_args(arguments)
+    if arguments is None and options.command is _estimate:
+        # A process that ends with the estimate: transformers and PEFT would import these for two
+        # seconds, and it needs neither, whatever the base.
+        sys.modules.update(dict.fromkeys(("bitsandbytes", "torchao")))  # type: ignore[arg-type]
     try:
         return options.command(options)
     except KeyboardInterrupt:

@@ -227,7 +227,7 @@ def _sweep(axes: Axes, rows: Sequence[Row], key: str, name: str, times: float) -
     axes.set_xscale("log")
     axes.set(
         title="On the validation part, at each learning rate",
-        xlabel="learning rate (log; * the best by the metric)",
+        xlabel="learning rate (log; * the chosen one)",
         ylabel=name,
     )
     axes.legend(fontsize=8)

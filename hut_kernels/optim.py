@@ -30,6 +30,8 @@ def parameter_groups(
 
     Layers of one form share a rate, the geometric mean of their own.
 
+    In the sweep of docs/peft.md LoRA's best rate gave LoRA's loss, three times that a lower one.
+
     Args:
         model: a model with `HUTLinear` layers or experts, or with HUT adapters of PEFT.
         lr: the learning rate that you would give LoRA with the same `alpha / r`.

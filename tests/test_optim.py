@@ -55,6 +55,23 @@ def test_with_scale_by_rms_everything_takes_loras_rate():
     assert {*found.values()} == {(LR, 0.1)}
 
 
+def test_the_groups_and_scale_by_rms_train_the_same_weights():
+    """Adam's steps do not feel a factor of a gradient: what is shown of one holds of the other."""
+    updates = []
+    for options in ({}, {"scale_by_rms": True}):
+        torch.manual_seed(0)
+        model = Net(**options).double()
+        optimizer = torch.optim.Adam(parameter_groups(model, 1e-2), eps=1e-30)
+        before = model.first.merged_weight()
+        for _ in range(6):
+            model(torch.randn(16, 64, dtype=torch.double)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        updates.append(model.first.merged_weight() - before)
+    assert updates[0].norm() > 0.1 * SIZE * before.numel() ** 0.5
+    torch.testing.assert_close(*updates, rtol=1e-4, atol=1e-4 * SIZE)
+
+
 @pytest.mark.parametrize("options", [{"offset": 0}, {"transform": "two_sided"}, PAPER], ids=str)
 def test_forms_around_one_are_never_decayed(options):
     found = rates(Net(**options), weight_decay=0.1)

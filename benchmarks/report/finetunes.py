@@ -83,15 +83,21 @@ def _on_rates(rows: Row, name: str) -> list[str]:
     mine, lora, plain = rows[name], rows["lora"], rows[OF_LORAS_RATE[name]]
     given, own, own_plain = (row["rate"] for row in (lora, mine, plain))
     ratio, plains = f"{own / given:.3g}", f"{own_plain / given:.3g}"
-    at_loras = difference(mine, given, lora, given)
-    over_plain = difference(mine, own, plain, own_plain)
     near = "" if 1 / NEAR <= own / given <= NEAR else ", MORE than a factor of 3"
+    at_loras, at_own, over_plain = (
+        _told(difference(mine, rate, other, others))
+        for rate, other, others in (
+            (given, lora, given),
+            (own, lora, given),
+            (own, plain, own_plain),
+        )
+    )
+    label, others = mine["label"], plain["label"]
     return [
-        f"{mine['label']} at LoRA's best rate, {given:g}: validation loss {_verdict(at_loras)} "
-        "LoRA's there.",
-        f"{mine['label']}: the best rate is {own:g}, {ratio} times LoRA's{near}; the loss there is "
-        f"{_verdict(over_plain)} the best of {plain['label']}, which is at {own_plain:g}, {plains} "
-        "times LoRA's rate.",
+        f"{label} at LoRA's best rate, {given:g}: validation loss less LoRA's there {at_loras}.",
+        f"{label} at its own best rate, {own:g}, {ratio} times LoRA's{near}: loss less LoRA's best "
+        f"{at_own}; less the best of {others}, at {own_plain:g}, {plains} times LoRA's rate, "
+        f"{over_plain}.",
     ]
 
 
@@ -104,14 +110,14 @@ def difference(one: Row, rate: float, other: Row, others_rate: float) -> Row:
     return interval([x - y for x, y in zip(a, b, strict=True)])
 
 
-def _verdict(q: Row) -> str:
-    by = f"{abs(q['mean']):.3f}"
+def _told(q: Row) -> str:
+    """A difference with its interval, and what that tells."""
     if q["margin"] is None:
-        return f"{by} {'above' if q['mean'] > 0 else 'below'} (one seed, no interval)"
-    by += f" ± {q['margin']:.3f}"
+        return f"{q['mean']:+.3f} (one seed, no interval)"
+    word = "HIGHER" if q["mean"] > 0 else "lower"
     if abs(q["mean"]) <= q["margin"]:
-        return f"{by} {'above' if q['mean'] > 0 else 'below'}, which is within the interval,"
-    return f"{by} {'ABOVE' if q['mean'] > 0 else 'below'}"
+        word = "not told apart"
+    return f"{q['mean']:+.3f} ± {q['margin']:.3f} ({word})"
 
 
 def _named(rows: Sequence[Row], name: str) -> Row:

@@ -75,7 +75,7 @@ class Method:
 
 
 METHODS = {
-    "hut_low_rank": Method("HUT low_rank", (0.02, 0.06, 0.18), {}),
+    "hut_low_rank": Method("HUT low_rank", (0.005, 0.015, 0.045), {"scale_by_rms": True}),
     "hut_paper": Method("HUT paper's form", (0.015, 0.045, 0.135), PAPER),
     "lora": Method("LoRA", (0.005, 0.015, 0.045)),
 }

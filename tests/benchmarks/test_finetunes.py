@@ -85,10 +85,12 @@ class TestRates:
         lines = finetunes.sentences(record())
         assert len(lines) == 4
         assert lines[0].startswith("HUT_LOW_RANK_SCALED at LoRA's best rate, 0.003")
-        assert "0.010 ± 0.000 ABOVE LoRA's there" in lines[0]
-        assert "the best rate is 0.01, 3.33 times LoRA's" not in lines[0]
-        assert "the best rate is 0.01, 3.33 times LoRA's;" in lines[1]
-        assert "0.200 ± 0.000 below the best of HUT_LOW_RANK, which is at 0.01" in lines[1]
+        assert "less LoRA's there +0.010 ± 0.000 (HIGHER)." in lines[0]
+        assert (
+            "its own best rate, 0.01, 3.33 times LoRA's: loss less LoRA's best -0.100" in lines[1]
+        )
+        assert "the best of HUT_LOW_RANK, at 0.01, 3.33 times LoRA's rate, -0.200 ± 0.0" in lines[1]
+        assert lines[1].count("(lower)") == 2
 
     def test_a_best_rate_far_from_loras_is_said_to_be(self):
         line = finetunes.sentences(record(lora=(1.3, 1.4, 1.6)))[1]
@@ -98,7 +100,7 @@ class TestRates:
         some = record()
         scaled = some["methods"][1]["sweep"][1]["validation"]
         scaled["loss"] = interval([1.39, 1.44, 1.42])
-        assert "above, which is within the interval, LoRA's there" in finetunes.sentences(some)[0]
+        assert finetunes.sentences(some)[0].endswith("(not told apart).")
 
     def test_a_search_is_not_a_sweep(self):
         some = record()
