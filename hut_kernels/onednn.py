@@ -57,3 +57,15 @@ def linear_mul(x: Tensor, weight: Tensor, constant: float, other: Tensor) -> Ten
     # Dense: the operator reads its shift without regard to strides.
     shift = x.new_full((len(weight),), constant) if constant else None
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, shift, "mul")
+
+
+@functools.cache
+def emulates_bf16() -> bool:
+    """True on an x86 CPU without bfloat16's instructions.
+
+    There oneDNN converts in the product itself, and float32 operands are multiplied several times
+    faster. Both sum in float32, so the results are the same but for the order of sums.
+    """
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    known = [getattr(torch.cpu, name)() for name in instructions if hasattr(torch.cpu, name)]
+    return platform.machine() in ("x86_64", "AMD64") and len(known) == 2 and not any(known)

@@ -733,6 +733,13 @@ MUTANTS = (
         ("tests/triton/test_grouped.py", "equals_float64"),
     ),
     Mutant(
+        "the last columns of an expert's widened W dropped",
+        GROUPED_BACKEND,
+        "    for first in range(0, W.shape[1], step):\n",
+        "    for first in range(0, W.shape[1] - W.shape[1] % step, step):\n",
+        ("tests/test_grouped.py", "products_of_bf16"),
+    ),
+    Mutant(
         "experts' rows combined in the order of experts",
         EXPERTS,
         "    place[order] = torch.arange(len(order), device=order.device)\n",

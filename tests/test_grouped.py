@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hut_kernels import (
     HUTBackendError,
     explain,
+    grouped_backend,
     hut_grouped_linear,
     onednn,
     planner,
@@ -269,6 +270,7 @@ def test_nothing_of_an_experts_size_is_saved_but_the_stack():
 )
 def test_onednn_is_taken_where_it_pays(monkeypatch, dtype, products, epilogues, transposed):
     monkeypatch.setattr(onednn, "beats_mkl", lambda: True)
+    monkeypatch.setattr(onednn, "emulates_bf16", lambda: False)
     calls = []
     for name in ("linear", "linear_mul"):
         function = getattr(onednn, name)
@@ -279,6 +281,25 @@ def test_onednn_is_taken_where_it_pays(monkeypatch, dtype, products, epilogues, 
     experts.check(experts.run(transposed=transposed))
     if dtype in (*onednn._dtypes(), torch.float64):
         assert (calls.count("linear"), calls.count("linear_mul")) == (products, epilogues)
+
+
+@every_form
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("emulates", [False, True])
+def test_products_of_bf16_are_made_where_the_cpu_is_fast(monkeypatch, form, transposed, emulates):
+    """In float32 where it has no instructions for bf16; some columns of W at a time."""
+    monkeypatch.setattr(onednn, "emulates_bf16", lambda: emulates)
+    monkeypatch.setattr(grouped_backend, "_WIDENED", 1 << 14)
+    types = []
+    multiply = grouped_backend._multiply_widened
+    monkeypatch.setattr(
+        grouped_backend, "_multiply_widened", lambda *args: types.append(args) or multiply(*args)
+    )
+    experts = stack(264, 256, 3, (0, 1, 33), maker=make_normal, dtype=torch.bfloat16, **form)
+    results = experts.run(transposed=transposed)
+    experts.check(results)
+    assert len(types) == (4 if emulates else 0)  # two experts, forward and dx
+    assert results["hut_A"].dtype == torch.float32
 
 
 @every_form
