@@ -63,10 +63,10 @@ def _sweep(axes: Axes, rows: Sequence[Row]) -> None:
     axes.plot([], [], "o", color="#444444", label="validation, whole text")
     axes.plot([], [], "*", color="#444444", markersize=10, label="held out, at the best rate")
     axes.set_xscale("log")
-    axes.margins(y=0.25)
+    axes.margins(y=0.35)
     axes.set(title="Where each learning rate ends", xlabel="learning rate (log)")
     axes.set_ylabel("nats per byte, the whole texts, read once\n(colors as on the left)")
-    axes.legend(loc="upper center", ncols=2)
+    axes.legend(loc="upper left")
 
 
 def layers(file: Path, shapes: Sequence[Sequence[Row]]) -> None:

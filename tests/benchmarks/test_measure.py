@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("tqdm")
 
 
-from benchmarks import measure, records
+from benchmarks import measure, progress, records
 from benchmarks.report import text
 
 CPU = torch.device("cpu")
@@ -174,6 +174,25 @@ class TestText:
     def test_columns_line_up(self):
         lines = text.table("title", ["", "x"], [["a", "1"], ["bcd", "1000"]]).splitlines()
         assert lines[3:] == ["a       1", "bcd  1000"]
+
+    def test_an_interval_stands_only_where_there_is_one(self):
+        assert text.ratio({"p20": 1.0, "median": 1.0, "p80": 1.0}) == "1.00"
+        assert text.ratio({"p20": 0.9, "median": 1.0, "p80": 1.1}) == "1.00 (0.90–1.10)"
+
+
+class TestProgress:
+    def test_lines_are_printed_outside_a_terminal(self, capsys, monkeypatch):
+        """At each tenth, and after a silence though no tenth is done."""
+        now = [0.0]
+        monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+        with progress.Progress("stage", 100) as one:
+            one.to(9, "nothing to say yet")
+            one.to(10, "a tenth")
+            one.to(11)
+            now[0] += progress.SILENCE + 1
+            one.to(12, "still at it")
+        said = capsys.readouterr().err.splitlines()
+        assert said == ["stage: begins", "stage:  10 %  a tenth", "stage:  12 %  still at it"]
 
 
 class TestRecords:
