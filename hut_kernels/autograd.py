@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import formats, ops
 from .layer import Spec, acc_dtype, as_rows
-from .rules import call, refuse_forward_mode, refuse_vmap
+from .rules import call, is_exporting, refuse_forward_mode, refuse_vmap
 
 # A stored weight's scales and the text of its layout, beside its codes; empty for a dense one.
 Storage = tuple[()] | tuple[tuple[Tensor, ...], str]
@@ -200,7 +200,7 @@ def _vector_gradients(
 
 def frozen_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x weight^T` with the weight cast to x's type in each pass, so that no copy is kept."""
-    if torch.compiler.is_exporting():  # see hut_linear
+    if is_exporting():
         return F.linear(x, formats.dense(weight).to(x.dtype))
     return FrozenLinearFunction.apply(x, weight)
 

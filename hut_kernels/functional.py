@@ -19,7 +19,7 @@ from .checks import (
 )
 from .formats import Stored
 from .layer import Layer, Spec
-from .rules import call
+from .rules import call, is_exporting
 
 
 def hut_linear(
@@ -95,7 +95,7 @@ def hut_linear(
     if fused:
         chosen = dispatch.choose(backend, (x, W0, hut_A, hut_B))
         data, stored = (W0.data, (W0.scales, W0.form.text)) if isinstance(W0, Stored) else (W0, ())
-        if torch.compiler.is_exporting():  # which keeps a function's forward alone, under no_grad
+        if is_exporting():
             data = formats.dense(data)
             return ops.forward(x, data, hut_A, hut_B, bias, gamma, beta, *spec, chosen, *stored)
         return HUTLinearFunction.apply(

@@ -14,6 +14,7 @@ from .checks import check_frozen, check_number, check_options, check_tensors, ch
 from .errors import HUTBackendError
 from .functional import autocast_input
 from .layer import Layer, Spec
+from .rules import is_exporting
 
 
 def hut_grouped_linear(
@@ -88,7 +89,7 @@ def hut_grouped_linear(
     if fused:
         chosen = dispatch.choose(backend, (x, weight, hut_A, hut_B))
         operands = x, weight, hut_A, hut_B, offsets, bias, gamma, beta
-        if torch.compiler.is_exporting():  # see hut_linear
+        if is_exporting():
             return ops.grouped_forward(*operands, *spec[:3], chosen)
         return HUTGroupedFunction.apply(*operands, spec, chosen)
     with torch.autocast(x.device.type, enabled=False) if autocast else contextlib.nullcontext():

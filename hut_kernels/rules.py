@@ -32,6 +32,15 @@ def refuse_forward_mode(*args: Any) -> Any:
     )
 
 
+def is_exporting() -> bool:
+    """True within `torch.export`, which keeps a function's forward alone, under `no_grad`.
+
+    The flag itself: before PyTorch 2.13 `torch.compiler.is_exporting()` is true in all that Dynamo
+    traces, `torch.compile` included.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def call(operator: Callable[..., Any], *args: Any) -> Any:
     """Calls an operator whose gradients its caller has: past the rule for all other calls."""
     if torch.compiler.is_compiling():  # Dynamo does not know the guard

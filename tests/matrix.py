@@ -1,9 +1,9 @@
 """The suite beside other versions of Triton, PyTorch, transformers and Python.
 
-`python -m tests.matrix [--only TEXT ...] [--list] [--quick | --ptx] [--folder DIR]` installs each
-Triton into a folder of its own, puts that before this environment's, and runs the suite's two
-halves. Another transformers is put there likewise; another PyTorch, by its plain wheel (6 GB with
-what it needs, one at a time, removed afterwards), gets an environment of its own and `make test`.
+`python -m tests.matrix [--only TEXT ...] [--list] [--ptx] [--folder DIR]` installs each Triton into
+a folder of its own, puts that before this environment's, and runs the tests that depend on it.
+Another transformers is put there likewise; another PyTorch, by its plain wheel (6 GB with what it
+needs, one at a time, removed afterwards), gets an environment of its own and `make test`.
 Other Pythons are looked for and, where they are not to be had, listed with the reason. The exit
 status is 1 if a cell that could run has failed.
 """
@@ -24,15 +24,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+TORCHES = ("2.10.0", "2.13.0", "2.14.1", "2.15.0")  # the oldest, the pinned one, the two latest
 TRANSFORMERS = ("5.24.0",)
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
-# The interpreter of Triton 3.6.0 uses what numpy 2.4 has removed.
-NUMPY = {"3.6.0": "numpy<2.4"}
+# The interpreter of Triton 3.6.0, which PyTorch 2.10.0 brings, uses what numpy 2.4 has removed.
+NUMPY = {"Triton 3.6.0": "numpy<2.4", "torch 2.10.0": "numpy<2.4"}
 
 # What depends on Triton; the rest of the suite is the same whichever is installed.
-QUICK = {
+KERNELS = {
     "": [
         "tests/reliability/test_limits.py",
         "tests/reliability/test_miscompiles.py",
@@ -44,7 +44,6 @@ QUICK = {
 }
 # Its compiled kernels alone, run in the executor.
 PTX = {"": ["tests/ptx", "-m", "ptx"]}
-WHOLE = {"": ["tests"], "1": ["tests/triton"]}
 # What depends on transformers, the pages that name it included.
 MODELS = {"": ["tests/integrations", "tests/examples"]}
 
@@ -90,7 +89,7 @@ def try_package(name: str, version: str, folder: Path, suite: dict[str, list[str
     package = name.lower()
     if version != importlib.metadata.version(package):
         target = folder / f"{package}-{version}"
-        numpy = [NUMPY[version]] if package == "triton" and version in NUMPY else []
+        numpy = [NUMPY[key]] if (key := f"{name} {version}") in NUMPY else []
         problem = install([f"{package}=={version}", *numpy], target)
         if problem:
             return fail(cell, "not had", problem)
@@ -136,7 +135,10 @@ def try_torch(version: str) -> Cell:
         constraints, venv = Path(name, "constraints.txt"), Path(name, "venv")
         pinned = (ROOT / "constraints.txt").read_text()
         pinned = re.sub(r"^torch==.*", f"torch=={version}", pinned, flags=re.MULTILINE)
-        constraints.write_text(re.sub(r"^triton==.*\n", "", pinned, flags=re.MULTILINE))
+        pinned = re.sub(r"^triton==.*\n", "", pinned, flags=re.MULTILINE)
+        if cell.name in NUMPY:
+            pinned = re.sub(r"^numpy==.*", NUMPY[cell.name], pinned, flags=re.MULTILINE)
+        constraints.write_text(pinned)
         options = [f"VENV={venv}", f"CONSTRAINTS={constraints}"]
         made = run(["make", f"{venv}/.ready-torch", *options])
         if made.returncode:
@@ -199,7 +201,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[], help="cells whose name holds one of these")
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
-    parser.add_argument("--quick", action="store_true", help="only the tests that touch Triton")
     parser.add_argument("--ptx", action="store_true", help="only the compiled kernels (make ptx)")
     parser.add_argument("--folder", type=Path, help="keep the packages here for the next run")
     arguments = parser.parse_args()
@@ -207,7 +208,7 @@ def main() -> int:
     if arguments.list:
         print(*(f"{kind} {version}" for kind, version in chosen), sep="\n")
         return 0
-    suite = PTX if arguments.ptx else QUICK if arguments.quick else WHOLE
+    suite = PTX if arguments.ptx else KERNELS
     done = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.folder or Path(scratch)).resolve()

@@ -96,7 +96,10 @@ def train(
     optimizer = optimizer or torch.optim.AdamW(trained, lr=1e-2)
     for step in steps:
         x, target = (tensor[part] for tensor in make_batch(step, dtype))
-        F.mse_loss(model(x).float() if dtype.itemsize < 4 else model(x), target).backward()
+        y = model(x)
+        if dtype.itemsize < 4:
+            y, target = y.float(), target.float()
+        F.mse_loss(y, target).backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
