@@ -146,6 +146,28 @@ def test_the_sum_of_partial_products_may_be_fused_too(monkeypatch):
     assert options["enable_fp_fusion"]
 
 
+@pytest.mark.parametrize("kernel", gate.PRODUCTS)
+@pytest.mark.parametrize("tokens", [(1, 7, 16), (129, 1000, 4096)], ids=str)
+def test_tokens_of_one_row_share_a_compilation(kernel, tokens):
+    """Triton would make a kernel of its own for 1, for multiples of 16, and for what is left."""
+    tiles = launch_config(kernel, "sm_80", tokens[0], 16, "bf16")
+    hashes = {gate.compile_config(config("sm_80", kernel, tiles, N=N)).hash for N in tokens}
+    assert len(hashes) == 1
+
+
+def test_so_do_numbers_of_splits(monkeypatch):
+    gate._switch_to("sm_80")
+    hashes, run = set(), split_k.hut_split_k_kernel.run
+    monkeypatch.setattr(
+        split_k.hut_split_k_kernel,
+        "run",
+        lambda *args, **given: hashes.add(run(*args, **{**given, "warmup": True}).hash),
+    )
+    for splits, N in ((2, 1), (3, 7), (16, 16)):
+        split_k.add_partial_sums(torch.empty(splits, N, 64), torch.empty(N, 64))
+    assert len(hashes) == 1
+
+
 # Races of sm_100
 
 

@@ -33,7 +33,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_splits"])
 def hut_forward_kernel(
     p_x,
     p_w,
@@ -82,8 +82,9 @@ def hut_forward_kernel(
     GROUP: tl.constexpr,
 ):
     """One tile of y; with SPLIT_K its sum over a part of K, to p_y [num_splits, N, O]."""
-    pid = tl.program_id(0) // num_splits
-    split_k = tl.program_id(0) % num_splits
+    pid, split_k = tl.program_id(0), 0
+    if SPLIT_K:
+        pid, split_k = pid // num_splits, pid % num_splits
     pid_n, pid_o = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(O, BO), GROUP)
     o_n = pid_n * BN + tl.arange(0, BN)
     o_o = pid_o * BO + tl.arange(0, BO)
@@ -95,7 +96,7 @@ def hut_forward_kernel(
         )  # [BO, BR]
 
     acc = tl.zeros((BO, BN) if W_FIRST else (BN, BO), tl.float32)
-    part = tl.cdiv(tl.cdiv(K, BK), num_splits) * BK
+    part = tl.cdiv(tl.cdiv(K, BK), num_splits) * BK if SPLIT_K else K
     for k in range(split_k * part, min(K, (split_k + 1) * part), BK):
         b_w = load_tile(
             p_w, pid_o * BO, k, O, K, stride_wo, stride_wk, BO, BK, TMA, WHOLE
@@ -124,7 +125,7 @@ def hut_forward_kernel(
         acc = tl.trans(acc)
     if not SPLIT_K:
         acc = scale_shift(acc, p_bias, p_gamma, p_beta, o_o, m_o, HAS_BIAS, HAS_GAMMA, HAS_BETA)
-    o_y = (split_k.to(tl.int64) * N + o_n)[:, None] * O + o_o[None, :]
+    o_y = (tl.cast(split_k, tl.int64) * N + o_n)[:, None] * O + o_o[None, :]
     tl.store(p_y + o_y, acc.to(p_y.dtype.element_ty), mask=m_n[:, None] & m_o[None, :])
 
 

@@ -20,7 +20,7 @@ from .partial_sums import PartialSums
 from .tiles import keep_wgmma_async, load_tile, reduce_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def hut_grad_factors_kernel(
     p_g,
     p_x,

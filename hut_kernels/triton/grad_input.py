@@ -32,7 +32,7 @@ from .tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_splits"])
 def hut_grad_input_kernel(
     p_g,
     p_w,
@@ -81,8 +81,9 @@ def hut_grad_input_kernel(
     GROUP: tl.constexpr,
 ):
     """One tile of dx; with SPLIT_K its sum over a part of O, to p_dx [num_splits, N, K]."""
-    pid = tl.program_id(0) // num_splits
-    split_k = tl.program_id(0) % num_splits
+    pid, split_k = tl.program_id(0), 0
+    if SPLIT_K:
+        pid, split_k = pid // num_splits, pid % num_splits
     pid_n, pid_k = ordered_tile(pid, tl.cdiv(N, BN), tl.cdiv(K, BK), GROUP)
     o_n = pid_n * BN + tl.arange(0, BN)
     o_k = pid_k * BK + tl.arange(0, BK)
@@ -94,7 +95,7 @@ def hut_grad_input_kernel(
             b_a = tl.trans(b_a)
 
     acc = tl.zeros((BK, BN) if W_FIRST else (BN, BK), tl.float32)
-    part = tl.cdiv(tl.cdiv(O, BO), num_splits) * BO
+    part = tl.cdiv(tl.cdiv(O, BO), num_splits) * BO if SPLIT_K else O
     for o in range(split_k * part, min(O, (split_k + 1) * part), BO):
         o_o = o + tl.arange(0, BO)
         b_g = load_tile(
@@ -133,7 +134,7 @@ def hut_grad_input_kernel(
         acc = tl.trans(acc)
     if not SPLIT_K:
         acc = scale_shift(acc, p_bias, p_gamma, p_beta, o_k, o_k < K, HAS_BIAS, HAS_GAMMA, HAS_BETA)
-    o_dx = (split_k.to(tl.int64) * N + o_n)[:, None] * K + o_k[None, :]
+    o_dx = (tl.cast(split_k, tl.int64) * N + o_n)[:, None] * K + o_k[None, :]
     mask = (o_n < N)[:, None] & (o_k < K)[None, :]
     tl.store(p_dx + o_dx, acc.to(p_dx.dtype.element_ty), mask=mask)
 

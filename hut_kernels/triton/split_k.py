@@ -10,7 +10,7 @@ from .launch import FP_FUSION, cdiv, optional
 from .tiles import scale_shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_splits"])
 def hut_split_k_kernel(
     p_partials,
     p_bias,

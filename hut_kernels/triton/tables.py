@@ -186,7 +186,8 @@ def _with_low_smem(kernel: str, config: LaunchConfig, gathers: bool) -> LaunchCo
             return dataclasses.replace(config, BO=config.BO // 2, stages=stages)
         if not gathers and config.BK > 64:  # in narrower ones warps would make the same tile of T
             return dataclasses.replace(config, stages=stages)
-        warps = 8 if gathers or config.BN >= 128 else config.warps
+        left = config.BO if config.W_FIRST else config.BN
+        warps = 8 if gathers or left >= 128 else config.warps
         return dataclasses.replace(config, BK=max(32, config.BK // 2), warps=warps, stages=stages)
     return config  # no loop that keeps tiles for its next steps
 
