@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import warnings
@@ -80,24 +81,37 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class BreakEven:
-    """The most tokens at which the fused kernel is chosen, for each part of a layer."""
+    """The most tokens at which the fused kernel is chosen, for each part of a layer.
+
+    Attributes:
+        forward, grad_input: For every rank.
+        grad_factors: Likewise, or for each of `RANKS`.
+        source: The name of a record, or that it is an estimate.
+    """
 
     forward: int
     grad_input: int
-    grad_factors: int
+    grad_factors: int | tuple[int, ...]
     source: str
+
+    def tokens(self, part: str, r: int) -> int:
+        """That of a part at a rank."""
+        most = getattr(self, part)
+        return most if isinstance(most, int) else most[bisect.bisect_left(RANKS, r)]
 
 
 # By a device's name as in DEVICES where `make gpu` has measured it (the source is then the record's
 # name), else by its architecture. None is measured yet: these are estimates of the cost model, at
 # the low end of its range, for a fused kernel chosen too late costs less than one chosen too early.
+# The factors' lie where the reduction behind the loop takes a quarter of it (`tools.slots`) or
+# beyond; 0 where by then the BLAS has long been faster.
 BREAK_EVENS = {
-    "sm_80": BreakEven(320, 320, 512, "estimate"),
-    "sm_86": BreakEven(512, 512, 512, "estimate"),
-    "sm_89": BreakEven(768, 768, 512, "estimate"),
-    "sm_90": BreakEven(400, 400, 512, "estimate"),
-    "sm_100": BreakEven(400, 400, 512, "estimate"),
-    "sm_120": BreakEven(768, 768, 512, "estimate"),
+    "sm_80": BreakEven(320, 320, (640, 768, 0, 0), "estimate"),
+    "sm_86": BreakEven(512, 512, (512, 512, 1024, 0), "estimate"),
+    "sm_89": BreakEven(768, 768, (512, 512, 1024, 0), "estimate"),
+    "sm_90": BreakEven(400, 400, (512, 640, 0, 0), "estimate"),
+    "sm_100": BreakEven(400, 400, (512, 512, 0, 0), "estimate"),
+    "sm_120": BreakEven(768, 768, (512, 512, 1024, 0), "estimate"),
 }
 _DEFAULT_BREAK_EVEN = BreakEven(256, 256, 256, "estimate for an unknown architecture")
 

@@ -248,7 +248,7 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
 
     def fuses(part: str, possible: bool) -> bool:
         runs = device.holds(part, problem.row) and not device.denies(part, problem.dtype)
-        return possible and runs and problem.N <= getattr(even, part)
+        return possible and runs and problem.N <= even.tokens(part, problem.r)
 
     return Plan(
         problem,

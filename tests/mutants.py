@@ -307,8 +307,8 @@ MUTANTS = (
     Mutant(
         "kernel: columns grouped as rows are",
         f"{TRITON}/tiles.py",
-        "b_q = (group_of(o_k, r, K)[:, None]",
-        "b_q = (group_of(o_k, r, O)[:, None]",
+        "b_q = group_of(o_k, r, K)[:, None]",
+        "b_q = group_of(o_k, r, O)[:, None]",
         ("tests/triton/test_grad_factors.py", "every_shape"),
     ),
     Mutant(
@@ -328,8 +328,8 @@ MUTANTS = (
     Mutant(
         "kernel: a partial begun only once",
         f"{TRITON}/grad_factors.py",
-        "            tile_o == 0, tile_k == 0, r, O, K,",
-        "            tile_o == 0, tile == 0, r, O, K,",
+        "b_Q, tile_o == 0, False)",
+        "b_Q, tile_k == 0 and tile_o == 0, False)",
         ("tests/triton/test_grad_factors.py", "any_splits"),
     ),
     Mutant(

@@ -97,7 +97,7 @@ def test_the_break_evens_of_a_known_device_decide(device):
     """Fused up to its break-even, staged from one token more on."""
     even = devices.BREAK_EVENS[device.arch]
     for part, beyond in zip(PARTS, (STAGED, STAGED, CHUNKED), strict=True):
-        tokens = getattr(even, part)
+        tokens = even.tokens(part, problem().r)
         assert getattr(planner.plan(problem(N=tokens), device), part) == FUSED
         assert getattr(planner.plan(problem(N=tokens + 1), device), part) == beyond
     assert planner.plan(problem(), device).source == even.source

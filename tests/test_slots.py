@@ -44,6 +44,16 @@ def test_a_tile_of_T_made_twice_misses_the_target(monkeypatch):
     assert "of a plain product's" in missed
 
 
+def test_a_reduction_that_is_long_for_its_loop_misses_the_target(monkeypatch):
+    found = slots.line("sm_80", "grad_factors", 16, 4096)
+    assert found.missed == ()
+    assert 0.1 < found.epilogue <= slots.EPILOGUE
+    few = slots.devices.BreakEven(1, 1, 128, "planted")
+    monkeypatch.setitem(slots.devices.BREAK_EVENS, "sm_80", few)
+    (missed,) = slots.line("sm_80", "grad_factors", 16, 4096).missed
+    assert missed.startswith("epilogue 1.")
+
+
 def test_the_command_fails_on_a_missed_target(monkeypatch, capsys):
     arguments = ["--arch", "sm_80", "--kernel", "forward", "--rank", "16", "--tokens", "4096"]
     assert slots.main(arguments) == 0

@@ -42,7 +42,13 @@ from hut_kernels.triton import (
     stored_weight,
     weight,
 )
-from hut_kernels.triton.launch import LaunchConfig, is_heavy, padded_rank
+from hut_kernels.triton.launch import (
+    LaunchConfig,
+    cdiv,
+    choose_reduction_splits,
+    is_heavy,
+    padded_rank,
+)
 from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 
 KERNELS = {
@@ -238,9 +244,11 @@ def _launch(config: Config) -> None:
             grad, layer = grad_input.join_gamma(grad, layer)
         grad_input.launch_grad_input(grad, layer, tiles)
     elif config.kernel == "grad_factors":
-        grad_factors.launch_grad_factors(grad, x, layer, needs, tiles, (8, 8))
+        splits = _splits(config, layer)
+        grad_factors.launch_grad_factors(grad, x, layer, needs, tiles, splits)
     elif config.kernel == "grad_reduce":
-        grad_reduce.launch_grad_reduce(grad[:1], x[:1], layer, needs, tiles, (8, 8), size)
+        splits = _splits(config, layer)
+        grad_reduce.launch_grad_reduce(grad[:1], x[:1], layer, needs, tiles, splits, size)
     elif config.kernel == "stored":
         stored_weight.launch_stored_weight(layer, dtype, tiles)
     else:
@@ -257,6 +265,14 @@ def _launch_experts(config: Config, layer: Layer, needs: Needs) -> None:
         G = torch.empty(2, O, K, dtype=dtype if config.dtype == "bf16" else torch.float32)
         reduction = grad_reduce.ExpertsReduction(layer, dtype, needs, tiles, (8, 8))
         reduction.add(G, experts)
+
+
+def _splits(config: Config, layer: Layer) -> tuple[int, int]:
+    """The splits of O and K of a call on the architecture's own device."""
+    (O, K, r), tiles = layer.sizes, config.row
+    sms = next(d.sms for d in devices.DEVICES if d.arch == config.arch)
+    bytes_ = O * K * layer.weight.dtype.itemsize
+    return choose_reduction_splits(cdiv(O, tiles.BO), cdiv(K, tiles.BK), O, K, r, bytes_, sms)
 
 
 def _layer(kernel: str, variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:
@@ -359,16 +375,19 @@ def _is_product(opcode: str) -> bool:
 def _main_loop(code: _Code) -> list[str]:
     """The loop over tokens or features: an innermost one with the most products.
 
-    The loop of the reduction multiplies too, but it writes, and the main loop does not.
+    The loops of the reduction multiply too, but they write, or copy nothing that is to be waited
+    for; the main loop does not write.
     """
     best: list[str] = []
+    most = (False, 0)
     for first, last in code.loops:
         lines = code.lines[first : last + 1]
         if any(first <= a and b < last and _products(code.lines[a : b + 1]) for a, b in code.loops):
             continue  # an outer loop: what matters is within
         writes = any(_opcode(line) in ("STG", "RED") for line in lines)
-        if not writes and _products(lines) > _products(best):
-            best = lines
+        copies = any(_opcode(line) in ("LDGSTS", "UTMALDG") for line in lines)
+        if not writes and _products(lines) and (copies, _products(lines)) > most:
+            best, most = lines, (copies, _products(lines))
     return best
 
 
@@ -536,12 +555,12 @@ def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:
 
 
 def _planned(config: Config) -> bool:
-    """Tell a variant that the planner ever chooses: unaligned products it leaves to the BLAS."""
-    if config.variant != "unaligned" or config.kernel not in PRODUCTS:
+    """Tell a row that the planner ever chooses: unaligned products it leaves to the BLAS."""
+    if config.kernel not in PRODUCTS:
         return True
     device = next(d for d in devices.DEVICES if d.arch == config.arch)
-    dtype = _dtype_name(config)
-    problem = planner.Problem(1, 4099, 4099, config.r, dtype, dtype, aligned=False)
+    dtype, aligned = _dtype_name(config), config.variant != "unaligned"
+    problem = planner.Problem(1, 4096, 4096, config.r, dtype, dtype, aligned)
     return getattr(planner.plan(problem, device), config.kernel) == planner.FUSED
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 import triton
 
+from hut_kernels import devices
 from hut_kernels.dispatch import interpreting
 from hut_kernels.triton.launch import LaunchConfig
 from hut_kernels.triton.tables import launch_config
@@ -234,6 +235,26 @@ def loop_cost(
     )
 
 
+def epilogue_cost(compiled: Compiled, arch: str, tiles: LaunchConfig, r: int) -> float:
+    """Clocks of what follows the tokens' loop of `grad_factors`, for a tile of G, in bf16.
+
+    It is what the loop over tiles holds beside that one. Bytes: W0's, the factors', and P's, which
+    are read again where a program comes back to its rows. Q's stay in registers.
+    """
+    code = compiled.code
+    main = gate._main_loop(code)
+    first = next(a for a, b in code.loops if code.lines[a : b + 1] == main)
+    last = first + len(main) - 1
+    around = [(b - a, a, b) for a, b in code.loops if a <= first and last <= b]
+    _, start, end = sorted(around)[1]
+    pipes = count(code.lines[start:first] + code.lines[last + 1 : end + 1], arch, tiles.warps)
+    config = gate.Config(arch, "grad_factors", "bf16", r, SIZE, tiles)
+    k_splits = gate._splits(config, gate._layer("grad_factors", "plain", "bf16", r, "meta"))[1]
+    visits = 1 if k_splits == SIZE // tiles.BK else 2
+    moved = 2 * tiles.BO * tiles.BK + 2 * r * (tiles.BO + tiles.BK) + 4 * r * tiles.BO * visits
+    return max(*pipes.values(), moved / L2[arch])
+
+
 def compile_hut(arch: str, kernel: str, r: int, N: int, tiles: LaunchConfig) -> Compiled:
     """A kernel of the package in bf16."""
     config = gate.Config(arch, kernel, "bf16", r, N, tiles)
@@ -266,6 +287,7 @@ class Line:
         tiles: The launch config.
         hut, plain: The two loops.
         missed: Targets that it misses, in words.
+        epilogue: Clocks behind the loop of `grad_factors`, over the loop's at its break-even.
     """
 
     name: str
@@ -273,6 +295,7 @@ class Line:
     hut: Cost
     plain: Cost
     missed: tuple[str, ...]
+    epilogue: float = 0.0
 
 
 def line(arch: str, kernel: str, r: int, N: int) -> Line:
@@ -283,8 +306,14 @@ def line(arch: str, kernel: str, r: int, N: int) -> Line:
     compiled = compile_hut(arch, kernel, r, N, tiles)
     hut = loop_cost(compiled, arch, kernel, tiles, moves * r * (2.0 if rounded else 4.0))
     peer = plain_cost(arch, kernel, N, tiles)
-    missed = tuple(_missed(arch, kernel, r, N, hut, peer))
-    return Line(f"{arch} {kernel} r{r} N{N}", tiles, hut, peer, missed)
+    missed = list(_missed(arch, kernel, r, N, hut, peer))
+    epilogue = 0.0
+    even = devices.BREAK_EVENS[arch].tokens(kernel, r)
+    if kernel == "grad_factors" and even:
+        epilogue = epilogue_cost(compiled, arch, tiles, r) / (hut.bound * even / tiles.BN)
+        if epilogue > EPILOGUE:
+            missed.append(f"epilogue {epilogue:.2f} of the loop, at most {EPILOGUE}")
+    return Line(f"{arch} {kernel} r{r} N{N}", tiles, hut, peer, tuple(missed), epilogue)
 
 
 # The largest ratio of bounds, HUT's over plain's, beyond 128 tokens; by rank.
@@ -294,6 +323,7 @@ BOUND = {
     "sm_90": {16: 1.05, 64: 1.2},
 }
 SLOTS = {"sm_80": 1.25, "sm_89": 1.25}  # the largest ratio of issue slots, at rank 16
+EPILOGUE = 0.25  # the largest part of the loop of `grad_factors`, at its break-even
 FEW = 1.0  # the largest ratio of the bound to W0's time from DRAM, up to 16 tokens and rank 64
 
 
@@ -329,6 +359,7 @@ def show(line: Line, arch: str) -> str:
         f"{pipes['shared']:7.0f}{pipes['l2']:6.0f}{pipes.get('serial', 0.0):7.0f} |"
         f"{hut.bound:6.0f} {hut.by:7}{peer.bound:6.0f}{hut.bound / peer.bound:6.2f}"
         f"{hut.bound / (hut.floor / DRAM[arch]):6.2f}"
+        + (f"  epilogue {line.epilogue:.2f}" if line.epilogue else "")
     )
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layer import FactorGrads, Layer, Needs, cast, finish_factor_grads
+from ..layer import FactorGrads, Layer, Needs, finish_factor_grads
 from .launch import (
     LaunchConfig,
     cdiv,
@@ -16,8 +16,8 @@ from .launch import (
     padded_rank,
     transform_options,
 )
-from .partial_sums import PartialSums
-from .tiles import add_up, expert_of, group_of, left_tile, load_2d, right_tile, within
+from .partial_sums import PartialSums, with_operands
+from .tiles import add_up, columns_tile, expert_of, load_2d, reduce_columns, reduce_rows, within
 
 
 @triton.jit
@@ -95,12 +95,9 @@ def hut_grad_reduce_kernel(
         for first_r in range(0, r, BR):
             o_r = first_r + tl.arange(0, BR)
             m_r = within(o_r, r, WHOLE_R)
-            if NEED_P and not UNIFORM_Q:
-                if TWO_SIDED:
-                    b_q = group_of(o_k, r, K)[:, None] == o_r[None, :]  # [BK, BR]
-                else:
-                    b_q = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r)
-                b_q = b_q.to(OPERAND)
+            b_q = columns_tile(
+                p_a, o_k, o_r, m_k, m_r, r, K, stride_ar, stride_ak, TWO_SIDED, OPERAND
+            )  # [BK, BR]
             b_Q = tl.zeros((BR, BK), tl.float32)
             for tile_o in range(0, min(tiles_o, tl.cdiv(rows, BO) - o_split * tiles_o)):
                 first_row = (o_split * tiles_o + tile_o) * BO
@@ -113,36 +110,17 @@ def hut_grad_reduce_kernel(
                 if NEED_SUMS and first_r == 0:
                     add_up(p_sums + o_o, m_o, tl.sum(b_h, 1), tile_k == 0, ONE_TILE)
                 if NEED_Q:
-                    b_right = b_h
-                    if HAS_GAMMA:
-                        b_gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0)
-                        b_right *= b_gamma.to(tl.float32)[:, None]
-                    if TWO_SIDED:
-                        b_right *= right_tile(
-                            p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q
-                        )
-                    if UNIFORM_P:
-                        here = (o_r == group_of(start + first_row, r, O)).to(tl.float32)
-                        b_Q += here[:, None] * tl.sum(b_right, 0)[None, :]
-                    else:
-                        if TWO_SIDED:
-                            b_p = group_of(o_o, r, O)[None, :] == o_r[:, None]  # [BR, BO]
-                        else:
-                            b_p = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o)
-                        b_Q = tl.dot(
-                            b_p.to(OPERAND), b_right.to(OPERAND), b_Q, input_precision=THIN
-                        )
+                    b_Q = reduce_rows(
+                        b_h, b_Q, p_b, p_gamma, start + first_row, o_o, o_k, o_r, m_o, m_r, r, O, K,
+                        stride_bo, stride_br, HAS_GAMMA, TWO_SIDED, UNIFORM_P, UNIFORM_Q, OPERAND,
+                        THIN,
+                    )  # fmt: skip
                 if NEED_P:
-                    b_left = b_h
-                    if TWO_SIDED:
-                        b_left *= left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P)
-                    if UNIFORM_Q:
-                        here = (o_r == group_of(first_k, r, K)).to(tl.float32)
-                        b_P = tl.sum(b_left, 1)[:, None] * here[None, :]  # [BO, BR]
-                    else:
-                        b_P = tl.dot(b_left.to(OPERAND), b_q, input_precision=THIN)
-                    o_P = o_o.to(tl.int64)[:, None] * r + o_r[None, :]
-                    add_up(p_P + o_P, m_o[:, None] & m_r[None, :], b_P, tile_k == 0, ONE_TILE)
+                    reduce_columns(
+                        b_h, b_q, p_a, p_P, first_k, o_o, o_k, o_r, m_o, m_r, tile_k == 0, r, O, K,
+                        stride_ar, stride_ak, TWO_SIDED, UNIFORM_P, UNIFORM_Q, OPERAND, THIN,
+                        ONE_TILE,
+                    )  # fmt: skip
             if NEED_Q:
                 o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
                 add_up(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, start == 0, False)
@@ -166,7 +144,7 @@ def launch_grad_reduce(
     """
     O, K, _ = layer.sizes
     partials = PartialSums(x, layer, splits, needs)
-    reduced = _with_operands(layer, x.dtype)
+    reduced = with_operands(layer, x.dtype)
     G = torch.empty((min(chunk, O), K), dtype=torch.float32, device=x.device)  # all that is alive
     for start in range(0, O, chunk):
         rows = min(chunk, O - start)
@@ -196,7 +174,7 @@ class ExpertsReduction:
     ) -> None:
         self.layer, self.dtype, self.needs = layer, dtype, needs
         self.config, self.splits = config, splits
-        self.reduced = _with_operands(layer, dtype)
+        self.reduced = with_operands(layer, dtype)
         one = PartialSums(layer.weight, layer, (1, 1), needs, (len(layer.weight),))
         self.Q, self.P, self.sums = (None if t is None else t.zero_() for t in one.add())
 
@@ -213,18 +191,6 @@ class ExpertsReduction:
     def finish(self) -> FactorGrads:
         """`d hut_A`, `d hut_B`, `sum_i W G`, `[experts, ...]`: zeros where nothing was added."""
         return finish_factor_grads(self.Q, self.P, self.sums, self.layer, self.needs)
-
-
-def _with_operands(layer: Layer, dtype: torch.dtype) -> Layer:
-    """The layer with its factors as the kernel multiplies by them.
-
-    H0, and with it the factors, may be rounded to bf16; fp16 has not the range of a scaled loss.
-    """
-    if layer.spec.transform == "two_sided":
-        return layer
-    operand = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    hut_B = layer.hut_B if layer.gamma is None else layer.hut_B * layer.gamma[..., None]
-    return layer._replace(hut_A=cast(layer.hut_A, operand), hut_B=cast(hut_B, operand), gamma=None)
 
 
 def _launch(

@@ -50,7 +50,7 @@ class LaunchConfig:
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
-# How many of the r columns `tiles.reduce_tile` makes at a time: 32 already spill beside G's tile.
+# How many of the r columns `grad_factors` reduces at a time in float32: 32 spill beside G's tile.
 REDUCTION_RANK = 16
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layer import FactorGrads, Layer, Needs, finish_factor_grads
+from ..layer import FactorGrads, Layer, Needs, cast, finish_factor_grads
 
 
 class PartialSums:
@@ -49,6 +49,18 @@ class PartialSums:
             _add(self.P, -3) if self.NEED_P else None,
             _add(self.sums, -2) if self.NEED_SUMS else None,
         )
+
+
+def with_operands(layer: Layer, dtype: torch.dtype) -> Layer:
+    """The layer with its factors as the kernel multiplies by them.
+
+    H0, and with it the factors, may be rounded to bf16; fp16 has not the range of a scaled loss.
+    """
+    if layer.spec.transform == "two_sided":
+        return layer
+    operand = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    hut_B = layer.hut_B if layer.gamma is None else layer.hut_B * layer.gamma[..., None]
+    return layer._replace(hut_A=cast(layer.hut_A, operand), hut_B=cast(hut_B, operand), gamma=None)
 
 
 def _add(partials: Tensor, dim: int) -> Tensor:

@@ -24,7 +24,8 @@ core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What sur
 - A transposed W0 has no line: its y is dx's kernel over the transposed layer, and its dx is y's.
 - grad_reduce has no tile of tokens: its first number is how many of the r it sums at a time, with
   their d hut_A in registers. It reads G again for each further piece.
-- grad_factors sums r in pieces too (`launch.REDUCTION_RANK`), behind its loop.
+- grad_factors sums r in pieces too (`launch.REDUCTION_RANK`), behind its loop; in bf16, whose H0 is
+  rounded, up to r = 64 at once.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ forward       16    fp32    16x64x32/8/2     16x64x32/8/2     16x32x32/8/2     1
 forward       64+   fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 grad_input    16    fp32    16x64x32/8/2     16x64x32/8/2     16x64x32/8/2     16x64x32/8/2
 grad_input    64+   fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
-grad_factors  any   fp32    32x32x32/8/2     32x32x32/8/2     32x32x32/8/2     32x32x32/8/2
+grad_factors  any   fp32    32x32x32/8/2     32x32x32/8/2     32x32x32/8/1     32x32x32/8/1
 grad_reduce   any   fp32    16x64x32/8/1     16x64x32/8/1     16x64x32/8/1     16x64x32/8/1
 stored        any   16-bit  16x128x128/8/1   16x128x128/8/1   16x128x128/8/1   16x64x128/8/1
 stored        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
@@ -187,7 +188,7 @@ def _with_low_smem(kernel: str, config: LaunchConfig, gathers: bool) -> LaunchCo
         if not gathers and config.BK > 64:  # in narrower ones warps would make the same tile of T
             return dataclasses.replace(config, stages=stages)
         left = config.BO if config.W_FIRST else config.BN
-        warps = 8 if gathers or left >= 128 else config.warps
+        warps = 8 if left >= 128 or (gathers and config.BK > 64) else config.warps
         return dataclasses.replace(config, BK=max(32, config.BK // 2), warps=warps, stages=stages)
     return config  # no loop that keeps tiles for its next steps
 

@@ -176,78 +176,69 @@ def add_up(p, mask, value, first, ONLY: tl.constexpr):
 
 
 @triton.jit
-def accumulate(p, mask, value, first):
-    """`*p = value` on the first visit, `*p += value` later; each address belongs to one program."""
-    if first:
-        tl.store(p, value, mask=mask)
+def columns_tile(
+    p_a, o_k, o_r, m_k, m_r, r, K, stride_ar, stride_ak, TWO_SIDED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """The right side of a tile of H0 in its piece of P, `[BK, BR]`: `A^T`, or a one-hot tile."""
+    if TWO_SIDED:
+        b_q = group_of(o_k, r, K)[:, None] == o_r[None, :]
     else:
-        tl.store(p, tl.load(p, mask=mask, other=0.0) + value, mask=mask)
-    # The next visit may read through another thread of this program.
-    tl.debug_barrier()
+        b_q = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r)
+    return b_q.to(OPERAND)
+
+
+# The reductions of a tile of `H0 = G * W0`, `[BO, BK]` float32, zero in rows past O and columns
+# past K. low_rank:  `P = H0 A^T`, `Q = (gamma B)^T H0`.
+# two_sided: `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`, `Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]`;
+# a plain sum where the tile lies in one group, else a product with a one-hot tile.
 
 
 @triton.jit
-def reduce_tile(
-    b_h, p_a, p_b, p_gamma, p_Q, p_P, p_sums, o_o, o_k, first_o, first_k, r, O, K,
-    stride_ar, stride_ak, stride_bo, stride_br,
-    NEED_Q: tl.constexpr, NEED_P: tl.constexpr, NEED_SUMS: tl.constexpr, HAS_GAMMA: tl.constexpr,
-    TWO_SIDED: tl.constexpr, UNIFORM_P: tl.constexpr, UNIFORM_Q: tl.constexpr,
-    BR: tl.constexpr, THIN: tl.constexpr,
+def reduce_rows(
+    b_h, b_Q, p_b, p_gamma, first_o, o_o, o_k, o_r, m_o, m_r, r, O, K, stride_bo, stride_br,
+    HAS_GAMMA: tl.constexpr, TWO_SIDED: tl.constexpr, UNIFORM_P: tl.constexpr,
+    UNIFORM_Q: tl.constexpr, OPERAND: tl.constexpr, THIN: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of `H0 = G * W0`, `[BO, BK]` float32, to this program's Q, P and row sums.
-
-    low_rank:  `P = H0 A^T`, `Q = (gamma B)^T H0`.
-    two_sided: `P[o, k] = sum_{q(i)=k} H0 A[p(o), i]`, `Q[k, i] = sum_{p(o)=k} H0 gamma B[o, q(i)]`;
-    a plain sum where the tile lies in one group, else a product with a one-hot tile.
-    BR of the r columns of P (rows of Q) are made at a time, which bounds the registers.
-
-    b_h: zero in rows past O and columns past K.
-    first_o, first_k: whether this is the program's first visit to the rows (columns).
-    p_Q: `[r, K]`, p_P: `[O, r]`, p_sums: `[O]`, this program's own partials, contiguous float32.
-    """
-    m_o = o_o < O
-    m_k = o_k < K
-    if NEED_SUMS:
-        accumulate(p_sums + o_o, m_o, tl.sum(b_h, 1), first_k)
-    b_left = b_h  # [BO, BK], of which P is made
-    b_right = b_h  # [BO, BK], of which Q is made
-    if TWO_SIDED and NEED_P:
-        b_left = b_h * left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P)
-    if HAS_GAMMA and NEED_Q:
-        b_gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)  # [BO]
-    if TWO_SIDED and NEED_Q:
+    """The tile `b_Q`, `[BR, BK]`, with that of H0 added to it."""
+    b_right = b_h
+    if HAS_GAMMA:
+        b_gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0)
+        b_right *= b_gamma.to(tl.float32)[:, None]
+    if TWO_SIDED:
         b_right *= right_tile(p_b, o_o, o_k, r, O, K, stride_bo, stride_br, UNIFORM_Q)
+    if UNIFORM_P:
+        here = (o_r == group_of(first_o, r, O)).to(tl.float32)
+        return b_Q + here[:, None] * tl.sum(b_right, 0)[None, :]
+    else:
+        if TWO_SIDED:
+            b_p = group_of(o_o, r, O)[None, :] == o_r[:, None]  # [BR, BO]
+        else:
+            b_p = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o)
+        return tl.dot(b_p.to(OPERAND), b_right.to(OPERAND), b_Q, input_precision=THIN)
 
-    for first_r in tl.range(0, r, BR, num_stages=1):
-        o_r = first_r + tl.arange(0, BR)
-        m_r = o_r < r
-        if NEED_P:
-            if UNIFORM_Q:
-                here = (o_r == group_of(tl.min(o_k, 0), r, K)).to(tl.float32)
-                b_P = tl.sum(b_left, 1)[:, None] * here[None, :]  # [BO, BR]
-            else:
-                if TWO_SIDED:
-                    b_q = (group_of(o_k, r, K)[:, None] == o_r[None, :]).to(tl.float32)  # [BK, BR]
-                else:
-                    b_q = load_2d(p_a, o_k, stride_ak, o_r, stride_ar, m_k, m_r).to(tl.float32)
-                b_P = tl.dot(b_left, b_q, input_precision=THIN)
-            o_P = o_o.to(tl.int64)[:, None] * r + o_r[None, :]
-            accumulate(p_P + o_P, m_o[:, None] & m_r[None, :], b_P, first_k)
-        if NEED_Q:
-            if UNIFORM_P:
-                here = (o_r == group_of(tl.min(o_o, 0), r, O)).to(tl.float32)
-                b_one = b_right * b_gamma[:, None] if HAS_GAMMA else b_right
-                b_Q = here[:, None] * tl.sum(b_one, 0)[None, :]  # [BR, BK]
-            else:
-                if TWO_SIDED:
-                    b_p = (group_of(o_o, r, O)[None, :] == o_r[:, None]).to(tl.float32)  # [BR, BO]
-                else:
-                    b_p = load_2d(p_b, o_r, stride_br, o_o, stride_bo, m_r, m_o).to(tl.float32)
-                if HAS_GAMMA:
-                    b_p *= b_gamma[None, :]  # here rather than on [BO, BK]
-                b_Q = tl.dot(b_p, b_right, input_precision=THIN)
-            o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
-            accumulate(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, first_o)
+
+@triton.jit
+def reduce_columns(
+    b_h, b_q, p_a, p_P, first_k, o_o, o_k, o_r, m_o, m_r, first_visit, r, O, K, stride_ar,
+    stride_ak, TWO_SIDED: tl.constexpr, UNIFORM_P: tl.constexpr, UNIFORM_Q: tl.constexpr,
+    OPERAND: tl.constexpr, THIN: tl.constexpr, ONE_TILE: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of P, or adds to it, in `p_P`, `[O, r]`: this program's own partials, float32.
+
+    b_q: of `columns_tile`. first_visit: whether it is the program's first to these rows; with
+    ONE_TILE there is no other.
+    """
+    b_left = b_h
+    if TWO_SIDED:
+        b_left *= left_tile(p_a, o_o, o_k, r, O, K, stride_ar, stride_ak, UNIFORM_P)
+    if UNIFORM_Q:
+        here = (o_r == group_of(first_k, r, K)).to(tl.float32)
+        b_P = tl.sum(b_left, 1)[:, None] * here[None, :]  # [BO, BR]
+    else:
+        b_P = tl.dot(b_left.to(OPERAND), b_q, input_precision=THIN)
+    o_P = o_o.to(tl.int64)[:, None] * r + o_r[None, :]
+    add_up(p_P + o_P, m_o[:, None] & m_r[None, :], b_P, first_visit, ONE_TILE)
 
 
 @triton.jit
