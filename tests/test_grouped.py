@@ -331,6 +331,15 @@ def test_the_workspace_is_an_expert_or_a_quarter_of_the_stack():
     assert workspace("H200", 3) == 1
 
 
+def test_a_plan_for_a_gpu_tells_the_kernels_and_what_they_keep():
+    options = {"dtype": torch.bfloat16, "device_name": "H200", "experts": 64}
+    plan = explain(512, 64, 32, 8, **options)
+    assert (plan.backend, plan.forward, plan.grad_factors) == ("triton", "staged", "chunked")
+    quarter = 16 * 64 * 32 * 2
+    assert plan.workspace["grad_input"] == quarter
+    assert plan.workspace["grad_factors"] == 2 * quarter  # G of a group, and partial sums at most
+
+
 # What surrounds a call
 
 

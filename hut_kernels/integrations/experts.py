@@ -95,13 +95,13 @@ def check_experts(name: str, experts: Any, parameter: str) -> None:
         HUTBackendError: quantized, sharded, partitioned or offloaded weights, expert parallelism,
             or an implementation that reads weights by kernels of its own.
     """
-    kind = type(experts).__name__
+    kind, weight = type(experts).__name__, getattr(experts, parameter)
     if not _is_dispatched(experts):
+        hint = "" if weight.dtype in FLOATS else "; its weights are quantized: load it dequantized"
         raise ValueError(
             f"{name}.{parameter}: {kind} computes its experts by itself, not through transformers' "
-            f"ExpertsInterface, so that an adapter would have no effect"
+            f"ExpertsInterface, so that an adapter would have no effect{hint}"
         )
-    weight = getattr(experts, parameter)
     if parameter not in _PROJECTIONS or (weight.ndim != 3 and not hasattr(weight, "ds_shape")):
         raise ValueError(
             f"{name}.{parameter} is no stack of experts' weights; HUT adapts "

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 pytest.importorskip("transformers")
 
-from hut_kernels import inject, load_adapter, save_adapter
+from hut_kernels import HUTBackendError, inject, load_adapter, save_adapter
 from tests.integrations.moe_models import experts_of, tiny
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -66,3 +66,16 @@ def trains_as_one_process(peft, wrapped, folder):
 @pytest.mark.parametrize("peft", [False, True])
 def test_fsdp_trains_as_one_process(ranks, peft, wrapped, tmp_path):
     ranks.run(trains_as_one_process, peft, wrapped, str(tmp_path))
+
+
+def refuses_experts_that_are_sharded_already():
+    torch.manual_seed(0)
+    model = tiny("qwen3_moe")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    with pytest.raises(HUTBackendError, match=r"gate_up_proj is sharded \(expert parallelism, DTe"):
+        inject(model, [], 2, target_parameters=TARGETS)
+
+
+def test_sharded_experts_are_refused(ranks):
+    ranks.run(refuses_experts_that_are_sharded_already)

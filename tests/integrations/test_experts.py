@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.integrations import finegrained_fp8
+from transformers.integrations import finegrained_fp8, mxfp4
 
 from hut_kernels import (
     HUTBackendError,
@@ -117,6 +117,41 @@ def test_the_gradients_equal_the_definitions(family, form):
             (grad,) = torch.autograd.grad(experts(*given).sum(), factor)
             assert not grad[-1].any(), name  # an expert without tokens
             assert grad[0].any(), name
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_keeps_nothing_of_an_experts_size(family, dtype):
+    """Beyond what frozen experts keep, and the stacks and factors themselves."""
+    model = adapted(family, scale_shift=True).to(dtype)
+    experts = experts_of(model)[0]
+    given = routed(experts, tokens=2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        experts(*given)
+    own = {t.untyped_storage().data_ptr() for t in experts.parameters()}
+    kept = [t for t in kept if t.untyped_storage().data_ptr() not in own]
+    assert kept
+    assert max(t.untyped_storage().nbytes() for t in kept) < experts.down_proj[0].nbytes
+
+
+def test_idle_experts_cost_no_operation():
+    """8 experts with tokens of 8, and of 64: the same work, whatever was there before it."""
+    counts = []
+    for idle in (0, 56):
+        config = CONFIGS["qwen3_moe"]()
+        config.num_experts = 8 + idle
+        model = type(tiny("qwen3_moe"))(config)
+        inject(model, [], 3, target_parameters=TARGETS)
+        experts = experts_of(model)[0]
+        given = routed(experts, tokens=24, idle=idle)
+        with torch.profiler.profile() as profiler:
+            step(experts, given)
+        events = profiler.key_averages()
+        work = ("mm", "addmm", "addcmul", "mul", "mul_", "copy_", "linear", "embedding_bag")
+        counts.append({e.key: e.count for e in events if e.key in {f"aten::{w}" for w in work}})
+    assert counts[0] == counts[1]
+    assert counts[0]["aten::mm"] >= 8
 
 
 def test_one_of_two_stacks():
@@ -383,7 +418,7 @@ def refused(kind, match, model, parameters=("gate_up_proj",), **options):
     assert not str(model.config._experts_implementation).startswith("hut")
 
 
-@pytest.mark.parametrize("former", ["deepgemm", "sonicmoe"])
+@pytest.mark.parametrize("former", ["deepgemm", "deepgemm_megamoe", "sonicmoe"])
 def test_implementations_with_kernels_of_their_own_are_refused(former):
     model = tiny("qwen3_moe")
     model.config._experts_implementation = former
@@ -415,6 +450,15 @@ def test_fp8_experts_are_refused():
     config = transformers.FineGrainedFP8Config(weight_block_size=(8, 8))
     finegrained_fp8.replace_with_fp8_linear(model, ["q_proj"], config)
     refused(ValueError, "FP8Experts computes its experts by itself", model)
+
+
+def test_mxfp4_experts_are_refused():
+    """Those of gpt-oss as published; a dequantized checkpoint has experts like any other's."""
+    model = tiny("gpt_oss")
+    with torch.device("meta"):
+        model.model.layers[1].mlp.experts = mxfp4.Mxfp4GptOssExperts(model.config)
+    match = "Mxfp4GptOssExperts computes its experts by itself.*load it dequantized"
+    refused(ValueError, match, model)
 
 
 @pytest.mark.parametrize(
@@ -466,6 +510,44 @@ def test_offloaded_experts_are_refused():
     model = tiny("qwen3_moe")
     accelerate.cpu_offload(experts_of(model)[0], "cpu")
     refused(HUTBackendError, "gate_up_proj is offloaded", model)
+
+
+def test_a_device_map_without_offloading_is_right():
+    model = adapted("qwen3_moe")
+    given = ids()
+    expected = model(given).logits
+    mapped = accelerate.dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True)
+    assert torch.equal(mapped(given).logits, expected)
+    base = accelerate.dispatch_model(tiny("qwen3_moe"), {"": "cpu"}, force_hooks=True)
+    inject(base, [], 3, target_parameters=TARGETS)
+    before = base(given).logits
+    shake(base)
+    assert not torch.allclose(base(given).logits, before)
+
+
+def test_a_device_map_that_offloads_is_refused(tmp_path):
+    model = tiny("qwen3_moe")
+    places = {"lm_head": "cpu", "model": "disk"}
+    model = accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+    refused(HUTBackendError, "gate_up_proj is offloaded", model)
+
+
+def test_a_4_bit_model_has_experts_of_16_bits(tmp_path):
+    """load_in_4bit passes experts by without a word: they are adapted as they are."""
+    pytest.importorskip("bitsandbytes")
+    tiny("qwen3_moe").bfloat16().save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True),
+        dtype=torch.bfloat16,
+    )
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    experts = experts_of(model)[0]
+    assert experts.down_proj.dtype == torch.bfloat16
+    inject(model, [], 3, target_parameters=TARGETS)
+    given = ids()
+    losses = train(model.train(), given, 6)
+    assert losses[-1] < losses[0]
 
 
 def test_quantized_experts_are_refused():

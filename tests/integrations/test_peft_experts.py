@@ -86,7 +86,11 @@ def test_train_save_reload(family, tmp_path):
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
-    assert torch.equal(logits(again, given), logits(model.eval(), given))
+    trained = logits(model.eval(), given)
+    assert torch.equal(logits(again, given), trained)
+    merged = again.merge_and_unload()
+    assert same(merged(given).logits, trained)
+    assert merged.state_dict().keys() == base.state_dict().keys()
 
 
 def train(model, given, steps=15, lr=0.1):
@@ -278,6 +282,21 @@ def test_trainer_resumes(tmp_path):
 def test_refusals(kind, match, options):
     with pytest.raises(kind, match=match):
         adapted(**options)
+
+
+@pytest.mark.parametrize(
+    ("match", "spoil"),
+    [
+        ("is partitioned by DeepSpeed ZeRO-3", lambda e: setattr(e.down_proj, "ds_shape", (4, 32))),
+        ("expert parallelism", lambda e: setattr(e, "_is_expert_parallel", True)),
+    ],
+)
+def test_sharded_experts_are_refused(match, spoil):
+    base = tiny("qwen3_moe")
+    for experts in experts_of(base):
+        spoil(experts)
+    with pytest.raises(HUTBackendError, match=match):
+        get_peft_model(base, config_for(base))
 
 
 def test_an_implementation_of_its_own_kernels_is_refused():
