@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -55,6 +56,29 @@ def check_dtype(name: str, dtype: object) -> None:
     """Refuse a type that no path of this package computes in (TypeError)."""
     if dtype not in FLOATS:
         raise TypeError(f"{name} must be one of {_FLOAT_NAMES}; got {dtype}")
+
+
+def checked_spec(transform: str, offset: float, scaling: float, precision: str) -> Spec:
+    """The options as a `Spec`, checked once for each of their values.
+
+    Raises:
+        TypeError: An offset or scaling that is no real number.
+        ValueError: An unknown option, one without effect, or a number beyond float32.
+    """
+    kinds = type(transform), type(offset), type(scaling), type(precision)
+    if kinds == (str, float, float, str) and not torch.compiler.is_compiling():
+        return _kept_spec(transform, offset, scaling, precision)
+    return _new_spec(transform, offset, scaling, precision)
+
+
+def _new_spec(transform: str, offset: float, scaling: float, precision: str) -> Spec:
+    numbers = check_number("offset", offset), check_number("scaling", scaling)
+    spec = Spec(transform, *numbers, precision)
+    check_options(spec)
+    return spec
+
+
+_kept_spec = functools.lru_cache(maxsize=1024)(_new_spec)
 
 
 def check_options(spec: Spec) -> None:

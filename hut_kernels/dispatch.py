@@ -71,6 +71,8 @@ def choose(name: str, tensors: Sequence[Tensor | Stored]) -> str:
         TypeError: float64 on an explicit backend other than torch.
     """
     device = tensors[0].device
+    if name == "auto" and device.type != "cuda":
+        return "torch"
     if name == "auto":
         chosen = "torch" if _any_float64(tensors) else auto_backend(device)
         return "torch" if chosen == "cuda" and _any_stored(tensors) else chosen

@@ -13,12 +13,11 @@ from .checks import (
     OPERANDS,
     check_dtype,
     check_frozen,
-    check_number,
-    check_options,
     check_tensors,
+    checked_spec,
 )
 from .formats import Stored
-from .layer import Layer, Spec
+from .layer import Layer
 from .rules import call, is_exporting
 
 
@@ -82,10 +81,7 @@ def hut_linear(
         >>> torch.allclose(y, x @ (weight * (1 + hut_B @ hut_A)).T, atol=1e-4)
         True
     """
-    spec = Spec(
-        transform, check_number("offset", offset), check_number("scaling", scaling), precision
-    )
-    check_options(spec)
+    spec = checked_spec(transform, offset, scaling, precision)
     W0 = formats.stored(weight)
     check_tensors(x, W0, hut_A, hut_B, bias, gamma, beta, transform)
     check_frozen(weight)
@@ -143,8 +139,7 @@ def hut_weight(
         >>> hut_weight(weight, hut_A, hut_B, scaling=0.5).unique()  # 1 + 0.5 * 3
         tensor([2.5000])
     """
-    spec = Spec(transform, check_number("offset", offset), check_number("scaling", scaling))
-    check_options(spec)
+    spec = checked_spec(transform, offset, scaling, "merged")
     names = ("weight", *OPERANDS[1:])
     W0 = formats.stored(weight)
     check_tensors(W0, W0, hut_A, hut_B, None, gamma, None, transform, names)

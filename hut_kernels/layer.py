@@ -124,12 +124,12 @@ def effective_bias(
     if bias is None:
         return beta if beta is None else cast(beta, dtype)
     acc = acc_dtype(bias.dtype, dtype)
-    total = bias.to(acc)
+    total = cast(bias, acc)
     if gamma is not None:
-        total = gamma.to(acc) * total
+        total = cast(gamma, acc) * total
     if beta is not None:
-        total = total + beta.to(acc)
-    return total.to(dtype)
+        total = total + cast(beta, acc)
+    return cast(total, dtype)
 
 
 def finish_factor_grads(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,112 +21,105 @@ _TILE = 1 << 18
 _LAUNCHED_TILE = 1 << 22
 
 
-class Multiplier(NamedTuple):
+class Multiplier:
     """T, `[rows, columns]`, but for its constant.
 
-    Attributes:
+    Args:
         left: B, with what it is multiplied by, `[rows, r]`.
         right: A, `[r, columns]`.
         transform: As in `Spec`.
     """
 
-    left: Tensor
-    right: Tensor
-    transform: str
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Rows, columns and r."""
-        (rows, r), columns = self.left.shape, self.right.shape[1]
-        return rows, columns, r
+    def __init__(self, left: Tensor, right: Tensor, transform: str) -> None:
+        self.left = left
+        self.right = right
+        self.transform = transform
+        self.rows, self.r = left.shape
+        self.columns = right.shape[1]
+        # Groups of rows of one size, and groups of columns of one.
+        self.has_blocks = (
+            transform == "two_sided" and self.rows % self.r == self.columns % self.r == 0
+        )
 
     def tiles(self) -> Sequence[slice]:
         """The rows in pieces; those of `two_sided` are whole groups, or parts of one."""
-        rows, columns, r = self.sizes
-        most = _TILE if self.left.device.type == "cpu" else _LAUNCHED_TILE
-        return _tiles(rows, columns, r if self.transform == "two_sided" else 1, most)
+        most = _TILE if self.left.is_cpu else _LAUNCHED_TILE
+        groups = self.r if self.transform == "two_sided" else 1
+        return _tiles(self.rows, self.columns, groups, most)
 
     def new_tile(self) -> Tensor:
         """Memory for any of the tiles."""
         most = max((tile.stop - tile.start for tile in self.tiles()), default=0)
-        return self.left.new_empty((most, self.right.shape[1]))
+        return self.left.new_empty((most, self.columns))
 
     def t(self) -> Multiplier:
         """The multiplier of the transposed weight."""
         return Multiplier(self.right.t(), self.left.t(), self.transform)
 
-    def write(self, rows: slice, out: Tensor) -> Tensor:
-        """Writes some rows of T, `[rows, columns]`, into `out`."""
+    def write(self, rows: slice, out: Tensor | None = None) -> Tensor:
+        """Some rows of T, `[rows, columns]`, in `out` or in new memory."""
         left = take(self.left, rows)
         if self.transform == "low_rank":
             return torch.mm(left, self.right, out=out)
         if not self.has_blocks:
             p, q = self._groups(rows)
-            torch.index_select(left, 1, q, out=out)
-            out *= self.right.index_select(0, p)
-            return out
+            T = torch.index_select(left, 1, q, out=out)
+            return T.mul_(self.right.index_select(0, p))
         groups, sizes = self.blocks(rows)
-        right = take(self.right, groups)
-        torch.mul(
-            left.reshape(*sizes[:3], 1), right.reshape(sizes[0], 1, *sizes[2:]), out=out.view(sizes)
-        )
-        return out
+        right = take(self.right, groups).reshape(sizes[0], 1, *sizes[2:])
+        blocks = None if out is None else out.view(sizes)
+        return torch.mul(left.reshape(*sizes[:3], 1), right, out=blocks).view(-1, self.columns)
 
-    def reduce(self, rows: slice, H0: Tensor, Q: Tensor | None, P: Tensor | None) -> None:
-        """Adds to Q, `[r, columns]`, and writes P, `[rows, r]`; the sums of `H0`."""
-        left = take(self.left, rows)
+    def reduce(
+        self, rows: slice, H0: Tensor, need_Q: bool, need_P: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The part of some rows in Q, `[r, columns]` or of blocks `[groups, columns]`, and in P."""
+        left, Q, P = take(self.left, rows), None, None
         if self.transform == "low_rank":
             if H0.dtype == torch.float32 and onednn.beats_mkl() and onednn.takes(H0, left):
-                if Q is not None:
-                    Q += onednn.linear(left.t(), H0.t())
-                if P is not None:
-                    P.copy_(onednn.linear(self.right, H0).t())
-                return
-            if Q is not None:
-                torch.addmm(Q, left.t(), H0, out=Q)
-            if P is not None:
-                torch.mm(H0, self.right.t(), out=P)
-            return
+                Q = onednn.linear(left.t(), H0.t()) if need_Q else None
+                return Q, onednn.linear(self.right, H0).t() if need_P else None
+            Q = torch.mm(left.t(), H0) if need_Q else None
+            return Q, torch.mm(H0, self.right.t()) if need_P else None
         if not self.has_blocks:
-            return self._reduce_unequal(rows, H0, Q, P)
+            return self._reduce_unequal(rows, H0, need_Q, need_P)
         groups, sizes = self.blocks(rows)
-        if Q is not None:
-            weighted = H0.view(sizes) * left.reshape(*sizes[:3], 1)
-            take(Q, groups).view(sizes[0], *sizes[2:]).add_(weighted.sum(1))
-        if P is not None:
-            right = take(self.right, groups)
-            weighted = H0.view(sizes[0], -1, H0.shape[1]) * right[:, None]
-            torch.sum(weighted.view(len(H0), *sizes[2:]), 2, out=P)
+        if need_Q:
+            weighted = H0.view(sizes) * left.view(*sizes[:3], 1)
+            Q = weighted.sum(1).view(sizes[0], self.columns)
+        if need_P:
+            right = take(self.right, groups).unsqueeze(1)
+            weighted = H0.view(*sizes[:2], self.columns) * right
+            P = weighted.view(-1, *sizes[2:]).sum(2)
+        return Q, P
 
-    def _reduce_unequal(self, rows: slice, H0: Tensor, Q: Tensor | None, P: Tensor | None) -> None:
+    def _reduce_unequal(
+        self, rows: slice, H0: Tensor, need_Q: bool, need_P: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The sums over groups that differ in size, as products with a matrix of zeros and ones."""
         p, q = self._groups(rows)
-        r = torch.arange(len(self.right), device=H0.device)
-        if Q is not None:
+        r, Q, P = torch.arange(self.r, device=H0.device), None, None
+        if need_Q:
             weighted = H0 * take(self.left, rows).index_select(1, q)
-            torch.addmm(Q, (r[:, None] == p).to(H0.dtype), weighted, out=Q)
-        if P is not None:
+            Q = torch.mm((r[:, None] == p).to(H0.dtype), weighted)
+        if need_P:
             weighted = H0 * self.right.index_select(0, p)
-            torch.mm(weighted, (q[:, None] == r).to(H0.dtype), out=P)
-
-    @property
-    def has_blocks(self) -> bool:
-        """True for `two_sided` with groups of rows of one size, and groups of columns of one."""
-        rows, columns, r = self.sizes
-        return self.transform == "two_sided" and rows % r == columns % r == 0
+            P = torch.mm(weighted, (q[:, None] == r).to(H0.dtype))
+        return Q, P
 
     def blocks(self, rows: slice) -> tuple[slice, tuple[int, int, int, int]]:
         """The groups p of some rows, and these rows' sizes `[groups, size, r, columns / r]`."""
-        all_rows, columns, r = self.sizes
-        size, count = all_rows // r, rows.stop - rows.start
+        size, count = self.rows // self.r, rows.stop - rows.start
         first, groups = rows.start // size, max(1, count // size)
-        return slice(first, first + groups), (groups, count // groups, r, columns // r)
+        sizes = groups, count // groups, self.r, self.columns // self.r
+        return slice(first, first + groups), sizes
 
     def _groups(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The group p of each of some rows, and q of each column."""
-        all_rows, columns, r = self.sizes
         device = self.left.device
-        return group_index(all_rows, r, device)[rows], group_index(columns, r, device)
+        return group_index(self.rows, self.r, device)[rows], group_index(
+            self.columns, self.r, device
+        )
 
 
 @functools.cache
@@ -150,4 +142,4 @@ def _tiles(rows: int, columns: int, groups: int, most: int) -> tuple[slice, ...]
 
 def take(tensor: Tensor, rows: slice) -> Tensor:
     """`tensor[rows]`, at less cost where these are all of them."""
-    return tensor if rows.stop - rows.start == len(tensor) else tensor[rows]
+    return tensor if rows.stop - rows.start == tensor.shape[0] else tensor[rows]

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from . import formats, grouped_backend, torch_backend
 from .layer import Layer, Needs, Spec, acc_dtype
-from .rules import library, refuse_vmap, undifferentiated
+from .rules import implementations, library, refuse_vmap, undifferentiated
 
 _DEVICES = ("CPU", "CUDA", "XPU", "MPS")
 _DEVICE_KEYS = frozenset(getattr(torch._C.DispatchKey, device) for device in _DEVICES)
@@ -64,6 +64,7 @@ def _operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Cal
         library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         operator = getattr(torch.ops.hut, name).default
         refused = undifferentiated(operator)
+        implementations[operator] = implementation
         for device in _DEVICES:
             library.impl(name, detached, device)
             library.impl(name, without_autocast, f"Autocast{device}")

@@ -63,14 +63,7 @@ def linear_backward(
     """Those asked for of `dx`, `d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, in this order."""
     if x is None or not any(needs):
         return [grad_input(grad, layer)] if need_x else []
-    tokens, groups = len(as_rows(grad)), layer.hut_A.shape[0]
-    if (
-        layer.spec.transform == "two_sided"
-        and layer.spec.precision == "merged"
-        and _are_few(grad, layer.weight)
-        and tokens * groups <= len(layer.weight)
-        and all(size % groups == 0 for size in layer.weight.shape)
-    ):
+    if layer.spec.transform == "two_sided" and _takes_blocks(grad, layer):
         dx, factors = _backward_by_blocks(grad, x, layer, need_x, needs)
     else:
         dx = grad_input(grad, layer) if need_x else None
@@ -97,6 +90,11 @@ def grad_input(grad: Tensor, layer: Layer) -> Tensor:
     return grad @ _merged(layer, grad.dtype)
 
 
+def _is_small(weight: Tensor | Stored) -> bool:
+    """True for a dense weight so small that calls cost more than what they do."""
+    return not isinstance(weight, Stored) and weight.numel() < _LARGE
+
+
 def _are_few(tokens: Tensor, weight: Tensor | Stored) -> bool:
     """True where tiles of W and G are used one by one: few tokens, a weight that has tiles."""
     size = weight.numel()
@@ -117,6 +115,17 @@ def _grad_input_by_tiles(grad: Tensor, layer: Layer) -> Tensor:
     return cast(dx, grad.dtype).view(*grad.shape[:-1], -1)
 
 
+def _takes_blocks(grad: Tensor, layer: Layer) -> bool:
+    """True where A may multiply few tokens of a `two_sided` layer, not more than a group's rows."""
+    sizes, groups = layer.weight.shape, layer.hut_A.shape[0]
+    return (
+        layer.spec.precision == "merged"
+        and _are_few(grad, layer.weight)
+        and len(as_rows(grad)) * groups <= sizes[0]
+        and all(size % groups == 0 for size in sizes)
+    )
+
+
 def _backward_by_blocks(
     grad: Tensor, x: Tensor, layer: Layer, need_x: bool, needs: Needs
 ) -> tuple[Tensor | None, FactorGrads]:
@@ -129,26 +138,27 @@ def _backward_by_blocks(
     weight, acc = layer.weight, acc_dtype(grad.dtype)
     x, g_t = cast(as_rows(x), acc), cast(as_rows(grad), acc).t()
     multiplier = _gradient_multiplier(layer, acc)
-    sums = _Sums(multiplier, needs, False)
+    Q = x.new_zeros(layer.hut_A.shape) if needs.A else None
+    P = x.new_empty(layer.hut_B.shape) if needs.P else None
     dx = x.new_zeros(x.shape) if need_x else None
     for rows in multiplier.tiles():
         groups, sizes = multiplier.blocks(rows)
         A = take(multiplier.right, groups)[:, None]  # [groups, 1, in]
         W0 = cast(_base_rows(weight, rows, grad.dtype), acc)
         g = g_t[rows].view(*sizes[:2], -1)  # [groups, size, N]
-        if dx is not None or sums.Q is not None:
+        if dx is not None or Q is not None:
             weighted = W0.view(sizes) * take(multiplier.left, rows).view(*sizes[:3], 1)
             U = torch.bmm(g.mT, weighted.view(*sizes[:2], -1))  # [groups, N, in]
-            if sums.Q is not None:
-                take(sums.Q, groups).add_((x * U).sum(1))
+            if Q is not None:
+                take(Q, groups).add_((x * U).sum(1))
             if dx is not None:
                 dx += (A * U).sum(0)
-        if sums.P is not None:
+        if P is not None:
             H0 = torch.bmm(g, x * A).view(len(W0), -1).mul_(W0)
-            torch.sum(H0.view(len(W0), *sizes[2:]), 2, out=take(sums.P, rows))
+            torch.sum(H0.view(len(W0), *sizes[2:]), 2, out=take(P, rows))
     if dx is not None:
         dx = cast(dx, grad.dtype).view(*grad.shape[:-1], -1)
-    return dx, finish_factor_grads(sums.Q, sums.P, None, layer, needs)
+    return dx, finish_factor_grads(Q, P, None, layer, needs)
 
 
 def split_forward(x: Tensor, layer: Layer, stage: Stage, total_bias: Tensor | None) -> Tensor:
@@ -180,8 +190,13 @@ def grad_factors(
     dtype = acc if few or x_dtype == torch.float16 else x_dtype
     x, grad_t = cast(as_rows(x), dtype), cast(as_rows(grad), dtype).t()
     multiplier = _gradient_multiplier(layer, acc)
-    sums = _Sums(multiplier, needs, needs.gamma and layer.spec.constant != 0.0)
+    need_rows = needs.gamma and layer.spec.constant != 0.0
     tiles = multiplier.tiles()
+    if len(tiles) == 1 and _is_small(weight):
+        H0 = cast(torch.mm(grad_t, x), acc).mul_(weight)
+        Q, P = multiplier.reduce(tiles[0], H0, needs.A, needs.P)
+        return finish_factor_grads(Q, P, H0.sum(1) if need_rows else None, layer, needs)
+    sums = _Sums(multiplier, needs, need_rows)
     for block in ([tile] for tile in tiles) if few else _row_blocks(tiles, weight.shape[1]):
         first = block[0].start
         G = _product(take(grad_t, slice(first, block[-1].stop)), x, fresh)
@@ -219,10 +234,15 @@ class _Sums:
 
     def add(self, rows: slice, H0: Tensor) -> None:
         """Adds the tile of some rows, `[rows, in]`."""
+        Q, P = self.multiplier.reduce(rows, H0, self.Q is not None, self.P is not None)
+        if self.Q is not None and Q is not None:
+            blocks = self.multiplier.has_blocks
+            part = take(self.Q, self.multiplier.blocks(rows)[0]) if blocks else self.Q
+            part += Q
+        if self.P is not None and P is not None:
+            self.P[rows] = P
         if self.rows is not None:
             torch.sum(H0, 1, out=take(self.rows, rows))
-        P = None if self.P is None else take(self.P, rows)
-        self.multiplier.reduce(rows, H0, self.Q, P)
 
 
 def _scaled_base(layer: Layer, dtype: torch.dtype, stage: Stage) -> Tensor:
@@ -253,7 +273,16 @@ def _merged(
             if weight.stride(1) == 1:
                 return onednn.linear_mul(B, A.t(), 1.0, weight)
             return onednn.linear_mul(A.t(), B, 1.0, weight.t()).t()
+    if out is None and _is_small(weight):
+        return _formed_at_once(layer, dtype)
     return _formed(layer, dtype, _workspace_like(weight, dtype) if out is None else out)
+
+
+def _formed_at_once(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """`_formed` of a small weight, in the fewest calls."""
+    multiplier, shift = _multiplier(layer, dtype)
+    rows = slice(0, multiplier.rows)
+    return cast(_form(multiplier, shift, rows, layer.weight, None), dtype)
 
 
 def _stage(layer: Layer, dtype: torch.dtype) -> Stage:
@@ -269,7 +298,10 @@ def _stage(layer: Layer, dtype: torch.dtype) -> Stage:
 
 
 def _formed(
-    layer: Layer, dtype: torch.dtype, out: Tensor | None = None, subtract_identity: bool = False
+    layer: Layer,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    subtract_identity: bool = False,
 ) -> Tensor:
     """`gamma (W0 * T)`, or `gamma (W0 * (T - 1))`, formed in float32 or float64, rounded once."""
     weight = layer.weight
@@ -300,12 +332,16 @@ def _weight_tiles(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Ten
 
 
 def _form(
-    multiplier: Multiplier, shift: float | Tensor, rows: slice, W0: Tensor, T: Tensor
+    multiplier: Multiplier,
+    shift: float | Tensor,
+    rows: slice,
+    W0: Tensor,
+    out: Tensor | None,
 ) -> Tensor:
-    """Some rows of `W0 * (T + shift)`, in the place of T."""
-    multiplier.write(rows, T)
+    """Some rows of `W0 * (T + shift)`, in `out` or in new memory."""
+    T = multiplier.write(rows, out)
     if isinstance(shift, Tensor):
-        T += shift if len(shift) == 1 else take(shift, rows)
+        T += shift if shift.shape[0] == 1 else take(shift, rows)
     elif shift == 1.0:
         W0 = cast(W0, T.dtype)
         return torch.addcmul(W0, W0, T, out=T)
@@ -318,7 +354,7 @@ def _gradient_multiplier(layer: Layer, acc: torch.dtype) -> Multiplier:
     """`gamma T` without its constant and scaling, which the gradients are multiplied by at last."""
     B = cast(layer.hut_B, acc)
     if layer.gamma is not None:
-        B = B * cast(layer.gamma, acc)[:, None]
+        B = B * cast(layer.gamma, acc).unsqueeze(1)
     return Multiplier(B, cast(layer.hut_A, acc), layer.spec.transform)
 
 
@@ -333,7 +369,7 @@ def _multiplier(
         B = B * spec.scaling
     if gamma is None:
         return Multiplier(B, cast(hut_A, acc), spec.transform), shift
-    scale = cast(gamma, acc)[:, None]
+    scale = cast(gamma, acc).unsqueeze(1)
     multiplier = Multiplier(B * scale, cast(hut_A, acc), spec.transform)
     return multiplier, scale * shift if shift else shift
 

@@ -125,6 +125,20 @@ MUTANTS = (
         ("tests/test_torch_backend.py", "few_tokens"),
     ),
     Mutant(
+        "an operator hidden from the modes",
+        "hut_kernels/rules.py",
+        "        torch._C._len_torch_dispatch_stack()\n        or ",
+        "        ",
+        ("tests/test_ops.py", "looks"),
+    ),
+    Mutant(
+        "options that are kept after they have changed",
+        CHECKS,
+        "        return _kept_spec(transform, offset, scaling, precision)\n",
+        "        return _kept_spec(transform, 1.0, 1.0, 'merged')\n",
+        ("tests/test_nn.py", "between_calls or by_now"),
+    ),
+    Mutant(
         "G in float16",
         TORCH,
         "    dtype = acc if few or x_dtype == torch.float16 else x_dtype\n",
@@ -134,7 +148,7 @@ MUTANTS = (
     Mutant(
         "gamma forgotten in the H of d hut_A",
         TORCH,
-        "        B = B * cast(layer.gamma, acc)[:, None]\n",
+        "        B = B * cast(layer.gamma, acc).unsqueeze(1)\n",
         "        pass\n",
         ("tests/test_ops.py", "match_the_reference"),
     ),

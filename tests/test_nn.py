@@ -267,6 +267,47 @@ def test_a_constructed_layer_draws_the_weights_of_nn_linear():
     assert HUTLinear(9, 4, 2, bias=False).bias is None
 
 
+CHANGES = {
+    "alpha": lambda layer: setattr(layer, "alpha", 3 * layer.alpha),
+    "offset": lambda layer: setattr(layer, "offset", 0.0),
+    "transform": lambda layer: setattr(layer, "transform", "two_sided"),
+    "weight": lambda layer: setattr(layer, "weight", nn.Parameter(-layer.weight, False)),
+    "weight.data": lambda layer: setattr(layer.weight, "data", -layer.weight.data),
+    "bias": lambda layer: setattr(layer, "bias", None),
+    "requires_grad": lambda layer: layer.hut_A.requires_grad_(False),
+    "dtype": lambda layer: layer.double(),
+    "parametrized": lambda layer: prune.random_unstructured(layer, "hut_B", 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_between_calls_takes_effect(change):
+    """Nothing that a call has found out holds for the next one."""
+    layer = trained(HUTLinear(12, 10, 2))
+    x = torch.randn(3, 12)
+    layer(x).sum().backward()
+    layer.zero_grad()
+    change(layer)
+    x = x.to(layer.weight.dtype)
+    y = layer(x)
+    y.sum().backward()
+    layer.fused = False  # the definition, which keeps nothing
+    torch.testing.assert_close(y, layer(x))
+    assert (layer.hut_A.grad is None) == (not layer.hut_A.requires_grad)
+
+
+def test_options_that_are_wrong_by_now_are_refused():
+    layer = HUTLinear(12, 10, 2)
+    layer(torch.randn(3, 12))
+    layer.precision = "double"
+    with pytest.raises(ValueError, match="precision must be one of"):
+        layer(torch.randn(3, 12))
+    layer.precision = "merged"
+    layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match="weight requires grad"):
+        layer(torch.randn(3, 12))
+
+
 def test_the_low_rank_init_leaves_a_gradient_to_hut_B():
     layer = HUTLinear(16, 8, 4)
     assert layer.hut_A.abs().max() <= 1 / math.sqrt(16)

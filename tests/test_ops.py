@@ -6,10 +6,21 @@ import pytest
 import torch
 from hypothesis import given
 from torch.autograd import forward_ad
+from torch.profiler import ProfilerActivity, profile
 
-from hut_kernels import ops
+from hut_kernels import ops, rules
 
-from .references import GRADIENTS, LAYOUTS, check, error, laid_out, make, operators
+from .references import (
+    GRADIENTS,
+    LAYOUTS,
+    Recorder,
+    check,
+    error,
+    laid_out,
+    make,
+    operators,
+    run,
+)
 from .strategies import cases, examples
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -250,3 +261,51 @@ def test_shapes_on_the_meta_device():
     case = make((2, 3), 6, 5, 2, vectors="bias gamma beta").to("meta")
     shapes = {name: tuple(out.shape) for name, out in operators(case, "torch").items()}
     assert shapes == {"y": (2, 3, 5), "x": (2, 3, 6), "hut_A": (2, 6), "hut_B": (5, 2), "WG": (5,)}
+
+
+# Who sees the operators
+
+
+def events(case):
+    """The names of a profile of a step."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        run(case)
+    return {event.key for event in recorded.key_averages()}
+
+
+def test_the_operators_are_called_wherever_somebody_looks(monkeypatch):
+    """Else their implementations are, of plain tensors on a CPU."""
+    case = make(4, 9, 7, 2)
+    called = []
+    for name, implementation in list(rules.implementations.items()):
+        monkeypatch.setitem(
+            rules.implementations, name, lambda *a, f=implementation: called.append(f) or f(*a)
+        )
+    expected = run(case)
+    assert [f.__name__ for f in called] == ["forward", "backward"]
+    called.clear()
+    assert {"hut::forward", "hut::backward"} <= events(case)
+    with Recorder() as recorder:
+        run(case)
+    assert {"hut::forward", "hut::backward"} <= {*recorder.names("hut::")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run(case)["y"].dtype == torch.bfloat16
+    assert not called
+    assert all(torch.equal(value, expected[name]) for name, value in run(case).items())
+
+
+@pytest.mark.parametrize("kind", ["subclass", "batched"])
+def test_other_tensors_than_plain_ones_are_seen_by_the_operators(kind):
+    plain = make(4, 9, 7, 2)
+    args = (plain.x, plain.weight, plain.hut_A, None, "low_rank", 1.0, torch.float32)
+    assert rules._nobody_looks(args)
+
+    class Subclass(torch.Tensor):
+        pass
+
+    if kind == "subclass":
+        assert not rules._nobody_looks((plain.x.as_subclass(Subclass), *args[1:]))
+        return
+    seen = []
+    torch.vmap(lambda x: seen.append(rules._nobody_looks((x, *args[1:]))) or x)(plain.x)
+    assert seen == [False]
