@@ -289,7 +289,8 @@ def _multiply(x: Tensor, W: Tensor, group: Group, out: Tensor) -> None:
             _multiply_widened(part.float(), matrix, out[rows])
             continue
         large = len(part) * matrix.numel() >= _LARGE_PRODUCT
-        if large and x.dtype == torch.float32 and onednn.takes(part, matrix):
+        wide = x.dtype == torch.float32 and onednn.takes(part, matrix)
+        if large and wide and onednn.beats_mkl():
             out[rows] = onednn.linear(part, matrix.t())
         else:
             torch.mm(part, matrix, out=out[rows])
