@@ -57,6 +57,8 @@ DISPATCH = "hut_kernels/dispatch.py"
 PEFT = "hut_kernels/integrations/peft"
 PLANNER = "hut_kernels/planner.py"
 TRITON = "hut_kernels/triton"
+FOUR_BIT = "hut_kernels/formats/four_bit.py"
+INT8 = "hut_kernels/formats/int8.py"
 CSRC = "csrc"  # compiled for the CPU, so it takes nvcc
 
 MUTANTS = (
@@ -773,6 +775,83 @@ MUTANTS = (
         "    residual = spec.constant == 1.0 and gamma is None\n",
         "    residual = gamma is None\n",
         ("tests/test_grouped.py", "rounded_to_16"),
+    ),
+    Mutant(
+        "a wrong entry in NF4's table",
+        FOUR_BIT,
+        "-0.5250730514526367",
+        "-0.5250730514526360",
+        ("tests/formats/test_four_bit.py", "tables_are"),
+    ),
+    Mutant(
+        "the two codes of a byte swapped",
+        FOUR_BIT,
+        "    pairs = torch.stack([table[byte >> 4], table[byte & 15]], 1)\n",
+        "    pairs = torch.stack([table[byte & 15], table[byte >> 4]], 1)\n",
+        ("tests/formats/test_four_bit.py", "where_it_is_right"),
+    ),
+    Mutant(
+        "the absmax of the block before",
+        FOUR_BIT,
+        "        torch.mul(blocks, self.absmax(first, last)[:, None], out=blocks)\n",
+        "        torch.mul(blocks, self.absmax(first, last).roll(1)[:, None], out=blocks)\n",
+        ("tests/formats/test_four_bit.py", "where_it_is_right"),
+    ),
+    Mutant(
+        "rows that begin within a block read from its start",
+        FOUR_BIT,
+        "        return values[begin - start : end - start].view(-1, columns)\n",
+        "        return values[: end - begin].view(-1, columns)\n",
+        ("tests/formats/test_four_bit.py", "any_rows"),
+    ),
+    Mutant(
+        "the offset of a quantized absmax forgotten",
+        FOUR_BIT,
+        "        values += offset\n",
+        "",
+        ("tests/formats/test_four_bit.py", "where_it_is_right"),
+    ),
+    Mutant(
+        "the absmax of absmax taken from the first block on",
+        FOUR_BIT,
+        "        values *= absmax[start:stop].repeat_interleave(self.nested)[: len(values)]\n",
+        "        values *= absmax[: stop - start].repeat_interleave(self.nested)[: len(values)]\n",
+        ("tests/formats/test_four_bit.py", "where_it_is_right or any_rows"),
+    ),
+    Mutant(
+        "int8 over 128",
+        INT8,
+        "        return values.mul_(RECIPROCAL) if self.over_127 else values\n",
+        "        return values.mul_(1 / 128) if self.over_127 else values\n",
+        ("tests/formats/test_int8.py", "int8_params"),
+    ),
+    Mutant(
+        "zero points forgotten",
+        INT8,
+        "            values -= self.scales[1][rows, None]\n",
+        "            pass\n",
+        ("tests/formats/test_int8.py", "zero_points"),
+    ),
+    Mutant(
+        "a quantized weight's size measured on its codes",
+        NN,
+        "        dense = formats.dense(weight, torch.float32)\n",
+        "        dense = weight.detach().float()\n",
+        ("tests/formats/test_layers.py", "rates_and_scales"),
+    ),
+    Mutant(
+        "kernel: the two codes of a byte swapped",
+        f"{TRITON}/stored.py",
+        "        q = tl.where(index % 2 == 0, q >> 4, q & 15)\n",
+        "        q = tl.where(index % 2 == 1, q >> 4, q & 15)\n",
+        ("tests/triton/test_stored_weight.py", "dequantized"),
+    ),
+    Mutant(
+        "kernel: the offset of a quantized absmax forgotten",
+        f"{TRITON}/stored.py",
+        "            return value * scale + offset\n",
+        "            return value * scale\n",
+        ("tests/triton/test_stored_weight.py", "dequantized"),
     ),
 )
 

@@ -24,7 +24,7 @@ def _look_up(table: tuple[float, ...], kind: str) -> str:
     """PTX from 4 words of codes and an absmax to 16 words, a pair of neighboring weights each.
 
     $0 ... $15 are the results (the first weight of a pair in the low half), $16 ... $19 the codes,
-    $20 the absmax (and $21 ... $35 its copies, one for each byte).
+    $20 the absmax.
     """
     bits = [struct.unpack("<I", struct.pack("<f", value))[0] for value in table]
     products = ", ".join(f"f{i}" for i in range(16))
@@ -59,7 +59,8 @@ _NF4_BF16 = tl.constexpr(_look_up(TABLES["nf4"], "bf16"))
 _NF4_FP16 = tl.constexpr(_look_up(TABLES["nf4"], "f16"))
 _FP4_BF16 = tl.constexpr(_look_up(TABLES["fp4"], "bf16"))
 _FP4_FP16 = tl.constexpr(_look_up(TABLES["fp4"], "f16"))
-_LOOK_UP_OPERANDS = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 20))
+_LOOK_UP_OPERANDS = tl.constexpr(",".join(["=&r"] * 16 + ["r"] * 5))
+_PAIRS = tl.constexpr((tl.int32,) * 16)
 _RECIPROCAL = tl.constexpr(RECIPROCAL)
 
 
@@ -92,15 +93,12 @@ def absmax_of(
 def code_tile(
     p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
-    ASM: tl.constexpr, WHOLE: tl.constexpr = False,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """The bytes of a tile and the absmax of each, `[BO, BK / 2]`, where blocks lie within rows."""
     o_byte = pid_k * (BK // 2) + tl.arange(0, BK // 2)
     p_q = p_w + o_o.to(tl.int64)[:, None] * row_bytes + o_byte[None, :]
-    if WHOLE:
-        b_q = tl.load(p_q)
-    else:
-        b_q = tl.load(p_q, mask=m_o[:, None] & (o_byte < row_bytes)[None, :], other=0)
+    b_q = tl.load(p_q, mask=m_o[:, None] & (o_byte < row_bytes)[None, :], other=0)
     S: tl.constexpr = BK // BLOCK if BK > BLOCK else 1  # blocks of a row of the tile
     o_s = pid_k * BK // BLOCK + tl.arange(0, S)
     blocks = o_o.to(tl.int64)[:, None] * (K // BLOCK) + o_s[None, :]
@@ -111,14 +109,43 @@ def code_tile(
 
 
 @triton.jit
-def pair_tile(b_q, b_s, FORMAT: tl.constexpr, dtype: tl.constexpr):
-    """Two weights for each byte, `[BO, BK / 2]` int32, the first in the low half."""
+def pair_tile(
+    p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
+    FORMAT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, BO: tl.constexpr,
+    BK: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr, WHOLE: tl.constexpr = False,
+):  # fmt: skip
+    """Two weights of a row in each word, `[BO, BK / 2]` int32, the first in the low half.
+
+    An element of the look-up is 16 bytes of codes and their one absmax, so that it is right in
+    whatever layout the compiler has it: with `pack` it would be in one layout only.
+    """
     BF16: tl.constexpr = _NF4_BF16 if FORMAT == "nf4" else _FP4_BF16
     FP16: tl.constexpr = _NF4_FP16 if FORMAT == "nf4" else _FP4_FP16
     LOOK_UP: tl.constexpr = BF16 if dtype == tl.bfloat16 else FP16
-    return tl.inline_asm_elementwise(
-        LOOK_UP, _LOOK_UP_OPERANDS, [b_q, b_s], dtype=tl.int32, is_pure=True, pack=16
+    G: tl.constexpr = BK // 32
+    o_g = pid_k * G + tl.arange(0, G)
+    o_row = o_o.to(tl.int64)[:, None]
+    m_g = tl.full((BO, G), 1, tl.int1) if WHOLE else m_o[:, None] & (o_g < K // 32)[None, :]
+    p_q = (p_w + (o_row * row_bytes + 16 * o_g[None, :])).to(tl.pointer_type(tl.int32))  # [BO, G]
+    p_q = p_q[:, :, None] + tl.arange(0, 4)[None, None, :]
+    b_q = tl.load(p_q, mask=m_g[:, :, None], other=0)  # [BO, G, 4]
+    blocks = o_row * (K // BLOCK) + (o_g * 32 // BLOCK)[None, :]
+    b_s = absmax_of(p_scales, p_map, p_scales2, p_offset, blocks, m_g, NESTED, ASM)  # [BO, G]
+    even, odd = tl.split(tl.reshape(b_q, (BO, G, 2, 2)))
+    q0, q2 = tl.split(even)
+    q1, q3 = tl.split(odd)
+    b = tl.inline_asm_elementwise(
+        LOOK_UP, _LOOK_UP_OPERANDS, [q0, q1, q2, q3, b_s], dtype=_PAIRS, is_pure=True, pack=1
     )
+    # A join adds the last dimension: the highest bit of a pair's number first.
+    even = tl.join(_four(b[0], b[8], b[4], b[12]), _four(b[2], b[10], b[6], b[14]))
+    odd = tl.join(_four(b[1], b[9], b[5], b[13]), _four(b[3], b[11], b[7], b[15]))
+    return tl.reshape(tl.join(even, odd), (BO, BK // 2))
+
+
+@triton.jit
+def _four(b_0, b_1, b_2, b_3):
+    return tl.join(tl.join(b_0, b_1), tl.join(b_2, b_3))
 
 
 @triton.jit
@@ -170,13 +197,17 @@ def stored_tile(
             b_w = b_w * _RECIPROCAL
         return b_w.to(dtype)
     elif IN_ROWS:
-        b_q, b_s = code_tile(
-            p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
-            BLOCK, NESTED, BO, BK, ASM,
-        )  # fmt: skip
         if PAIRS:
-            return unpaired(pair_tile(b_q, b_s, FORMAT, dtype), BO, BK, dtype)
+            b_pairs = pair_tile(
+                p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
+                FORMAT, BLOCK, NESTED, BO, BK, ASM, dtype,
+            )  # fmt: skip
+            return unpaired(b_pairs, BO, BK, dtype)
         else:
+            b_q, b_s = code_tile(
+                p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
+                BLOCK, NESTED, BO, BK, ASM,
+            )  # fmt: skip
             q = b_q.to(tl.int32)
             even, odd = tl.load(p_table + (q >> 4)) * b_s, tl.load(p_table + (q & 15)) * b_s
             return tl.reshape(tl.join(even.to(dtype), odd.to(dtype)), (BO, BK))
@@ -198,6 +229,7 @@ def stored_operands(weight: Stored) -> tuple[Tensor, ...]:
 
 def stored_options(weight: Stored, dtype: torch.dtype) -> dict[str, Any]:
     """The constexprs of a stored weight that is read in `dtype`."""
+    compiled = not triton.knobs.runtime.interpret
     if not _is_four_bit(weight):
         return {
             "FORMAT": "int8",
@@ -205,18 +237,25 @@ def stored_options(weight: Stored, dtype: torch.dtype) -> dict[str, Any]:
             "NESTED": len(weight.scales) > 1,
             "IN_ROWS": True,
             "PAIRS": False,
-            "ASM": False,
+            "ASM": compiled,
         }
-    _, K, block, nested = weight.form.sizes
-    whole, compiled = K % block == 0, not triton.knobs.runtime.interpret
+    *_, block, nested = weight.form.sizes
+    whole = in_rows(weight)
+    # Codes are loaded as words.
+    aligned = weight.data.data_ptr() % 16 == 0
     return {
         "FORMAT": weight.form.name,
         "BLOCK": block,
         "NESTED": nested,
         "IN_ROWS": whole,
-        "PAIRS": whole and compiled and dtype.itemsize == 2,
+        "PAIRS": whole and compiled and aligned and dtype.itemsize == 2,
         "ASM": compiled,
     }
+
+
+def in_rows(weight: Stored) -> bool:
+    """Tell a weight of which no block runs across the end of a row."""
+    return not _is_four_bit(weight) or weight.form.sizes[1] % weight.form.sizes[2] == 0
 
 
 def _is_four_bit(weight: Stored) -> bool:

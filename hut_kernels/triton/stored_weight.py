@@ -11,14 +11,13 @@ from ..formats import Stored
 from ..layer import Layer
 from .launch import LaunchConfig, cdiv, multiplier_options, on_device, optional
 from .stored import (
-    code_tile,
     modulate_pairs,
     pair_tile,
     stored_operands,
     stored_options,
     stored_tile,
 )
-from .tiles import factor_tile, modulate, ordered_tile, two_sided_tile
+from .tiles import factor_tile, keep_wgmma_async, modulate, ordered_tile, two_sided_tile
 
 
 @triton.jit
@@ -82,14 +81,14 @@ def hut_stored_weight_kernel(
             p_b, pid_o * BO, 0, O, r, stride_bo, stride_br, scaling, BO, BR, FACTOR
         )  # [BO, BR]
         b_a = factor_tile(p_a, 0, pid_k * BK, r, K, stride_ar, stride_ak, 1.0, BR, BK, FACTOR)
-        b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
+        # Or T's constant would become the accumulator's first value, set behind wgmma's fence.
+        b_t = keep_wgmma_async(tl.dot(b_b, b_a, input_precision=THIN), ASM)  # [BO, BK]
 
     if PACKED:  # pairs of weights from the look-up to memory
-        b_q, b_s = code_tile(
+        b_pairs = pair_tile(
             p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
-            BLOCK, NESTED, BO, BK, ASM, WHOLE,
-        )  # fmt: skip
-        b_pairs = pair_tile(b_q, b_s, FORMAT, dtype)  # [BO, BK / 2]
+            FORMAT, BLOCK, NESTED, BO, BK, ASM, dtype, WHOLE,
+        )  # [BO, BK / 2]  # fmt: skip
         if MULTIPLY:
             b_pairs = modulate_pairs(b_pairs, b_t, BO, BK, dtype)
         o_pair = pid_k * (BK // 2) + tl.arange(0, BK // 2)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from hut_kernels import formats
+from hut_kernels import formats, hut_weight
 from hut_kernels.formats.four_bit import FourBit
 from hut_kernels.layer import Layer, Spec
 from hut_kernels.triton import stored_weight
 from hut_kernels.triton.launch import LaunchConfig
+from hut_kernels.triton.launch import kind as kind_of
+from hut_kernels.triton.tables import launch_config
 
 from ..references import error
 from . import cases
@@ -55,4 +57,41 @@ def test_weights_looked_up_in_ptx(arch, dtype, shape, nested):
     assert torch.equal(plain, W0)
     assert torch.equal(one, W0)
     exact = W0.double() * (1 + 0.75 * B.double() @ A.double())
+    assert error(W, exact) <= {torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
+
+
+def test_codes_that_do_not_begin_at_16_bytes():
+    """A thread then loads fewer at once, of several blocks."""
+    weight = random(32, 128, "nf4", 32, 0, torch.bfloat16)
+    shifted = torch.cat([weight.data[:1], weight.data])[1:]
+    assert shifted.data_ptr() % 16
+    moved = FourBit(shifted, weight.scales, weight.form)
+    with executing(80):
+        W0 = stored_weight.launch_dequantize(moved, torch.bfloat16, CONFIG)
+    assert torch.equal(W0, weight.dense(torch.bfloat16))
+
+
+OTHERS = {
+    "direct": (Spec(offset=0.0), False),
+    "gamma": (Spec(), True),
+    "two_sided": (Spec("two_sided"), True),
+}
+
+
+@pytest.mark.parametrize("arch", cases.ARCHITECTURES)
+@pytest.mark.parametrize(("spec", "scaled"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_whose_T_is_applied_in_float32(arch, spec, scaled, dtype):
+    """The look-up is then in one layout, and the product's T in another."""
+    weight = random(40, 192, "nf4", 64, 0, dtype)
+    A, B = torch.randn(5, 192), torch.randn(40, 5)
+    gamma = torch.randn(40) if scaled else None
+    layer = Layer(weight, A, B, gamma=gamma, spec=spec)
+    config = launch_config("stored", f"sm_{arch}", 1, 5, kind_of(dtype))
+    with executing(arch):
+        W = stored_weight.launch_stored_weight(layer, dtype, config)
+    exact = hut_weight(
+        weight.dense(dtype).double(), A.double(), B.double(), gamma=gamma,
+        transform=spec.transform, offset=spec.offset, dtype=torch.float64,
+    )  # fmt: skip
     assert error(W, exact) <= {torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
