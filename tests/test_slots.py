@@ -54,6 +54,19 @@ def test_a_reduction_that_is_long_for_its_loop_misses_the_target(monkeypatch):
     assert missed.startswith("epilogue 1.")
 
 
+def test_a_weight_kernel_in_narrow_tiles_misses_the_target(monkeypatch):
+    assert slots.bytes_line("sm_80", "weight", 16)[1] == []
+    monkeypatch.setattr(slots, "launch_config", lambda *_: LaunchConfig(16, 32, 32, 4, 1))
+    (missed,) = slots.bytes_line("sm_80", "weight", 16)[1]
+    assert "1.50 of a copy's bytes" in missed
+
+
+def test_a_weight_kernel_over_float32_factors_misses_the_target(monkeypatch):
+    monkeypatch.setattr(slots.gate.weight, "cast", lambda tensor, dtype: tensor)
+    (missed,) = slots.bytes_line("sm_80", "weight", 16)[1]
+    assert "1.38 of a copy's bytes" in missed
+
+
 def test_the_command_fails_on_a_missed_target(monkeypatch, capsys):
     arguments = ["--arch", "sm_80", "--kernel", "forward", "--rank", "16", "--tokens", "4096"]
     assert slots.main(arguments) == 0

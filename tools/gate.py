@@ -270,12 +270,13 @@ def _launch_experts(config: Config, layer: Layer, needs: Needs) -> None:
         reduction.add(G, experts)
 
 
-def _splits(config: Config, layer: Layer) -> tuple[int, int]:
-    """The splits of O and K of a call on the architecture's own device."""
+def _splits(config: Config, layer: Layer, rows: int | None = None) -> tuple[int, int]:
+    """The splits of O (of `rows` of it) and K of a call on the architecture's own device."""
     (O, K, r), tiles = layer.sizes, config.row
     sms = next(d.sms for d in devices.DEVICES if d.arch == config.arch)
     bytes_ = O * K * layer.weight.dtype.itemsize
-    return choose_reduction_splits(cdiv(O, tiles.BO), cdiv(K, tiles.BK), O, K, r, bytes_, sms)
+    tiles_o, tiles_k = cdiv(rows or O, tiles.BO), cdiv(K, tiles.BK)
+    return choose_reduction_splits(tiles_o, tiles_k, O, K, r, bytes_, sms)
 
 
 def _layer(kernel: str, variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:

@@ -31,7 +31,7 @@ from typing import Any
 
 import triton
 
-from hut_kernels import devices
+from hut_kernels import devices, planner
 from hut_kernels.dispatch import interpreting
 from hut_kernels.triton.launch import LaunchConfig
 from hut_kernels.triton.tables import launch_config
@@ -275,6 +275,46 @@ def plain_cost(arch: str, kernel: str, N: int, tiles: LaunchConfig) -> Cost:
     return min(costs, key=lambda cost: cost.bound)
 
 
+def bytes_cost(arch: str, kernel: str, r: int) -> tuple[Cost, float]:
+    """The kernels that bytes bind, for a tile: the weight's, and the reduction of G.
+
+    Bytes of the reduction: G's, W0's and the factors'; P's, written and read again by the sum of
+    partials; Q's, added to in memory once a block of G, and read by that sum.
+
+    Returns:
+        The cost, and the bytes from L2 for each weight.
+    """
+    config = gate.Config(
+        arch, kernel, "bf16", r, SIZE, launch_config(kernel, arch, SIZE, r, "bf16")
+    )
+    tiles, compiled = config.row, gate.compile_config(config)
+    item = 2 if compiled.src.signature["p_a"] == "*bf16" else 4
+    code = read(compiled, arch, tiles.warps)
+    elements = tiles.BO * tiles.BK
+    if kernel == "weight":
+        end = max(n for n, line in enumerate(code.code.lines) if gate._opcode(line) == "EXIT")
+        lines, least = code.code.lines[: end + 1], 4.0
+        moved = least + item * r * (1 / tiles.BO + 1 / tiles.BK)
+    else:
+        loops = [code.code.lines[a : b + 1] for a, b in code.code.loops]
+        most = max(map(gate._products, loops))
+        lines, least = min((one for one in loops if gate._products(one) == most), key=len), 6.0
+        device = next(d for d in devices.DEVICES if d.arch == arch)
+        rows = min(SIZE, planner._chunk_rows(SIZE, device))
+        layer = gate._layer(kernel, "plain", "bf16", r, "meta")
+        o_splits, k_splits = gate._splits(config, layer, rows)
+        down = rows // o_splits  # the rows of a block that a program goes down
+        moved = least + item * r / tiles.BK + item * r / down
+        moved += 4 * r * (1 if k_splits == SIZE // tiles.BK else 2) / tiles.BK + 8 * r / down
+        moved += 4 * r * (k_splits + o_splits) / SIZE
+    pipes = count(lines, arch, tiles.warps)
+    pipes["l2"] = moved * elements / L2[arch]
+    slots_ = 1000 * 4 * pipes["issue"] / elements
+    floor = least * elements
+    left = code.registers, code.stack, code.resident
+    return Cost(dict(pipes), 0.0, slots_, moved * elements, floor, *left), moved / least
+
+
 # The table
 
 
@@ -341,6 +381,29 @@ def _missed(arch: str, kernel: str, r: int, N: int, hut: Cost, peer: Cost) -> It
         yield f"bound {dram:.2f} of W0's time from DRAM, at most {FEW}"
 
 
+# The most bytes of the weight kernel over a copy's, and of a reduction's bound over its floor's.
+COPY = {16: 1.25, 64: 1.8}
+REDUCE = {16: 1.25, 64: 1.9}
+
+
+def bytes_line(arch: str, kernel: str, r: int) -> tuple[str, list[str]]:
+    """A line of the second table, and the targets that it misses."""
+    cost, ratio = bytes_cost(arch, kernel, r)
+    bound = cost.bound / (cost.floor / L2[arch])
+    name = f"{arch} {kernel} r{r}"
+    missed = []
+    if kernel == "weight" and ratio > COPY[r]:
+        missed.append(f"{ratio:.2f} of a copy's bytes, at most {COPY[r]}")
+    if kernel == "grad_reduce" and arch == "sm_90" and bound > REDUCE[r]:
+        missed.append(f"bound {bound:.2f} of its floor, at most {REDUCE[r]}")
+    per = cost.bytes / cost.floor * (4 if kernel == "weight" else 6)
+    text = (
+        f"{name:31}{cost.slots:8.0f} slots a thousand, {per:5.2f} bytes a weight "
+        f"({ratio:.2f} of the least), bound {bound:.2f} of the floor by {cost.by}"
+    )
+    return text, [f"MISSED {name}: {one}" for one in missed]
+
+
 HEADER = (
     f"{'cell':31}{'tile/warps/stages':>20} {'progs':>5} |{'slots':>6}{'plain':>7}{'ratio':>6} |"
     f"{'tensor':>7}{'issue':>6}{'shared':>7}{'L2':>6}{'serial':>7} |{'bound':>6} {'by':7}"
@@ -368,7 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.slots")
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     parser.add_argument("--arch", choices=ARCHITECTURES, **several)
-    parser.add_argument("--kernel", choices=gate.PRODUCTS, **several)
+    bound_by_bytes = ("weight", "grad_reduce")
+    parser.add_argument("--kernel", choices=(*gate.PRODUCTS, *bound_by_bytes), **several)
     parser.add_argument("--rank", type=int, choices=gate.RANKS, **several)
     parser.add_argument("--tokens", type=int, choices=gate.TOKENS, **several)
     options = parser.parse_args(arguments)
@@ -378,7 +442,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(HEADER)
     missed = []
     for arch in options.arch or ARCHITECTURES:
-        for kernel in options.kernel or gate.PRODUCTS:
+        for kernel in options.kernel or (*gate.PRODUCTS, *bound_by_bytes):
+            if kernel in bound_by_bytes:
+                for r in options.rank or (16, 64):
+                    text, found_missed = bytes_line(arch, kernel, r)
+                    print(text, flush=True)
+                    missed += found_missed
+                continue
             for N in options.tokens or (16, 4096):
                 if kernel == "grad_factors" and N != 4096:
                     continue  # it has the same tiles for any number of tokens

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layer import Layer
+from ..layer import Layer, cast
 from .launch import (
     LaunchConfig,
     cdiv,
@@ -119,6 +119,12 @@ def launch_weight(
     options = multiplier_options(layer, dtype, config, residual)
     if exact:
         options["THIN"] = "ieee"
+    scaling = layer.spec.scaling
+    if options["FACTOR"] == tl.bfloat16 and not options["TWO_SIDED"] and experts is None:
+        # Once a call: read in float32 and rounded by every program they are twice the bytes.
+        hut_B = layer.hut_B if scaling == 1.0 else layer.hut_B * scaling
+        hut_A, hut_B = cast(layer.hut_A, torch.bfloat16), cast(hut_B, torch.bfloat16)
+        layer, scaling = layer._replace(hut_A=hut_A, hut_B=hut_B), 1.0
     with on_device(out):
         tiles = cdiv(O, config.BO) * cdiv(K, config.BK)
         hut_weight_kernel[(tiles if experts is None else tiles * len(experts),)](
@@ -135,7 +141,7 @@ def launch_weight(
             *out.stride()[-2:],
             *expert_strides(layer),
             layer.spec.constant - subtract_identity,
-            layer.spec.scaling,
+            scaling,
             HAS_GAMMA=layer.gamma is not None,
             STACK=experts is not None,
             GROUP=config.GROUP,
