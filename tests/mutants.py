@@ -780,7 +780,7 @@ MUTANTS = (
         "a wrong entry in NF4's table",
         FOUR_BIT,
         "-0.5250730514526367",
-        "-0.5250730514526360",
+        "-0.5250740514526367",
         ("tests/formats/test_four_bit.py", "tables_are"),
     ),
     Mutant(
