@@ -187,13 +187,13 @@ class TestSuites:
         monkeypatch.setattr(
             cli.layer,
             "measure",
-            lambda shape, r, dtype, device, seconds, names, *_: (
+            lambda shape, r, dtype, device, seconds, names, *_, base: (
                 measured.update({shape: names}) or []
             ),
         )
         options = SimpleNamespace(
             seconds=0, rank=[2], shapes=["8x8"], tokens=[16, 512], provider=None,
-            device=torch.device("cpu"), suite="layer",
+            device=torch.device("cpu"), suite="layer", base=None,
         )  # fmt: skip
         names = ["lora", "hut_low_rank_compiled"]
         groups = cli._layer_groups(options, cli.Size(), torch.float32, names, ["lora"])

@@ -75,10 +75,10 @@ def test_finished_runs_are_kept_after_an_interruption(tmp_path, bert, tastes, mo
     pytest.importorskip("datasets")
     study = finetune_text.Bench.study
 
-    def breaks_off(bench, method):
+    def breaks_off(bench, method, start):
         if method is not METHODS["probe"]:
             raise KeyboardInterrupt
-        return study(bench, method)
+        return study(bench, method, start)
 
     monkeypatch.setattr(finetune_text.Bench, "study", breaks_off)
     data = ["--model", bert, "--dataset", tastes, "--epochs", "0.1"]
