@@ -15,8 +15,10 @@ from torch import Tensor
 from . import onednn
 from .definition import group_index
 
-# Elements of a tile: in float32 they stay in a core's cache until they are used.
+# Elements of a tile: in float32 they stay in a core's cache until they are used. Of a smaller matrix
+# a quarter, so that a tile costs little memory next to W.
 _TILE = 1 << 18
+_WHOLE = 1 << 16  # elements up to which a matrix is one tile
 # The same on devices other than a CPU, where a launch costs more than a cache saves.
 _LAUNCHED_TILE = 1 << 22
 
@@ -43,7 +45,8 @@ class Multiplier:
 
     def tiles(self) -> Sequence[slice]:
         """The rows in pieces; those of `two_sided` are whole groups, or parts of one."""
-        most = _TILE if self.left.is_cpu else _LAUNCHED_TILE
+        quarter = max(_WHOLE, self.rows * self.columns // 4)
+        most = min(_TILE, quarter) if self.left.is_cpu else _LAUNCHED_TILE
         groups = self.r if self.transform == "two_sided" else 1
         return _tiles(self.rows, self.columns, groups, most)
 
@@ -68,7 +71,9 @@ class Multiplier:
         groups, sizes = self.blocks(rows)
         right = take(self.right, groups).reshape(sizes[0], 1, *sizes[2:])
         blocks = None if out is None else out.view(sizes)
-        return torch.mul(left.reshape(*sizes[:3], 1), right, out=blocks).view(-1, self.columns)
+        # Without `out` the result has its operands' order of strides: a transposed one is copied.
+        T = torch.mul(left.reshape(*sizes[:3], 1), right, out=blocks)
+        return T.reshape(-1, self.columns)
 
     def reduce(
         self, rows: slice, H0: Tensor, need_Q: bool, need_P: bool

@@ -271,6 +271,7 @@ def test_nothing_of_an_experts_size_is_saved_but_the_stack():
 def test_onednn_is_taken_where_it_pays(monkeypatch, dtype, products, epilogues, transposed):
     monkeypatch.setattr(onednn, "beats_mkl", lambda: True)
     monkeypatch.setattr(onednn, "emulates_bf16", lambda: False)
+    monkeypatch.setattr(multiplier, "_WHOLE", 1 << 17)  # one tile
     calls = []
     for name in ("linear", "linear_mul"):
         function = getattr(onednn, name)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hut_kernels import devices, planner
+from hut_kernels.multiplier import Multiplier
 from hut_kernels.nn import is_conv1d
 
 from ..data_sheets import Sheet
@@ -190,7 +191,12 @@ def _workspace_on(sheet: Sheet | None) -> Workspace:
     def workspace(name: str, given: Mapping[str, Any]) -> int:
         x, weight = given["x"], given["weight"]
         if device is None:  # PyTorch forms W once a pass
-            return weight.numel() * x.dtype.itemsize
+            W = weight.numel() * x.dtype.itemsize
+            if given["transform"] == "low_rank":
+                return W
+            # T, and H0 times a factor, exist a tile at a time.
+            tile = Multiplier(given["hut_B"], given["hut_A"], given["transform"]).tiles()[0]
+            return W + 2 * (tile.stop - tile.start) * weight.shape[1] * 4
         O, K = weight.shape
         sizes = x.numel() // K, K, O, given["hut_A"].shape[0]
         types = (str(t.dtype).removeprefix("torch.") for t in (x, weight))
