@@ -15,8 +15,8 @@ from torch import Tensor
 from . import onednn
 from .definition import group_index
 
-# Elements of a tile: in float32 they stay in a core's cache until they are used. Of a smaller matrix
-# a quarter, so that a tile costs little memory next to W.
+# Elements of a tile: in float32 they stay in a core's cache until they are used. Of a smaller
+# matrix it is a quarter, so that a tile costs little memory next to W.
 _TILE = 1 << 18
 _WHOLE = 1 << 16  # elements up to which a matrix is one tile
 # The same on devices other than a CPU, where a launch costs more than a cache saves.

@@ -12,6 +12,7 @@ from hut_kernels import (
     explain,
     grouped_backend,
     hut_grouped_linear,
+    multiplier,
     onednn,
     planner,
     torch_backend,
