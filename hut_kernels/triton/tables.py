@@ -92,7 +92,7 @@ forward       16    fp16    16x64x128/4/4/WA 16x64x128/4/4/WA 16x64x128/4/3/WA 1
 forward       64    16-bit  64x64x128/4/3/WA 64x64x128/4/3/WA 64x64x64/4/4/WA  64x64x64/4/3/WA
 forward       128   bf16    128x128x64/8/3/WA 128x128x64/8/3/WA 128x128x64/8/3/WA 128x128x64/8/3/WA
 forward       128+  fp16    128x128x64/8/3/WA 128x128x64/8/3/WA 128x128x64/8/3/WA 128x128x64/8/2/WA
-forward       more  bf16    256x128x64/8/3/WA 256x128x64/8/3/WA 256x128x64/8/2/W 256x128x64/8/2/W
+forward       more  bf16    256x128x64/8/3/WA 256x128x64/8/3/WA 256x128x64/8/2/W 256x128x64/8/2/WA
 forward       16    tf32    16x64x128/4/4/WA 16x64x128/4/4/WA 16x64x128/4/3/WA 16x64x64/4/4/WA
 forward       64    tf32    64x64x128/4/3/WA 64x64x128/4/3/WA 64x64x64/4/4/WA  64x64x64/4/3/WA
 forward       128+  tf32    128x128x64/8/3/WA 128x128x64/8/3/WA 128x128x64/8/2/WA 128x128x32/8/3/WA

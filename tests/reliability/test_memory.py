@@ -161,7 +161,8 @@ def test_a_checkpointed_layer_keeps_nothing_but_its_input():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = checkpoint(model, x, use_reentrant=False)
-    assert [id(tensor) for tensor in kept] == [id(x)]
+    # The checkpoint of PyTorch 2.10 also keeps an empty tensor of its own.
+    assert [id(tensor) for tensor in kept if tensor.numel()] == [id(x)]
     y.sum().backward()
 
 
