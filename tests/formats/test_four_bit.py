@@ -87,9 +87,10 @@ def test_absmax_of_zero_subnormal_infinite_and_nan(quant_type, dtype):
 @every_nesting
 @pytest.mark.parametrize("in_features", [64, 48, 7])
 def test_any_rows_are_those_of_the_whole(in_features, nested, monkeypatch):
-    monkeypatch.setattr("hut_kernels.formats.base._TILE", 5 * in_features)
     stored = formats.stored(four_bit(torch.randn(301, in_features), nested=nested))
     whole = stored.dense(torch.float32)
+    monkeypatch.setattr("hut_kernels.formats.base._TILE", 5 * in_features)
+    assert same(stored.dense(torch.float32), whole)
     for rows in (slice(0, 1), slice(300, 301), slice(3, 200), slice(17, 17)):
         out = torch.empty(rows.stop - rows.start, in_features)
         assert same(stored.read(rows, out), whole[rows])
