@@ -72,8 +72,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "versions": {"hut_kernels": hut_kernels.__version__, **{n: _version(n) for n in PACKAGES}},
         **_commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [_without_folders(word) for word in sys.argv],
     }
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command; an absolute path is its last part, for nobody else has the rest."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def write(file: Path, rows: Iterable[Row], environment: Row, digits: int | None = DIGITS) -> None:

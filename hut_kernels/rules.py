@@ -42,7 +42,7 @@ def refuse_forward_mode(*args: Any) -> Any:
 def is_exporting() -> bool:
     """True within `torch.export`, which keeps a function's forward alone, under `no_grad`.
 
-    The flag itself: before PyTorch 2.13 `torch.compiler.is_exporting()` is true in all that Dynamo
+    The flag itself: in PyTorch 2.10 `torch.compiler.is_exporting()` is true in all that Dynamo
     traces, `torch.compile` included.
     """
     return torch.compiler._is_exporting_flag

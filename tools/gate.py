@@ -79,12 +79,11 @@ VARIANTS = (
 OF_EXPERTS = ("weight", "grad_reduce")
 # What W0 is stored as, for the kernel of that: NF4, doubly quantized, in blocks across rows; int8.
 STORED = ("nf4", "nested", "across", "int8")
-# Instructions a weight of NF4 at most, by rank; doubly quantized it may be 0.5 more. bitsandbytes'
+# Instructions a weight of NF4 at most, by rank; doubly quantized it may be 0.4 more. bitsandbytes'
 # own dequantization and then the weight kernel take 36 to 43 at r 16.
 MOST_INSTRUCTIONS = {16: 11.5, 64: 15.5}
-# Above that: sm_100 moves T from tensor memory to registers and on to the look-up's layout (12.8 at
-# r 16), and sm_120's compiler needs 15.6 at r 64.
-_MORE_BY_ARCH = {"sm_100": 2.5, "sm_120": 0.1}
+# Above that: sm_100, where 12.8 are seen at r 16; probably T's way out of tensor memory.
+_MORE_BY_ARCH = {"sm_100": 2.5}
 HEAVY = ("ragged", "wide", "transposed")  # what needs more than the plain case
 _TENSOR_CORES = {"sm_90": "HGMMA", "sm_100": "UTC*MMA"}  # HMMA elsewhere
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -530,7 +529,7 @@ def _broken_stored_rules(config: Config, lines: list[str]) -> Iterator[str]:
     tiles = config.row
     straight = [line for line in lines if _opcode(line) not in ("NOP", "BRA")]
     found = len(straight) * tiles.warps * 32 / (tiles.BO * tiles.BK)
-    allowed = most + 0.5 * (config.variant == "nested") + _MORE_BY_ARCH.get(config.arch, 0.0)
+    allowed = most + 0.4 * (config.variant == "nested") + _MORE_BY_ARCH.get(config.arch, 0.0)
     if found > allowed:
         yield f"{found:.1f} instructions a weight, at most {allowed:.1f}"
 

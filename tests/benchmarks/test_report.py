@@ -448,3 +448,10 @@ class TestDocuments:
         marked = "<!-- benchmark: model r.jsonl -->\n<!-- end of benchmark -->"
         with pytest.raises(ValueError, match="no row of 'model'"):
             documents.renewed(marked)
+
+
+def test_a_record_names_no_folder_of_its_machine(monkeypatch):
+    words = ["/somewhere/finetune_text.py", "--epochs", "0.3", "--out", "/somewhere/else/sweep"]
+    monkeypatch.setattr("sys.argv", words)
+    command = records.environment(torch.device("cpu"))["command"]
+    assert command == ["finetune_text.py", "--epochs", "0.3", "--out", "sweep"]
