@@ -23,8 +23,8 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "peft", "transformers")
 SUITES = ("layer", "memory", "overhead", "model", "experts", "cost")
-# Runs that are one row each, with whatever it holds: an older form of the CPU's ratios is one.
-RUNS = ("cpu_ratios", "gpu", "demo", "finetune")
+# Runs that are one row each, with whatever it holds.
+RUNS = ("gpu", "demo", "finetune")
 BUSY = 0.05  # of the CPUs, taken by other programs
 DIGITS = 5  # that a figure in a line has; a timing has fewer that mean anything
 Row = dict[str, Any]
@@ -99,19 +99,15 @@ def write(file: Path, rows: Iterable[Row], environment: Row, digits: int | None 
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of a record: of a file of `write`, or of one JSON document, an older form.
+    """The rows of a record, a file of `write`.
 
     Raises:
         ValueError: A line that is not JSON, or not a valid row; the message names it.
     """
-    text = file.read_text()
     rows: list[Row] = []
-    lines = text.splitlines()
-    if text.startswith("{\n"):
-        lines = [" ".join(lines)]
-    for number, text in enumerate(lines, 1):
+    for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
-            row = json.loads(text)
+            row = json.loads(line)
             validate(row)
         except ValueError as error:
             raise ValueError(f"{file.name}, line {number}: {error}") from error

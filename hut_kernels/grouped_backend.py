@@ -21,8 +21,6 @@ from .layer import FactorGrads, Layer, Needs, Spec, acc_dtype, cast, effective_b
 
 # Multiplications from which oneDNN's product repays its longer call.
 _LARGE_PRODUCT = 1 << 21
-# Elements of W that are widened at a time: 8 MB, which malloc has had before.
-_WIDENED = 1 << 21
 _Result = TypeVar("_Result")
 
 
@@ -228,7 +226,7 @@ class _OneByOne:
     def _staged(self, one: Layer, out: Tensor | None = None) -> Tensor:
         """`gamma W` of an expert, in `out` where that is given."""
         if one.hut_A is not None and self.backend is torch_backend:
-            fresh = out is None and not _is_widened(one.weight, self.dtype)
+            fresh = out is None and not onednn.is_widened(one.weight)
             return torch_backend._merged(one, self.dtype, fresh=fresh, out=out)
         if one.hut_A is None:
             W = cast(one.weight, self.dtype)
@@ -259,8 +257,6 @@ class _OneByOne:
 
     def _reduced(self, grad: Tensor, x: Tensor, one: Layer) -> Iterable[Tensor | None]:
         if self.backend is torch_backend:
-            if _is_widened(x, x.dtype):
-                grad, x = grad.float(), x.float()
             return torch_backend.grad_factors(grad, x, one, self.needs, fresh=True)
         made = iter(self.backend.linear_backward(grad, x, one, False, self.needs))
         return [next(made) if needed else None for needed in self.needs]
@@ -285,8 +281,8 @@ def _multiply(x: Tensor, W: Tensor, group: Group, out: Tensor) -> None:
         return
     for matrix, rows in zip(W.unbind(0), group.rows, strict=True):
         part = x[rows]
-        if _is_widened(part, x.dtype):
-            _multiply_widened(part.float(), matrix, out[rows])
+        if onednn.is_widened(part):
+            onednn.multiply_widened(part.float(), matrix, out[rows])
             continue
         large = len(part) * matrix.numel() >= _LARGE_PRODUCT
         wide = x.dtype == torch.float32 and onednn.takes(part, matrix)
@@ -294,20 +290,6 @@ def _multiply(x: Tensor, W: Tensor, group: Group, out: Tensor) -> None:
             out[rows] = onednn.linear(part, matrix.t())
         else:
             torch.mm(part, matrix, out=out[rows])
-
-
-def _multiply_widened(x: Tensor, W: Tensor, out: Tensor) -> None:
-    """Writes `x W` in float32, rounded to out's type, some columns of W at a time."""
-    step = max(1, _WIDENED // len(W))
-    for first in range(0, W.shape[1], step):
-        columns = slice(first, first + step)
-        out[:, columns] = x @ W[:, columns].float()
-
-
-def _is_widened(operand: Tensor, dtype: torch.dtype) -> bool:
-    """True where products of bfloat16 are made in float32, of the same rounded operands."""
-    on_cpu = operand.device.type == "cpu"
-    return on_cpu and dtype == torch.bfloat16 and onednn.emulates_bf16()
 
 
 def _grouped_mm_fits(x: Tensor, W: Tensor) -> bool:

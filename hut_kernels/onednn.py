@@ -1,6 +1,6 @@
-"""Products with an epilogue on a CPU, by the fused operators that PyTorch's oneDNN offers.
+"""Products on a CPU: with an epilogue, by oneDNN's fused operators, and of bfloat16, widened.
 
-Where they are missing, callers take PyTorch's own products. The operators are those that
+Where the operators are missing, callers take PyTorch's own products. They are those that
 `torch.compile` emits for a linear layer followed by a pointwise operation.
 """
 
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+# Elements of W that are widened at a time: 8 MB, which malloc has had before.
+_WIDENED = 1 << 21
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -69,3 +72,16 @@ def emulates_bf16() -> bool:
     instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     known = [getattr(torch.cpu, name)() for name in instructions if hasattr(torch.cpu, name)]
     return platform.machine() in ("x86_64", "AMD64") and len(known) == 2 and not any(known)
+
+
+def is_widened(operand: Tensor) -> bool:
+    """True for bfloat16 of which products are made in float32, of the same rounded operands."""
+    return operand.is_cpu and operand.dtype == torch.bfloat16 and emulates_bf16()
+
+
+def multiply_widened(x: Tensor, W: Tensor, out: Tensor) -> None:
+    """Writes `x W`, x in float32, rounded to out's type, some columns of W at a time."""
+    step = max(1, _WIDENED // max(1, len(W)))
+    for first in range(0, W.shape[1], step):
+        columns = slice(first, first + step)
+        out[:, columns] = x @ W[:, columns].float()

@@ -87,7 +87,7 @@ def grad_input(grad: Tensor, layer: Layer) -> Tensor:
         return split_grad_input(grad, layer, _stage(layer, grad.dtype))
     if _are_few(grad, layer.weight):
         return _grad_input_by_tiles(grad, layer)
-    return grad @ _merged(layer, grad.dtype)
+    return _multiplied(grad, _merged(layer, grad.dtype))
 
 
 def _is_small(weight: Tensor | Stored) -> bool:
@@ -172,8 +172,17 @@ def split_forward(x: Tensor, layer: Layer, stage: Stage, total_bias: Tensor | No
 
 def split_grad_input(grad: Tensor, layer: Layer, stage: Stage) -> Tensor:
     """`grad (gamma W0) + grad update` with the update `gamma (W0 * (T - 1))`."""
-    dx = grad @ _scaled_base(layer, grad.dtype, stage)
-    return dx.add_(grad @ stage(True))
+    dx = _multiplied(grad, _scaled_base(layer, grad.dtype, stage))
+    return dx.add_(_multiplied(grad, stage(True)))
+
+
+def _multiplied(grad: Tensor, W: Tensor) -> Tensor:
+    """`grad W`, `[..., in]`; forward's product is that of the base layer instead, to the bit."""
+    if not onednn.is_widened(grad):
+        return grad @ W
+    dx = grad.new_empty((*grad.shape[:-1], W.shape[1]))
+    onednn.multiply_widened(as_rows(grad).float(), W, dx.view(-1, W.shape[1]))
+    return dx
 
 
 def grad_factors(
@@ -187,7 +196,7 @@ def grad_factors(
     few = _are_few(x, weight)
     # G may be rounded to bf16, which has the range of float32, once; in fp16 it would overflow.
     acc = acc_dtype(x_dtype)
-    dtype = acc if few or x_dtype == torch.float16 else x_dtype
+    dtype = acc if few or x_dtype == torch.float16 or onednn.is_widened(x) else x_dtype
     x, grad_t = cast(as_rows(x), dtype), cast(as_rows(grad), dtype).t()
     multiplier = _gradient_multiplier(layer, acc)
     need_rows = needs.gamma and layer.spec.constant != 0.0

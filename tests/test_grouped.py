@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hut_kernels import (
     HUTBackendError,
     explain,
-    grouped_backend,
     hut_grouped_linear,
     multiplier,
     onednn,
@@ -291,11 +290,11 @@ def test_onednn_is_taken_where_it_pays(monkeypatch, dtype, products, epilogues, 
 def test_products_of_bf16_are_made_where_the_cpu_is_fast(monkeypatch, form, transposed, emulates):
     """In float32 where it has no instructions for bf16; some columns of W at a time."""
     monkeypatch.setattr(onednn, "emulates_bf16", lambda: emulates)
-    monkeypatch.setattr(grouped_backend, "_WIDENED", 1 << 14)
+    monkeypatch.setattr(onednn, "_WIDENED", 1 << 14)
     types = []
-    multiply = grouped_backend._multiply_widened
+    multiply = onednn.multiply_widened
     monkeypatch.setattr(
-        grouped_backend, "_multiply_widened", lambda *args: types.append(args) or multiply(*args)
+        onednn, "multiply_widened", lambda *args: types.append(args) or multiply(*args)
     )
     experts = stack(264, 256, 3, (0, 1, 33), maker=make_normal, dtype=torch.bfloat16, **form)
     results = experts.run(transposed=transposed)

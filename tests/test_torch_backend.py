@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from hut_kernels import multiplier, onednn, torch_backend
@@ -241,6 +242,32 @@ def test_the_sums_of_a_bfloat16_layer_are_wide():
     case = make(1, 8, 6, 2, dtype=torch.bfloat16, vectors="bias gamma beta", transform="two_sided")
     many = case.replace(x=case.x.expand(4096, 8), grad=case.grad.expand(4096, 6))
     check(many, run(many))
+
+
+@every_form
+@pytest.mark.parametrize("precision", ["merged", "split"])
+@pytest.mark.parametrize("emulates", [False, True])
+def test_gradients_of_bfloat16_are_multiplied_where_the_cpu_is_fast(
+    form, precision, emulates, monkeypatch
+):
+    """In float32 where it has no instructions for bfloat16, some columns of W at a time."""
+    monkeypatch.setattr(onednn, "emulates_bf16", lambda: emulates)
+    monkeypatch.setattr(onednn, "_WIDENED", 4 * 13)
+    calls, multiply = [], onednn.multiply_widened
+    monkeypatch.setattr(
+        onednn, "multiply_widened", lambda *args: calls.append(args) or multiply(*args)
+    )
+    options = {"vectors": "bias gamma", "precision": precision, **form}
+    case = make_normal(9, 21, 13, 3, dtype=torch.bfloat16, **options)
+    check(case, run(case))
+    products = {"merged": 1, "split": 2}[precision]
+    assert len(calls) == (products if emulates else 0)
+    del calls[:]
+    fresh = {"transform": "low_rank", "offset": 1.0, "hut_B": torch.zeros_like(case.hut_B)}
+    y = forward(case.replace(gamma=None, **fresh))
+    assert not calls
+    base = F.linear(case.x, case.weight, case.bias.bfloat16())
+    assert torch.equal(y, base)  # by the base layer's own product
 
 
 # No work beyond the products

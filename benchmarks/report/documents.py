@@ -5,9 +5,9 @@
     <!-- end of benchmark -->
 
 KIND is a suite, whose tables in full are wanted; `brief`, for a layer record and a memory record in
-one small table; `ratios`, for a record of `make bench-cpu` in sentences; `finetune`, for one of
-`make finetune`; or `cost`, which needs no FILE. Files lie in benchmarks/results/. A picture is an
-SVG that holds its record's checksum.
+one small table; `targets`, for the project's targets as a record meets or misses them; `finetune`,
+for a record of `make finetune`; or `cost`, which needs no FILE. Files lie in benchmarks/results/. A
+picture is an SVG that holds its record's checksum.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 from .. import records
 from ..shapes import MODELS, parsed
 from ..suites import cost
-from . import finetunes, tables
+from . import finetunes, tables, targets
 
 RESULTS = records.ROOT / "benchmarks" / "results"
 FOLDER = records.ROOT / "docs" / "pictures"
@@ -59,9 +59,9 @@ def _generated(found: re.Match[str]) -> str:
         shown = (table.markdown() for table in finetunes.tables(record))
         said = "\n".join(f"- {line}" for line in finetunes.sentences(record))
         return "\n\n".join([*shown, said, tables.provenance([record])])
-    if kind == "ratios":
-        rows = records.read(RESULTS / names[0])
-        return f"{_ratios(rows[0]['rows'])} {tables.provenance(rows)}"
+    if kind == "targets":
+        runs = tables.grouped(records.read(RESULTS / names[0]), "environment.date")
+        return "\n\n".join(_judged(rows) for _, rows in runs)
     some = [records.read(RESULTS / name) for name in names]
     if kind == "brief":
         layers, memory = some
@@ -82,14 +82,10 @@ def _generated(found: re.Match[str]) -> str:
     )
 
 
-def _ratios(rows: list[Row]) -> str:
-    """The ratios of a CPU record of the older form, each median where it was measured."""
-    medians: dict[str, list[str]] = {}
-    for row in rows:
-        if "ratio" in row:
-            where, what = row["what"].split(": ")
-            medians.setdefault(what, []).append(f"{row['ratio']['median']:.2f} ({where})")
-    return " ".join(f"{what}: {', '.join(found)}." for what, found in medians.items())
+def _judged(rows: list[Row]) -> str:
+    """The targets that a run's rows judge, and where they were measured."""
+    measured = [target for target in targets.TARGETS if any(targets.lines(target, rows))]
+    return f"{targets.table(rows, measured).markdown()}\n\n{tables.provenance(rows)}"
 
 
 def _counted() -> list[Row]:

@@ -415,13 +415,23 @@ class TestDocuments:
         assert said.count("Measured on") == 1
         assert documents.renewed(said) == said
 
-    def test_ratios_are_said_with_where_they_were_measured(self, tmp_path, monkeypatch):
+    def test_the_targets_that_a_record_judges_stand_run_by_run(self, tmp_path, monkeypatch):
         monkeypatch.setattr(documents, "RESULTS", tmp_path)
-        rows = [{"what": "a: HUT / products", "ratio": quantiles(1.25)}]
-        old = {"schema_version": 1, "suite": "cpu_ratios", "environment": environment()}
-        (tmp_path / "c.json").write_text(json.dumps({**old, "rows": rows}, indent=1))
-        said = documents.renewed("<!-- benchmark: ratios c.json -->\n<!-- end of benchmark -->")
-        assert "HUT / products: 1.25 (a). Measured on" in said
+        case = {"tokens": 16, "in_features": 16, "out_features": 16, "r": 8}
+        text = ""
+        for day, ratio in ((1, 0.8), (2, 1.5)):
+            there = environment(date=f"2026-11-0{day}")
+            records.write(
+                tmp_path / "r.jsonl", [row(suite="overhead", case=case, ratio=ratio)], there
+            )
+            text += (tmp_path / "r.jsonl").read_text()
+        (tmp_path / "r.jsonl").write_text(text)
+        said = documents.renewed("<!-- benchmark: targets r.jsonl -->\n<!-- end of benchmark -->")
+        assert said.count("overhead, step: HUT low_rank / LoRA (PEFT)") == 2
+        assert "0.80 (0.77–0.83) | met |" in said
+        assert "1.50 (1.44–1.56) | MISSED |" in said
+        assert said.count("Measured on") == 2
+        assert targets.UNMEASURED not in said
 
     def test_no_picture_is_stale(self):
         assert not documents.stale_pictures(), "run `python -m benchmarks tables`"
