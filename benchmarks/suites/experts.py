@@ -197,12 +197,12 @@ class _Lora(nn.Module):
 
     def _project(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         factors: Any = self.factors[name]
-        bounds = [0, *offsets.tolist()]
+        counts = [end - start for start, end in pairwise([0, *offsets.tolist()])]
+        # In one split: a slice's backward would fill a gradient of all rows for each expert.
+        parts = x.split(counts)
+        hut_A, hut_B = factors.hut_A.to(x.dtype), factors.hut_B.to(x.dtype)
         update = [
-            F.linear(F.linear(x[start:end], A), B)
-            for (start, end), A, B in zip(
-                pairwise(bounds), factors.hut_A.to(x.dtype), factors.hut_B.to(x.dtype), strict=True
-            )
+            F.linear(F.linear(part, A), B) for part, A, B in zip(parts, hut_A, hut_B, strict=True)
         ]
         return grouped_product(x, getattr(self.base, name), offsets) + torch.cat(update)
 
