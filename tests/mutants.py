@@ -40,6 +40,7 @@ class Mutant:
 DEFINITION = "hut_kernels/definition.py"
 LAYER = "hut_kernels/layer.py"
 TORCH = "hut_kernels/torch_backend.py"
+ONEDNN = "hut_kernels/onednn.py"
 AUTOGRAD = "hut_kernels/autograd.py"
 OPS = "hut_kernels/ops.py"
 RULES = "hut_kernels/rules.py"
@@ -143,8 +144,8 @@ MUTANTS = (
     Mutant(
         "G in float16",
         TORCH,
-        "    dtype = acc if few or x_dtype == torch.float16 else x_dtype\n",
-        "    dtype = acc if few else x_dtype\n",
+        "acc if few or x_dtype == torch.float16 or",
+        "acc if few or",
         ("tests/test_torch_backend.py", "overflow"),
     ),
     Mutant(
@@ -749,11 +750,18 @@ MUTANTS = (
         ("tests/triton/test_grouped.py", "equals_float64"),
     ),
     Mutant(
-        "the last columns of an expert's widened W dropped",
-        GROUPED_BACKEND,
+        "the last columns of a widened W dropped",
+        ONEDNN,
         "    for first in range(0, W.shape[1], step):\n",
         "    for first in range(0, W.shape[1] - W.shape[1] % step, step):\n",
-        ("tests/test_grouped.py", "products_of_bf16"),
+        ("tests/test_torch_backend.py", "where_the_cpu_is_fast"),
+    ),
+    Mutant(
+        "G multiplied in bf16 where the CPU has no instructions for it",
+        TORCH,
+        " or onednn.is_widened(x) else x_dtype",
+        " else x_dtype",
+        ("tests/test_torch_backend.py", "where_the_cpu_is_fast"),
     ),
     Mutant(
         "experts' rows combined in the order of experts",

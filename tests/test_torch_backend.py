@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hut_kernels import multiplier, onednn, torch_backend
@@ -262,12 +263,28 @@ def test_gradients_of_bfloat16_are_multiplied_where_the_cpu_is_fast(
     check(case, run(case))
     products = {"merged": 1, "split": 2}[precision]
     assert len(calls) == (products if emulates else 0)
+    assert (torch.bfloat16 in types_of_products(grad_factors, case, True, True, False)) != emulates
     del calls[:]
     fresh = {"transform": "low_rank", "offset": 1.0, "hut_B": torch.zeros_like(case.hut_B)}
     y = forward(case.replace(gamma=None, **fresh))
     assert not calls
     base = F.linear(case.x, case.weight, case.bias.bfloat16())
     assert torch.equal(y, base)  # by the base layer's own product
+
+
+def types_of_products(function, *args):
+    """The types whose matrices a function multiplies."""
+    types = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, _, args=(), kwargs=None):
+            if operator.overloadpacket is torch.ops.aten.mm:
+                types.add(args[0].dtype)
+            return operator(*args, **(kwargs or {}))
+
+    with Products():
+        function(*args)
+    return types
 
 
 # No work beyond the products
