@@ -158,7 +158,7 @@ def merge(model: nn.Module) -> nn.Module:
         with named(name):
             layer.check_plain()
     embedding = _tied_embedding(model)
-    quantized = {layer for _, layer in layers if formats.is_quantized(layer.weight)}
+    quantized = {layer for _, layer in layers if formats.is_quantized(formats.base_weight(layer))}
     _prepare_dense(model, quantized)
     plain: dict[nn.Module, nn.Module] = {}
     for name, layer in layers:

@@ -210,7 +210,7 @@ def _refuse(name: str, tensor: object, device: torch.device | None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype not in FLOATS:
-        lost = "; a quantized weight loses its class, and what belongs to its codes, by pickle"
+        lost = "; a quantized one loses its class, and what belongs to its codes, by pickle or FSDP"
         hint = lost if name == "weight" and tensor.dtype in (torch.uint8, torch.int8) else ""
         raise TypeError(f"{name} must be one of {_FLOAT_NAMES}; got {tensor.dtype}{hint}")
     if tensor.layout is not torch.strided or tensor.is_nested:

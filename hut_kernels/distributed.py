@@ -23,6 +23,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from . import formats
 from .errors import HUTBackendError
 from .nn import HUTLinear
 
@@ -249,6 +250,11 @@ def _check_shardable(style: str, layer: HUTLinear, mesh: DeviceMesh, side: str) 
     if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
         raise HUTBackendError(
             f"{style}: the layer is sharded already; parallelize_module goes before fully_shard"
+        )
+    if formats.is_quantized(formats.base_weight(layer)):
+        raise HUTBackendError(
+            f"{style}: the weight is quantized ({type(layer.weight).__name__}), and a part of its "
+            f"codes is no part of it: dequantize the model, or shard it by fully_shard"
         )
     if mesh.ndim != 1:
         raise ValueError(

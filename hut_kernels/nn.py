@@ -172,6 +172,8 @@ class HUTLinear(nn.Module):
     """
 
     dense_default: torch.dtype = torch.float16
+    quant_state: Any = None  # of a weight in four bits, kept as a Linear4bit keeps it
+    quant_storage: torch.dtype | None = None
     weight: nn.Parameter
     bias: nn.Parameter | None
     hut_A: nn.Parameter
@@ -274,6 +276,7 @@ class HUTLinear(nn.Module):
         layer._conv1d_class = type(linear) if conv1d else None
         layer.compute_dtype = formats.compute_dtype(linear)
         layer.weight = formats.shared(weight)
+        layer._keep_quant_state()
         if layer.bias is not None:
             bias = linear.get_parameter("bias").detach()
             layer.bias = nn.Parameter(bias, requires_grad=False)
@@ -310,7 +313,7 @@ class HUTLinear(nn.Module):
         """List the layer's one adapter, for `parameter_groups`."""
         factors = self.hut_A, self.hut_B, self.gamma, self.beta
         form = self.transform, self.offset, self.scale_by_rms
-        return [TrainedFactors(self._tensor("weight"), *factors, *form)]
+        return [TrainedFactors(self._base(), *factors, *form)]
 
     @torch.no_grad()
     def reset_factors(self) -> None:
@@ -322,7 +325,7 @@ class HUTLinear(nn.Module):
             ValueError: `scale_by_rms` over a weight that is all zero or not finite.
         """
         if self.scale_by_rms and not self.weight.is_meta:
-            self.rms = rms(self.weight)
+            self.rms = rms(self._base())
         init_factors_(self.hut_A, self.hut_B, self.transform, self.offset)
         if self.gamma is not None and self.beta is not None:
             self.gamma.fill_(1.0)
@@ -368,9 +371,13 @@ class HUTLinear(nn.Module):
         d = F.dropout(x, self.dropout)
         return dropout_forward(x, d, self._forward, self._matrix(), self.gamma)
 
+    def _base(self) -> Tensor:
+        """The frozen weight as it is stored, in four bits with what belongs to its codes."""
+        return self._tensor("weight") if self.quant_state is None else formats.base_weight(self)
+
     def _matrix(self) -> Tensor:
         """The frozen weight as `[out_features, in_features]`, a view where it is a Conv1D's."""
-        weight = self._tensor("weight")
+        weight = self._base()
         return weight if self._conv1d_class is None else weight.t()
 
     def _tensors(self) -> LayerTensors:
@@ -378,6 +385,7 @@ class HUTLinear(nn.Module):
         own = self._parameters
         if (
             self._conv1d_class is None
+            and self.quant_state is None
             and "weight" in own
             and "hut_A" in own
             and "hut_B" in own
@@ -421,7 +429,7 @@ class HUTLinear(nn.Module):
             >>> layer.explain(2048, "A100").forward
             'staged'
         """
-        W0 = formats.stored(self.weight)
+        W0 = formats.stored(self._base())
         weight_dtype: torch.dtype | str = W0.dtype
         if isinstance(W0, formats.Stored):
             weight_dtype = W0.form.name.partition("_")[0]
@@ -485,7 +493,7 @@ class HUTLinear(nn.Module):
             TypeError: the layer has a `forward` of its own, put on it or in a subclass.
         """
         self.check_plain()
-        if formats.is_quantized(self.weight):
+        if formats.is_quantized(self._base()):
             formats.warn_of_size(1, *self.sizes())
         return self.plain()
 
@@ -506,18 +514,18 @@ class HUTLinear(nn.Module):
     @property
     def dense_dtype(self) -> torch.dtype:
         """The type of the merged weight: that of `weight`, or a quantized layer's compute type."""
-        if formats.is_quantized(self.weight):
+        if formats.is_quantized(self._base()):
             return formats.dense_dtype(self, self.dense_default)
         return self.weight.dtype
 
     def sizes(self) -> tuple[int, int]:
         """Count the bytes of a quantized weight, and of the dense one that merging makes of it."""
         dense = self.in_features * self.out_features * self.dense_dtype.itemsize
-        return formats.stored(self.weight).nbytes, dense
+        return formats.stored(self._base()).nbytes, dense
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, value in formats.statistics(self._parameters.get("weight")).items():
+        for name, value in formats.statistics(self).items():
             destination[prefix + name] = value
         if self.rms is not None:
             destination[prefix + "rms"] = torch.tensor(self.rms, dtype=torch.float64)
@@ -534,15 +542,35 @@ class HUTLinear(nn.Module):
     ) -> None:
         if self.scale_by_rms and prefix + "rms" in state_dict:
             self.rms = float(state_dict.pop(prefix + "rms"))
+        known = formats.statistics(self)
+        found = {name: state_dict[prefix + name] for name in known if prefix + name in state_dict}
+        absent = [prefix + name for name in known if name not in found]
+        missing_keys += absent
+        # Also under strict=False, which lets keys be absent.
+        if absent and prefix + "weight" in state_dict:
+            error_msgs.append(
+                f"{prefix}weight is quantized, and of what belongs to its codes there is no "
+                f"{', '.join(absent)}: load the weights of a model that is quantized alike, or none"
+            )
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        known = formats.statistics(self._parameters.get("weight"))
-        found = {name: state_dict[prefix + name] for name in known if prefix + name in state_dict}
-        missing_keys += [prefix + name for name in known if name not in found]
-        if known and len(found) == len(known):
-            formats.load_statistics(self._parameters.get("weight"), found)
+        if known and not absent:
+            formats.load_statistics(self, found)
             unexpected_keys[:] = [key for key in unexpected_keys if key[len(prefix) :] not in known]
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if self.quant_state is not None:  # pickle takes its class off a weight
+            weight: Any = formats.base_weight(self)
+            self._parameters["weight"] = weight
+            self._keep_quant_state()
+
+    def _keep_quant_state(self) -> None:
+        weight = self._parameters.get("weight")
+        self.quant_state = getattr(weight, "quant_state", None)
+        self.quant_storage = getattr(weight, "quant_storage", None)
 
     def check_plain(self) -> None:
         """Refuse a layer that no plain layer can stand for; raises what `to_linear` does."""

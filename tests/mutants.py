@@ -827,6 +827,27 @@ MUTANTS = (
         ("tests/formats/test_four_bit.py", "where_it_is_right or any_rows"),
     ),
     Mutant(
+        "a repacked absmax read as it lies",
+        FOUR_BIT,
+        "    absmax = state.absmax.t() if state.absmax.ndim > 1 else state.absmax\n",
+        "    absmax = state.absmax\n",
+        ("tests/formats/test_four_bit.py", "repacked"),
+    ),
+    Mutant(
+        "the order of codes by the mark of a quant_state that they share",
+        FOUR_BIT,
+        "    if weight.shape != (out_features, in_features // 2) or in_features <= 2:\n",
+        "    if not getattr(state, 'packing_format_for_cpu', False):\n",
+        ("tests/formats/test_four_bit.py", "shares"),
+    ),
+    Mutant(
+        "codes loaded without what belongs to them",
+        NN,
+        '        if absent and prefix + "weight" in state_dict:\n',
+        "        if False:\n",
+        ("tests/formats/test_layers.py", "belongs_to_them"),
+    ),
+    Mutant(
         "int8 over 128",
         INT8,
         "        return values.mul_(RECIPROCAL) if self.over_127 else values\n",

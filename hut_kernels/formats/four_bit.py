@@ -7,7 +7,9 @@ a 256-entry map, scaled by the absmax of its own block, plus an offset (double q
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -88,8 +90,7 @@ class RepackedFourBit(FourBit):
     """A bitsandbytes weight as an evaluation on an AVX512 CPU leaves it, changed in place.
 
     Byte `[n, k, j]` of `[out / 32, in / 2, 32]` holds column `2 k + j % 2` of two rows of block n:
-    row `j // 2` in its low half, row `16 + j // 2` in its high half. absmax is rounded to bfloat16
-    for good, and transposed: `[in / block, out]`.
+    row `j // 2` in its low half, row `16 + j // 2` in its high half.
     """
 
     def _values(self, rows: slice) -> Tensor:
@@ -99,12 +100,19 @@ class RepackedFourBit(FourBit):
         pairs = self._look_up(codes)[: 2 * len(codes)].view(-1, columns // 2, 16, 2, 2)
         # [n, k, row of 16, odd column, low half] -> [n, high half, row of 16, k, odd column]
         values = pairs.permute(0, 4, 2, 1, 3).flip(1).reshape(-1, columns // self.block, self.block)
-        absmax = self.scales[0].view(-1, len(self))[:, first * 32 : last * 32]
-        values = values.mul_(absmax.t()[:, :, None]).view(-1, columns)
+        blocks = columns // self.block
+        absmax = self.absmax(first * 32 * blocks, last * 32 * blocks).view(-1, blocks, 1)
+        values = values.mul_(absmax).view(-1, columns)
         return values[rows.start - first * 32 : rows.stop - first * 32]
 
+    def in_order(self) -> Tensor:
+        """The codes as a `FourBit` has them."""
+        codes = self.data.view(-1, self.shape[1] // 2, 16, 2)
+        codes = torch.stack([codes & 15, codes >> 4], 1).permute(0, 1, 3, 2, 4)
+        return (codes[..., 0] << 4 | codes[..., 1]).reshape(-1)
 
-def read(weight: Any) -> Stored:
+
+def read(weight: Any) -> FourBit:
     """A `Params4bit` taken apart.
 
     Raises:
@@ -121,7 +129,7 @@ def read(weight: Any) -> Stored:
     if len(state.shape) != 2:
         raise HUTBackendError(f"weight (Params4bit) must have 2 dimensions; got {state.shape}")
     out_features, in_features = state.shape
-    size, repacked = out_features * in_features, getattr(state, "packing_format_for_cpu", False)
+    size, repacked = out_features * in_features, _is_repacked(weight, state)
     storage = torch.uint8 if repacked else weight.quant_storage
     # Bytes of another type than they were stored as were converted as if they were numbers.
     if weight.dtype != storage or weight.nbytes != (size + 1) // 2:
@@ -132,16 +140,66 @@ def read(weight: Any) -> Stored:
             f"it again, with quant_storage=torch.uint8 where the model is converted"
         )
     data = weight.data.view(torch.uint8).reshape(-1)
-    if repacked:
-        dtype = getattr(state, "original_dtype", state.dtype)
-        sizes = out_features, in_features, state.blocksize, 0
-        absmax = state.absmax.float().reshape(-1)
-        return RepackedFourBit(
-            data, (absmax,), Layout(f"{state.quant_type}_repacked", sizes, dtype)
-        )
     scales, nested = _scales(state)
     sizes = out_features, in_features, state.blocksize, nested
-    return FourBit(data, scales, Layout(state.quant_type, sizes, state.dtype))
+    dtype = getattr(state, "original_dtype", state.dtype)
+    if repacked:
+        return RepackedFourBit(data, scales, Layout(f"{state.quant_type}_repacked", sizes, dtype))
+    return FourBit(data, scales, Layout(state.quant_type, sizes, dtype))
+
+
+def _is_repacked(weight: Any, state: Any) -> bool:
+    """Tell codes in the order of `RepackedFourBit`, by their shape.
+
+    The mark is the quant_state's, which several weights may share, one of them repacked.
+
+    Raises:
+        HUTBackendError: They have that shape, and a quant_state that knows nothing of it.
+    """
+    out_features, in_features = state.shape
+    if weight.shape != (out_features, in_features // 2) or in_features <= 2:
+        return False
+    if not hasattr(state, "packing_format_for_cpu"):
+        raise HUTBackendError(
+            f"weight is a Params4bit of {tuple(weight.shape)} bytes, the shape that an evaluation "
+            f"on a CPU repacks it to, but its quant_state is one of before: give it that of the "
+            f"evaluated layer's weight, or load it again"
+        )
+    return True
+
+
+def in_order(weight: Any) -> Any:
+    """A `Params4bit` of the same W0, with a quant_state of its own, and repacked no more."""
+    other = copy.copy(weight)
+    other.module = None  # the layer, which asks for it when it quantizes
+    state = other.quant_state = copy.copy(weight.quant_state)
+    state.state2 = copy.copy(getattr(state, "state2", None))
+    if hasattr(state, "packing_format_for_cpu"):
+        W0 = read(weight)
+        if isinstance(W0, RepackedFourBit):
+            other.data = W0.in_order().view(weight.quant_storage).view(-1, 1)
+        if not state.nested:
+            (state.absmax,) = W0.scales
+        state.dtype, state.packing_format_for_cpu = W0.dtype, False
+    return other
+
+
+def restored(codes: Tensor, layer: Any) -> Any:
+    """The `Params4bit` of codes that have lost their class, with what their layer keeps of it.
+
+    FSDP hands out what it has gathered as a plain parameter, and so does pickle.
+    """
+    state = getattr(codes, "quant_state", None) or layer.quant_state
+    kind = sys.modules["bitsandbytes"].nn.Params4bit  # as sure as there is a quant_state of it
+    return kind(
+        codes.detach(),
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=layer.quant_storage,
+        bnb_quantized=True,
+    )
 
 
 def _scales(state: Any) -> tuple[tuple[Tensor, ...], int]:
@@ -155,13 +213,9 @@ def _scales(state: Any) -> tuple[tuple[Tensor, ...], int]:
         values = second.code.index_select(0, codes.int())
         values *= second.absmax.repeat_interleave(second.blocksize)[: len(values)]
         return ((values.to(second.dtype) + state.offset).float(),), 0
-    if state.absmax.ndim > 1:
-        raise HUTBackendError(
-            "weight is a Params4bit whose absmax an evaluation on this CPU, then state_dict(), "
-            "has left transposed: the layer and what was saved of it are wrong; load the original "
-            "checkpoint again"
-        )
-    return (state.absmax.float(),), 0
+    # Repacking transposes it; state_dict() then restores the codes, and forgets to turn it back.
+    absmax = state.absmax.t() if state.absmax.ndim > 1 else state.absmax
+    return (absmax.float().reshape(-1),), 0
 
 
 @functools.cache

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import HUTBackendError
+from . import four_bit
+
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def base_weight(linear: Any) -> Tensor:
     """The weight of a layer, with what the layer keeps for it.
 
     The first forward of a `Linear8bitLt` moves the row scales from the weight to the layer's state.
+    A `Linear4bit` has a quant_state of its own, for a weight that has lost its class.
+
+    Raises:
+        HUTBackendError: The weight is a part of codes in four bits, sharded by FSDP.
     """
     weight: Any = linear.weight
     scales = getattr(getattr(linear, "state", None), "SCB", None)
     if scales is not None and getattr(weight, "SCB", scales) is None:
         weight.SCB = scales
+    if getattr(linear, "quant_state", None) is None:
+        return weight
+    if hasattr(weight, "_local_tensor"):
+        raise HUTBackendError(
+            f"weight is sharded ({type(weight).__name__}), and a part of codes in four bits cannot "
+            f"be read: the model's forward gathers it (or weight.full_tensor()); parameter_groups, "
+            f"merge and the like come before fully_shard"
+        )
+    if type(weight) in _PLAIN or getattr(weight, "quant_state", None) is None:
+        return four_bit.restored(weight, linear)
     return weight
 
 
 def shared(weight: Any) -> nn.Parameter:
     """Another parameter, frozen, on the same storage.
 
-    The libraries change a quantized weight in place, which the other one does not follow.
+    The libraries change a quantized weight in place, which the other one does not follow. One that
+    an evaluation has repacked so is put in order again, in storage of its own.
     """
     if hasattr(weight, "quant_state"):
-        other = copy.copy(weight)
-        other.module = None  # the layer, which asks for it when it quantizes
-        other.quant_state = copy.copy(weight.quant_state)
-        other.quant_state.state2 = copy.copy(getattr(weight.quant_state, "state2", None))
-        return other
+        return four_bit.in_order(weight)
     if hasattr(weight, "SCB"):
-        codes = weight.data
         return type(weight)(
-            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=weight.SCB
+            weight.data, requires_grad=False, has_fp16_weights=False, SCB=weight.SCB
         )
     return nn.Parameter(weight.detach(), requires_grad=False)
 
@@ -66,7 +80,8 @@ def dense_dtype(linear: Any, default: torch.dtype = torch.float16) -> torch.dtyp
         return given
     if hasattr(linear.weight, "SCB"):
         return default if linear.bias is None else linear.bias.dtype
-    state = getattr(linear.weight, "quant_state", linear.weight)
+    weight: Any = base_weight(linear)
+    state = getattr(weight, "quant_state", weight)
     return getattr(state, "original_dtype", state.dtype)  # repacked ones have taken another
 
 
@@ -106,20 +121,29 @@ def forget_quantization(model: Any) -> None:
         del model.config.quantization_config
 
 
-def statistics(weight: Any) -> dict[str, Tensor]:
+def statistics(layer: Any) -> dict[str, Tensor]:
     """A quantized weight's entries in a checkpoint beside its codes, as its library names them."""
-    if getattr(weight, "quant_state", None) is not None:
-        entries = weight.quant_state.as_dict(packed=True)
+    weight = layer._parameters.get("weight")
+    if (state := _quant_state(layer)) is not None:
+        entries = state.as_dict(packed=True)
         return {f"weight.{name}": value.detach() for name, value in entries.items()}
     if getattr(weight, "SCB", None) is not None:
         return {"SCB": weight.SCB.detach(), "weight_format": torch.tensor(0, dtype=torch.uint8)}
     return {}
 
 
-def load_statistics(weight: Any, entries: dict[str, Tensor]) -> None:
-    """Gives a quantized weight what `statistics` has taken from another one."""
-    if getattr(weight, "quant_state", None) is not None:
-        named = {name.removeprefix("weight."): value for name, value in entries.items()}
-        weight.quant_state = type(weight.quant_state).from_dict(named, weight.device)
-    else:
+def load_statistics(layer: Any, entries: dict[str, Tensor]) -> None:
+    """Gives a quantized weight what `statistics` has taken from another layer."""
+    weight = layer._parameters.get("weight")
+    if (state := _quant_state(layer)) is None:
         weight.SCB = entries["SCB"].to(weight.device)
+        return
+    named = {name.removeprefix("weight."): value for name, value in entries.items()}
+    layer.quant_state = type(state).from_dict(named, weight.device)
+    if hasattr(weight, "quant_state"):
+        weight.quant_state = layer.quant_state
+
+
+def _quant_state(layer: Any) -> Any:
+    """A layer's `QuantState`, the weight's own first; None where it has none."""
+    return getattr(layer._parameters.get("weight"), "quant_state", layer.quant_state)

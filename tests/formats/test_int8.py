@@ -25,6 +25,25 @@ def test_int8_params(dtype):
     assert torch.equal(again.read(slice(3, 50), torch.empty(47, 130)), expected[3:50])
 
 
+@every_dtype
+def test_scales_of_zero_subnormal_infinite_and_nan(dtype):
+    weight = linear8bit(9, 130).weight
+    special = [0.0, 1e-40, 3e-8, 6e-5, 6e4, 3e38, float("inf"), float("nan"), 1.0]
+    weight.SCB = torch.tensor(special)
+    expected = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB).to(dtype)
+    torch.testing.assert_close(
+        formats.stored(weight).dense(dtype), expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
+@every_dtype
+def test_int8_params_at_any_width(dtype):
+    for in_features in (*range(2, 400, 3), 4304):
+        weight = linear8bit(5, in_features).weight
+        expected = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB).to(dtype)
+        assert torch.equal(formats.stored(weight).dense(dtype), expected), in_features
+
+
 def test_scales_that_a_forward_has_moved_away():
     layer = linear8bit()
     layer(torch.randn(2, 64))

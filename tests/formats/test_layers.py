@@ -1,6 +1,8 @@
 """HUT over quantized weights: against float64, against the base layer, and what is kept of it."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -9,19 +11,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hut_kernels import (
     HUTLinear,
+    adapter_options,
     explain,
     formats,
     hut_linear,
     hut_weight,
     inject,
+    load_adapter,
     merge,
     parameter_groups,
+    save_adapter,
 )
 from hut_kernels.errors import HUTBackendError
 
 from ..references import TRAINABLE, check, error, make_normal
-from .test_four_bit import has_avx512bf16, repacked
-from .weights import bnb, four_bit, linear4bit, linear8bit
+from .weights import bnb, four_bit, linear4bit, linear8bit, repacked
 
 FORMS = {
     "residual": {"scaling": 0.75},
@@ -195,17 +199,31 @@ def test_under_autocast(make):
     assert x.grad.dtype == torch.float32
 
 
-def test_evaluation_changes_nothing():
-    """Bitsandbytes' own layer would be repacked, and its x would get no gradient from then on."""
-    layer = HUTLinear.from_linear(linear4bit(), r=4).eval()
+@pytest.mark.parametrize("make", [linear4bit, linear8bit])
+def test_evaluation_changes_nothing(make):
+    """Bitsandbytes' own layers would be repacked, or quantize x."""
+    layer = HUTLinear.from_linear(make(), r=4).eval()
     x = torch.randn(3, 64)
     with torch.no_grad():
         y = layer(x)
-    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    assert not hasattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu")
     assert torch.equal(layer.train()(x), y)
 
 
-@has_avx512bf16
+@pytest.mark.parametrize("sizes", [(50, 64), (64, 80), (64, 65), (33, 7)], ids=str)
+def test_sizes_that_bitsandbytes_cannot_evaluate_on_a_cpu(sizes):
+    """Nor does an evaluation compute in bfloat16, as its does over float32 layers."""
+    base = linear4bit(*sizes)
+    layer = trained(HUTLinear.from_linear(base, r=4)).eval()
+    x = torch.randn(5, sizes[1])
+    W = layer.merged_weight().double()
+    with torch.no_grad():
+        assert error(layer(x), x.double() @ W.T + base.bias.double()) < 2e-6
+    if bnb.functional.has_avx512bf16():
+        with pytest.raises((AssertionError, RuntimeError)), torch.no_grad():
+            base.eval()(x)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_over_a_repacked_base_gradients_are_right(training):
     base = linear4bit(dtype=torch.bfloat16, bias=False)
@@ -247,6 +265,7 @@ def test_copies_share_nothing_that_the_libraries_change(make):
     assert layer.weight is not base.weight
     other = copy.deepcopy(layer)
     assert other.weight.data_ptr() != layer.weight.data_ptr()
+    assert getattr(other.weight, "CB", None) is None  # which deepcopy would make a second time
     base.eval()
     with torch.no_grad():
         base(x)  # repacks a Linear4bit, moves the scales of a Linear8bitLt
@@ -306,6 +325,78 @@ def test_inject_trains_over_quantized_layers():
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, first[name])}
     factors = ("hut_A", "hut_B", "gamma", "beta")
     assert moved == {f"{layer}.{f}" for layer in ("first", "second") for f in factors}
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_a_pickled_layer_keeps_its_weight(nested, storage):
+    """Pickle makes a plain parameter of a Params4bit."""
+    layer = trained(HUTLinear.from_linear(linear4bit(nested=nested, storage=storage), r=4))
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        x = torch.randn(3, 64)
+        assert torch.equal(other(x), layer(x))
+        assert torch.equal(other.merged_weight(), layer.merged_weight())
+        assert other.state_dict().keys() == layer.state_dict().keys()
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(other(x), layer(x))
+
+
+def test_a_pickled_int8_layer_is_refused():
+    layer = pickle.loads(pickle.dumps(HUTLinear.from_linear(linear8bit(), r=4)))
+    with pytest.raises(TypeError, match=r"int8; a quantized one loses its class, .* by pickle"):
+        layer(torch.randn(3, 64))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+def test_a_layer_over_a_repacked_base_in_every_state(nested):
+    base = repacked(linear4bit(nested=nested))
+    layer = trained(HUTLinear.from_linear(base, r=4))
+    x = torch.randn(3, 64)
+    y = layer(x)
+    other = HUTLinear.from_linear(linear4bit(nested=False), r=4)
+    other.load_state_dict(layer.state_dict())
+    base.state_dict()  # which undoes the repacking, more or less
+    states = copy.deepcopy(layer), layer.to("cpu"), pickle.loads(pickle.dumps(layer)), other
+    for each in states:
+        assert torch.equal(each(x), y)
+
+
+@pytest.mark.parametrize("make", [linear4bit, linear8bit])
+@pytest.mark.parametrize("strict", [False, True])
+def test_codes_without_what_belongs_to_them_are_refused(make, strict):
+    """Nothing is read of them, also where keys may be absent."""
+    layer, other = (HUTLinear.from_linear(make(), r=4) for _ in range(2))
+    x = torch.randn(3, 64)
+    y = layer(x)
+    states = [{"weight": other.weight.data}, {"weight": torch.randn(96, 64)}]
+    if make is linear4bit:
+        states.append(HUTLinear.from_linear(linear4bit(nested=False), r=4).state_dict())
+        states.append(HUTLinear.from_linear(linear4bit(quant_type="fp4"), r=4).state_dict())
+    for state in states:
+        with pytest.raises(RuntimeError, match="weight is quantized, and of what belongs"):
+            layer.load_state_dict(state, strict=strict)
+        assert torch.equal(layer(x), y)
+    layer.load_state_dict({"hut_A": other.hut_A}, strict=False)
+    assert torch.equal(layer.hut_A, other.hut_A)
+
+
+def test_an_adapter_file_over_quantized_layers(tmp_path):
+    model, other = Model(), Model()
+    inject(model, ["first", "second"], r=4, scale_by_rms=True)
+    for layer in (model.first, model.second):
+        trained(layer)
+    save_adapter(model, tmp_path / "adapter.safetensors")
+    inject(other, ["first", "second"], **adapter_options(tmp_path / "adapter.safetensors"))
+    load_adapter(other, tmp_path / "adapter.safetensors")
+    for name in ("first", "second"):
+        layer, loaded = getattr(model, name), getattr(other, name)
+        assert all(
+            torch.equal(v, dict(loaded.named_factors())[k]) for k, v in layer.named_factors()
+        )
+        assert loaded.scaling == layer.scaling
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -429,3 +520,59 @@ def test_a_subclass_with_a_forward_of_its_own():
     layer.weight = linear4bit(8).weight
     with pytest.raises(TypeError, match="forward of its own"):
         HUTLinear.from_linear(layer)
+
+
+# torchao
+
+
+TORCHAO = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig")
+
+
+@pytest.mark.parametrize("config", TORCHAO)
+@pytest.mark.parametrize("how", ["inject", "peft"])
+def test_torchao_layers_in_every_state(config, how):
+    """Adapted, trained, copied, saved, loaded and merged; torchao's own layers do not pickle."""
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def fresh():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 7))
+        quantization.quantize_(
+            model,
+            getattr(quantization, config)(),
+            lambda m, name: isinstance(m, nn.Linear) and name == "0",
+        )
+        return model
+
+    def adapted():
+        model = fresh()
+        if how == "inject":
+            inject(model, ["0"], r=4)
+            return model
+        peft = pytest.importorskip("peft")
+        from hut_kernels.integrations.peft import HUTConfig
+
+        return peft.get_peft_model(model, HUTConfig(r=4, target_modules=["0"]))
+
+    model, x = adapted(), torch.randn(9, 64)
+    assert error(model(x), fresh()(x).detach().double()) < 2e-6
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(factors, 1.0)
+    losses = []
+    for _ in range(5):
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    y = model(x)
+    other = adapted()
+    other.load_state_dict(model.state_dict())
+    for each in (copy.deepcopy(model), other, model.eval()):
+        assert torch.equal(each(x), y)
+    with pytest.warns(UserWarning, match="1 quantized weights dense"):
+        merged = merge(model) if how == "inject" else model.merge_and_unload()
+    assert type(merged[0]) is nn.Linear
+    assert type(merged[0].weight) is nn.Parameter
+    assert error(merged(x), y.detach().double()) < 2e-6

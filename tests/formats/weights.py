@@ -42,7 +42,11 @@ def linear4bit(out_features=96, in_features=64, bias=True, **options):
     """A `Linear4bit` on the CPU; `compute_dtype` and what `four_bit` takes as options."""
     dtype = options.pop("dtype", torch.float32)
     layer = bnb.nn.Linear4bit(
-        in_features, out_features, bias=bias, compute_dtype=options.pop("compute_dtype", None)
+        in_features,
+        out_features,
+        bias=bias,
+        compute_dtype=options.pop("compute_dtype", None),
+        quant_storage=options.get("storage", torch.uint8),
     )
     layer.weight = four_bit((torch.randn(out_features, in_features) / 8).to(dtype), **options)
     layer.weight.module, layer.quant_state = layer, layer.weight.quant_state
@@ -53,3 +57,16 @@ def linear8bit(out_features=96, in_features=64, bias=True):
     """A `Linear8bitLt` on the CPU."""
     layer = bnb.nn.Linear8bitLt(in_features, out_features, bias=bias, has_fp16_weights=False)
     return layer.to("cpu")
+
+
+def repacked(layer):
+    """A `Linear4bit` as one evaluation on a CPU with AVX512-BF16 leaves it.
+
+    bitsandbytes repacks it in Python, which every CPU runs.
+    """
+    layer.eval()
+    packed = bnb.functional._convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+    layer.weight.data, layer.weight.quant_state = packed
+    return layer

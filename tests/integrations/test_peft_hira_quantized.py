@@ -8,8 +8,7 @@ from torch import nn
 from hut_kernels import formats
 from hut_kernels.integrations.peft import accelerate_hira, restore_hira
 
-from ..formats.test_four_bit import has_avx512bf16, repacked
-from ..formats.weights import linear4bit, linear8bit
+from ..formats.weights import linear4bit, linear8bit, repacked
 from ..references import error
 
 
@@ -106,7 +105,6 @@ def test_rows_that_are_no_multiple_of_a_block():
     assert error(model(x), exact(model, x).detach()) < 1e-5
 
 
-@has_avx512bf16
 def test_a_repacked_base():
     model = hira_model(repacked(linear4bit(nested=False)))
     x = torch.randn(5, 64, requires_grad=True)
