@@ -265,7 +265,6 @@ def test_copies_share_nothing_that_the_libraries_change(make):
     assert layer.weight is not base.weight
     other = copy.deepcopy(layer)
     assert other.weight.data_ptr() != layer.weight.data_ptr()
-    assert getattr(other.weight, "CB", None) is None  # which deepcopy would make a second time
     base.eval()
     with torch.no_grad():
         base(x)  # repacks a Linear4bit, moves the scales of a Linear8bitLt

@@ -245,6 +245,24 @@ def test_used_together_with_lora():
     assert model.train()(torch.randn(5, 64)).shape == (5, 7)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_compiled_without_a_break(evaluated):
+    torch.compiler.reset()
+    base = Model()
+    if evaluated:
+        repacked(base.first)
+    model, x = randomized(adapted(base, scale_shift=True)), torch.randn(9, 64)
+    results = []
+    for each in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        y = each(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 # Memory
 
 
@@ -266,7 +284,7 @@ def alive():
     gc.collect()
     plain = (torch.Tensor, nn.Parameter, bnb.nn.Params4bit)
     storages = [t.untyped_storage() for t in gc.get_objects() if type(t) in plain]
-    return sum({s.data_ptr(): s.nbytes() for s in storages if s.device.type == "cpu"}.values())
+    return sum({s._cdata: s.nbytes() for s in storages if s.device.type == "cpu"}.values())
 
 
 def resident(config, width, layers):

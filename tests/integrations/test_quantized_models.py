@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hut_kernels import formats
+from hut_kernels import formats, inject
 from hut_kernels.integrations.peft import HUTConfig
 from hut_kernels.integrations.peft.quantized import QuantizedLinear
 
@@ -141,6 +141,14 @@ def test_the_trainer_in_bf16(folders, tmp_path):
     expected = losses(trained(adapted(twin.float()), tmp_path, bf16=True))
     assert losses(run) == pytest.approx(expected, rel=5e-3)
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_the_trainer_asks_for_peft(folders, tmp_path):
+    """Over a quantized model it refuses any adapters but PEFT's; docs/quantized.md says so."""
+    base = load(folders / "llama", four_bits())
+    inject(base, "all-linear", r=4)
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(base, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [four_bits(), EIGHT_BITS], ids=["nf4", "int8"])
