@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from hut_kernels import (
     HUTBackendError,
@@ -101,6 +102,26 @@ def test_fsdp_trains_as_one_process_recomputed_and_offloaded(ranks, how):
     ranks.run(trains_as_one_process, torch.bfloat16, how, "paper", True, offloaded)
 
 
+def trains_under_ddp(make):
+    initial = adapted(make(), "inject", **FORMS["paper"])
+    reference, model = copy.deepcopy(initial), copy.deepcopy(initial)
+    train(reference)
+    model = DistributedDataParallel(model)
+    train(model, own_part())
+    assert_trained_alike(model, reference, initial, 1e-12)
+
+
+def in_eight_bits():
+    from tests.formats.weights import linear8bit
+
+    return in_few_bits(linear8bit)
+
+
+@pytest.mark.parametrize("make", [in_few_bits, in_eight_bits])
+def test_ddp_trains_as_one_process(ranks, make):
+    ranks.run(trains_under_ddp, make)
+
+
 def trains_under_a_policy():
     """The policy casts every parameter to bfloat16 to compute with; codes of that type stay."""
     initial = adapted(in_few_bits(storage=torch.bfloat16), "inject", **FORMS["paper"])
@@ -177,10 +198,8 @@ def test_parts_of_codes_are_refused(ranks):
 
 
 def refuses_int8():
-    from tests.formats.weights import linear8bit
-
     for how in ("inject", "peft"):
-        model = shard(adapted(in_few_bits(linear8bit), how, r=2))
+        model = shard(adapted(in_eight_bits(), how, r=2))
         with pytest.raises(TypeError, match=r"torch\.int8.*FSDP"):
             model(make_batch(0, torch.float64)[0])
 

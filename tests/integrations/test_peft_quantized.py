@@ -1,6 +1,8 @@
 """HUTConfig over quantized models: trained, saved, loaded, merged, and never misread."""
 
+import copy
 import gc
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -243,6 +245,22 @@ def test_used_together_with_lora():
     """Nothing of LoRA's own path over quantized layers is touched."""
     model = get_peft_model(Model(), LoraConfig(target_modules=["first"], r=4))
     assert model.train()(torch.randn(5, 64)).shape == (5, 7)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("nested", [False, True], ids=["absmax", "nested"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+def test_copied_and_pickled(evaluated, nested, storage):
+    base = linear4bit(nested=nested, storage=storage)
+    if evaluated:
+        repacked(base)
+    model = randomized(get_peft_model(nn.Sequential(base), HUTConfig(target_modules=["0"], r=4)))
+    x = torch.randn(5, 64, requires_grad=True)
+    y = model(x)
+    (d_x,) = torch.autograd.grad(y.sum(), x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
+        assert torch.equal(other(x), y)
+        assert torch.equal(torch.autograd.grad(other(x).sum(), x)[0], d_x)
 
 
 @pytest.mark.filterwarnings("ignore")
