@@ -1,7 +1,8 @@
 """Benchmarks of HUT next to LoRA, HiRA and plain PyTorch, on this machine.
 
-Suites: `layer`, `memory`, `overhead`, `model`, `experts`, and `cost`, which counts and measures
-nothing. On their records: `compare`, `plot`, `check`, `targets`, `export` in the form of PEFT's
+Suites: `layer`, `memory`, `overhead`, `model`, `experts`; `cpu`, what the CPU's targets need;
+`cost`, which counts and measures nothing; and `estimate`, of a step on a GPU that is not here. On
+their records: `compare`, `plot`, `check`, `targets`, `export` in the form of PEFT's
 method_comparison, and in a checkout `tables`, which writes the tables and pictures of README.md and
 docs/ anew.
 """

@@ -22,7 +22,7 @@ def make_model() -> GPT:
     """The same model in every process: frozen, but for the HUT factors of its blocks."""
     torch.manual_seed(0)
     model = GPT(CONFIG)
-    inject(model, TARGETS, r=4, scale_shift=True)
+    inject(model, TARGETS, r=4, scale_shift=True, scale_by_rms=True)  # at a rate of LoRA's
     return model
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     accelerator.print(f"{accelerator.num_processes} processes on {accelerator.device.type}")
     model = make_model()
     factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=3e-2)
+    optimizer = torch.optim.AdamW(factors, lr=1e-2)
     rows = torch.cat([make_batch(step) for step in range(args.steps)])
     # Each process gets its part of every 16 rows.
     loader = DataLoader(rows, batch_size=16 // accelerator.num_processes)

@@ -42,7 +42,7 @@ def main() -> None:
         fully_shard(block, **options)
     fully_shard(model, **options)
     factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=3e-2)
+    optimizer = torch.optim.AdamW(factors, lr=1e-2)
     for step in range(args.steps):
         tokens = make_batch(step).chunk(dist.get_world_size())[dist.get_rank()].to(device)
         loss = loss_of(model, tokens)

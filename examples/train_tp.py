@@ -49,7 +49,7 @@ def main() -> None:
         fully_shard(model, mesh=grid["dp"])
         part = grid["dp"].get_local_rank()
     factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=3e-2)
+    optimizer = torch.optim.AdamW(factors, lr=1e-2)
     for step in range(args.steps):
         tokens = make_batch(step).chunk(args.replicas)[part].to(device)
         loss = loss_of(model, tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import re
 import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -129,20 +130,26 @@ def break_even(device: Device) -> BreakEven:
 
 
 def find_device(name: str) -> Device:
-    """A known device by (part of) its name or what its driver calls it, or `"cpu"`.
+    """A known device by (whole words of) its name or what its driver calls it, or `"cpu"`.
 
     Raises:
         ValueError: No such device; the message lists the known ones.
     """
-    wanted = name.lower().replace(" ", "")
+    wanted = name.lower().strip()
     if wanted == "cpu":
         return CPU
     for device in DEVICES if wanted else ():
-        known_name = device.name.lower().replace(" ", "")
-        if wanted in known_name or known_name in wanted or wanted == device.arch:
+        known_name = device.name.lower()
+        same = wanted.replace(" ", "") == known_name.replace(" ", "") or wanted == device.arch
+        if same or _stands_in(wanted, known_name) or _stands_in(known_name, wanted):
             return device
     known = ", ".join(device.name for device in DEVICES)
     raise ValueError(f"unknown device {name!r}; known: cpu, {known}")
+
+
+def _stands_in(words: str, text: str) -> bool:
+    """True of whole words: an A10 is no A100."""
+    return re.search(rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])", text) is not None
 
 
 @functools.cache

@@ -19,6 +19,8 @@ def test_an_unknown_device_lists_the_known():
     assert devices.find_device("CPU") == devices.CPU
     with pytest.raises(ValueError, match=r"'TPU v5'.*known: cpu.*A100.*RTX 5090"):
         devices.find_device("TPU v5")
+    with pytest.raises(ValueError, match=r"'A10'.*known: cpu.*A100"):
+        devices.find_device("A10")  # is no A100
 
 
 @pytest.mark.parametrize("name", ["", " "])

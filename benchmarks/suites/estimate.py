@@ -26,7 +26,7 @@ from ..shapes import Shape
 from . import cost
 from .model import Recipe, checkpointed
 
-METHODS = ("hut_low_rank", "hut_paper", "peft_lora", "peft_hira", "full")
+METHODS = ("hut_low_rank", "hut_paper", "peft_lora", "peft_lora_cast", "peft_hira", "full")
 BASES = {"bf16": 2.0, "nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes a weight; NF4 in blocks of 64
 RESERVED = 1.0  # GiB: the CUDA context, cuBLAS workspaces, fragments
 GIB = 1 << 30

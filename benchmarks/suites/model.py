@@ -60,7 +60,8 @@ class Recipe:
         except (OSError, ValueError, KeyError, TypeError) as error:
             known = ", ".join(RECIPES)
             raise ValueError(
-                f"a model is one of {known}, or a transformers configuration; got {file!r} "
+                f"a model is one of {known}, or the file or folder of a transformers "
+                f"configuration (nothing is downloaded); got {file!r} "
                 f"({str(error).splitlines()[0]})"
             ) from error
         kind = (options.get("architectures") or ["AutoModelForCausalLM"])[0]

@@ -32,8 +32,8 @@ def base_weight(linear: Any) -> Tensor:
     if hasattr(weight, "_local_tensor"):
         raise HUTBackendError(
             f"weight is sharded ({type(weight).__name__}), and a part of codes in four bits cannot "
-            f"be read: the model's forward gathers it (or weight.full_tensor()); parameter_groups, "
-            f"merge and the like come before fully_shard"
+            f"be read: the model's forward gathers it (or weight.full_tensor()); merge and the "
+            f"like come before fully_shard, and scale_by_rms in parameter_groups' place"
         )
     if type(weight) in _PLAIN or getattr(weight, "quant_state", None) is None:
         return four_bit.restored(weight, linear)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hut_kernels import PAPER, HUTBackendError, HUTLinear, merge
+from hut_kernels import PAPER, HUTBackendError, HUTLinear, merge, parameter_groups
 from tests.distributed.training import (
     FORMS,
     assert_trained_alike,
@@ -33,6 +33,21 @@ def shard(model, **options):
     for block in model:
         fully_shard(block, **options)
     return fully_shard(model, **options)
+
+
+def has_the_rates_of_one_process(form):
+    model = make_model(**FORMS[form])
+    rates = [group["lr"] for group in parameter_groups(model, 1e-3)]
+    shard(model)
+    groups = parameter_groups(model, 1e-3)
+    assert [group["lr"] for group in groups] == pytest.approx(rates)
+    found = {id(tensor) for group in groups for tensor in group["params"]}
+    assert found == {id(tensor) for tensor in model.parameters() if tensor.requires_grad}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameter_groups_of_a_sharded_model_are_those_of_one_process(ranks, form):
+    ranks.run(has_the_rates_of_one_process, form)
 
 
 def trains_as_one_process(form, how, recomputed, clip):

@@ -34,7 +34,7 @@ def one_process():
     """The losses, and the model, of the same training without any engine."""
     model = make_model()
     factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=3e-2)
+    optimizer = torch.optim.AdamW(factors, lr=1e-2)
     losses = []
     for step in range(STEPS):
         loss = loss_of(model, make_batch(step))
