@@ -108,15 +108,15 @@ def _funnel(b: Block, i: Instruction, mask: Mask) -> None:
     b.write(d, value.astype(np.uint32), mask)
 
 
-@handles("bfe.u32", "bfe.s32")
+@handles("bfe")
 def _field(b: Block, i: Instruction, mask: Mask) -> None:
-    d, x, first, size = i.operands
-    value = b.read(x, "u32").astype(np.int64)
-    n = b.read(size, "u32").astype(np.int64)
-    value = value >> b.read(first, "u32").astype(np.int64) & ((1 << n) - 1)
-    if i.parts[-1] == "s32":
-        value = np.where(value >> (n - 1) & 1 == 1, value - (1 << n), value)
-    b.write(d, value.astype(np.int32), mask)
+    kind, (d, x, first, size) = i.parts[-1], i.operands
+    bits, n = int(kind[1:]), b.read(size, "u32").astype(np.int64)
+    left = bits - n - b.read(first, "u32").astype(np.int64)
+    if (n < 1).any() or (left < 0).any():
+        raise Unsupported("a field of no bits, or beyond the word")
+    value = b.read(x, kind)
+    b.write(d, value << left.astype(value.dtype) >> (bits - n).astype(value.dtype), mask)
 
 
 @handles("bfi.b32")

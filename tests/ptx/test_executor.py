@@ -304,6 +304,8 @@ BITS = {  # a = 0x89ABCDEF, b = 0x01234567, by hand from the manual
     "shr.s32 %r30, %r10, 40;": 0xFFFFFFFF,
     "bfe.u32 %r30, %r10, 8, 8;": 0xCD,
     "bfe.s32 %r30, %r10, 8, 8;": 0xFFFFFFCD,
+    "mov.b64 %rd8, {%r10, %r11}; bfe.s64 %rd8, %rd8, 4, 28; cvt.u32.u64 %r30, %rd8;": 0xF89ABCDE,
+    "mov.b64 %rd8, {%r10, %r11}; bfe.u64 %rd8, %rd8, 4, 28; cvt.u32.u64 %r30, %rd8;": 0x089ABCDE,
     "bfi.b32 %r30, %r11, %r10, 8, 16;": 0x894567EF,
     "shf.l.wrap.b32 %r30, %r10, %r11, 8;": 0x23456789,
     "shf.r.wrap.b32 %r30, %r10, %r11, 8;": 0x6789ABCD,
