@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import planner, torch_backend
 from .devices import Device, Misfit, as_seen, gpu, note_misfit
-from .formats import Stored
+from .formats import FourBit, Stored
 from .layer import Layer, Needs, as_rows, dtype_name
 from .planner import Plan, Problem
 from .triton import backend as triton_backend
@@ -146,7 +146,7 @@ def plan_call(name: str, layer: Layer, *activations: Tensor | None) -> Plan:
     rows = [as_rows(tensor) for tensor in activations if tensor is not None]
     example = rows[0] if rows else layer.weight
     stored = isinstance(layer.weight, Stored)
-    operands = [*rows, layer.hut_A, layer.hut_B, *(() if stored else (layer.weight,))]
+    operands = [*rows, layer.hut_A, layer.hut_B, layer.weight]
     O, K, r = layer.sizes
     problem = Problem(
         len(rows[0]) if rows else 1,
@@ -163,11 +163,15 @@ def plan_call(name: str, layer: Layer, *activations: Tensor | None) -> Plan:
     return planner.plan(problem, as_seen(_device(example.device)), name)
 
 
-def _is_aligned(tensor: Tensor) -> bool:
+def _is_aligned(tensor: Tensor | Stored) -> bool:
     """Row-major with rows of a multiple of 16 elements from a 16-byte address: asynchronous copies.
 
-    A factor with fewer than 16 columns (hut_B at r < 16) is a thin load outside the rule.
+    A factor with fewer than 16 columns (hut_B at r < 16) is a thin load outside the rule. Of codes,
+    16 bytes must share one absmax, which is a number.
     """
+    if isinstance(tensor, Stored):
+        whole = isinstance(tensor, FourBit) and tensor.in_rows and not tensor.nested
+        return whole and tensor.data.data_ptr() % 16 == 0
     rows, columns = tensor.stride()[-2:]
     wide = columns == 1 and (rows % 16 == 0 or tensor.shape[-1] < 16)
     transposed = rows == 1 and columns % 16 == 0

@@ -80,6 +80,18 @@ DEVICES = (
 )
 
 
+# Bytes from DRAM in a clock of a multiprocessor, by data sheets: A100 80 GB, RTX 3090, RTX 4090,
+# H200, B200, RTX 5090.
+DRAM = {
+    "sm_80": 2039e9 / 108 / 1.41e9,
+    "sm_86": 936e9 / 82 / 1.695e9,
+    "sm_89": 1008e9 / 128 / 2.52e9,
+    "sm_90": 4800e9 / 132 / 1.755e9,
+    "sm_100": 8000e9 / 148 / 1.965e9,
+    "sm_120": 1792e9 / 170 / 2.407e9,
+}
+
+
 @dataclass(frozen=True)
 class BreakEven:
     """The most tokens at which the fused kernel is chosen, for each part of a layer.

@@ -70,6 +70,7 @@ def explain(
     check_dtype("dtype", dtype)
     if weight_dtype not in STORED_BYTES:
         check_dtype("weight_dtype", weight_dtype)
+    four_bit = weight_dtype in ("nf4", "fp4")  # in blocks of 64, not doubly quantized
     device = own_device() if device_name is None else _named_device(device_name)
     problem = Problem(
         N,
@@ -78,7 +79,7 @@ def explain(
         r,
         dtype_name(dtype),
         str(weight_dtype).removeprefix("torch."),
-        aligned=in_features % 16 == 0 and out_features % 16 == 0,
+        aligned=in_features % (64 if four_bit else 16) == 0 and out_features % 16 == 0,
         transform=transform,
         precision=precision,
         experts=experts,

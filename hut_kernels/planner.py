@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .devices import RANKS, TOKENS, Device, break_even
+from .devices import DRAM, RANKS, TOKENS, Device, break_even
 
 FUSED, STAGED, CHUNKED = "fused", "staged", "chunked"
 PARTS = ("forward", "grad_input", "grad_factors")
@@ -26,6 +26,9 @@ _MAX_INDEX = 2**31 - 1024
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes a weight of the stored formats (of four bits, in blocks of 64 with a float32 absmax each).
 STORED_BYTES = {"nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
+# Machine instructions a weight of four bits in the loop of the fused forward, as `make gate` counts
+# them at r 16 (7.4 on sm_90), and how many a multiprocessor issues in a clock, a thread's each.
+_DECODING, _ISSUE = 10.3, 128
 
 
 class Problem(NamedTuple):
@@ -36,7 +39,7 @@ class Problem(NamedTuple):
         dtype: The compute type, `"bfloat16"` and the like.
         weight_dtype: W0's type, or the format in which it is stored.
         aligned: Whether pointers and strides are multiples of 16 elements, so that loads can be
-            asynchronous copies.
+            asynchronous copies; of a quantized W0, whether a thread's codes share one absmax.
         transform: `"low_rank"` or `"two_sided"`.
         precision: `"merged"` or `"split"`.
         experts: The experts of a stack, N rows in all; 0 for a layer.
@@ -69,6 +72,11 @@ class Problem(NamedTuple):
         """Bytes of W0."""
         format_ = self.weight_dtype.removesuffix("_repacked")
         return round(self.layers * self.O * self.K * (_BYTES | STORED_BYTES)[format_])
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes that partial sums of a weight's factor gradients may take: a dense W0's."""
+        return self.O * self.K * _BYTES[self.dtype if self.stored else self.weight_dtype]
 
     @property
     def layers(self) -> int:
@@ -146,8 +154,7 @@ class Plan:
         p = self.problem
         staged = group_size(p.experts, self.device.arch) if p.experts else 1
         staging = staged * p.O * p.K * _BYTES[p.dtype]
-        item = _BYTES[p.dtype if p.stored else p.weight_dtype]
-        partials = staged * p.O * p.K * item if self.backend != "torch" else 0
+        partials = staged * p.partial_bytes if self.backend != "torch" else 0
         chunk = min(self.chunk, p.O) * p.K * 4 if self.grad_factors == CHUNKED else 0
         if p.experts and self.backend == "triton":
             chunk = staging  # of fewer experts where G is wider than W
@@ -156,6 +163,21 @@ class Plan:
             "grad_input": staging if self.grad_input == STAGED else 0,
             "grad_factors": chunk + partials,
         }
+
+    @property
+    def reason(self) -> str:
+        """The reason why a quantized W0 is fused or staged in forward; empty of a dense one."""
+        p = self.problem
+        if not p.stored or p.experts or self.backend != "triton":
+            return ""
+        if self.forward == STAGED:
+            return f"staged, for {_why_staged(p, self.device) or 'it is forced'}"
+        codes = STORED_BYTES[p.weight_dtype]
+        moved = f"fused, {codes:.2f} bytes a weight instead of {codes + 4:.2f}"
+        rate = DRAM.get(self.device.arch)
+        if rate is None or codes / rate >= _DECODING / _ISSUE:
+            return f"{moved}; bound by memory (estimate)"
+        return f"{moved}; bound by instructions (estimate): beside 16 bits it saves memory only"
 
     def __str__(self) -> str:
         p = self.problem
@@ -166,6 +188,7 @@ class Plan:
             f"break-evens: {self.source}",
             *(str(one) for one in self.device.miscompiles if one.concerns(self.problem.dtype)),
             *(str(one) for one in self.device.misfits if one.row == self.problem.row),
+            *([f"over {p.weight_dtype}: forward {self.reason}"] if self.reason else []),
             f"{'':14}{'backend':9}{'strategy':10}{'GFLOP':>10}{'MB moved':>10}{'MB workspace':>14}",
         ]  # fmt: skip
         operations, moved, workspace = self.operations, self.bytes, self.workspace
@@ -232,7 +255,8 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     repacked = problem.weight_dtype.endswith("_repacked")
     unsupported = problem.r > MAX_RANK or index >= _MAX_INDEX or repacked
     # What the staged parts run on: without these nothing of Triton is left.
-    for kernel in ("stored" if problem.stored else "weight", "grad_reduce"):
+    staging = ("stored", "stored_reduce") if problem.stored else ("weight", "grad_reduce")
+    for kernel in staging:
         unsupported |= not device.holds(kernel, problem.row)
     one_by_one = problem.experts and backend != "triton"
     if backend == "torch" or unsupported or empty or one_by_one:
@@ -242,7 +266,8 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
         return Plan(problem, device, backend, STAGED, STAGED, CHUNKED, problem.O, "not needed")
     even = break_even(device)
     # Unaligned loads are not asynchronous, and split is two products: both go to cuBLAS.
-    # A stored weight is read once, on its way to a workspace: in a loop it would cost each pass.
+    # For few tokens a stored W0 is read in the product's loop; more would look it up for each tile.
+    decodes = problem.stored and not _why_staged(problem, device)
     whole = problem.aligned and not problem.stored
     fusible = whole and problem.precision == "merged"
 
@@ -254,7 +279,7 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
         problem,
         device,
         backend,
-        FUSED if fuses("forward", fusible) else STAGED,
+        FUSED if decodes or fuses("forward", fusible) else STAGED,
         FUSED if fuses("grad_input", fusible) else STAGED,
         FUSED if fuses("grad_factors", whole) else CHUNKED,
         _chunk_rows(problem.K, device),
@@ -262,10 +287,32 @@ def _plan(problem: Problem, device: Device, backend: str) -> Plan:
     )
 
 
+def _why_staged(problem: Problem, device: Device) -> str:
+    """The reason against a fused forward over a quantized W0, in words; empty where none is."""
+    if problem.weight_dtype not in ("nf4", "fp4"):
+        return "only four bits are looked up in the product's loop"
+    if problem.N > TOKENS[0]:
+        return f"it is more than {TOKENS[0]} tokens"
+    if problem.dtype not in ("bfloat16", "float16"):
+        return f"weights are looked up in pairs of 16 bits, not in {problem.dtype}"
+    if problem.precision == "split":
+        return "split is two products"
+    if not problem.aligned:
+        return "loads are not asynchronous (double quantization, blocks across rows, addresses)"
+    if device.denies("forward", problem.dtype):
+        return "this Triton is not trusted with the fused kernel"
+    if not device.holds("stored_forward", problem.row):
+        return "the fused kernel does not fit this device"
+    return ""
+
+
 @functools.lru_cache(maxsize=4096)
 def _with_forced(made: Plan, forced: tuple[tuple[str, str], ...]) -> Plan:
-    if made.backend != "triton" or made.problem.stored:
+    if made.backend != "triton":
         return made
+    if made.problem.stored:  # it has a choice in forward only, and not to be fused where it cannot
+        staged = dict(forced).get("forward") == STAGED
+        return dataclasses.replace(made, forward=STAGED, source="forced") if staged else made
     held = made.device.holds
     wanted = {part: how for part, how in forced if how != FUSED or held(part, made.problem.row)}
     split = made.problem.precision == "split"

@@ -882,6 +882,37 @@ MUTANTS = (
         "            return value * scale\n",
         ("tests/triton/test_stored_weight.py", "dequantized"),
     ),
+    Mutant(
+        "kernel: G reduced over the codes of the first columns",
+        f"{TRITON}/grad_reduce.py",
+        "                        k_split * tiles_k + tile_k, m_o, K,",
+        "                        tile_k, m_o, K,",
+        ("tests/triton/test_stored_weight.py", "gradients"),
+    ),
+    Mutant(
+        "kernel: a fused forward over the codes of the first columns",
+        f"{TRITON}/forward.py",
+        "p_table, o_o, k // BK, m_o, K,",
+        "p_table, o_o, 0, m_o, K,",
+        ("tests/triton/test_stored_weight.py", "fused_forward"),
+    ),
+    Mutant(
+        "doubly quantized weights fused, with loads that nothing overlaps",
+        "hut_kernels/auto.py",
+        "        whole = isinstance(tensor, FourBit) and tensor.in_rows and not tensor.nested\n",
+        "        whole = isinstance(tensor, FourBit) and tensor.in_rows\n",
+        ("tests/triton/test_stored_weight.py", "share_no_absmax"),
+    ),
+    Mutant(
+        "a dense copy of a quantized weight in the backward",
+        f"{TRITON}/backend.py",
+        '    kernel = "stored_reduce" if isinstance(layer.weight, Stored) else "grad_reduce"\n',
+        "    if isinstance(layer.weight, Stored):\n"
+        "        W0 = dequantize(layer.weight, x.dtype, plan.device.arch)\n"
+        "        layer = layer._replace(weight=W0)\n"
+        '    kernel = "grad_reduce"\n',
+        ("tests/triton/test_stored_weight.py", "no_dense"),
+    ),
 )
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hut_kernels.triton import split_k
+from hut_kernels.triton import split_k, stored
 from hut_kernels.triton.launch import LaunchConfig
 from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 from tools import gate
@@ -30,7 +30,7 @@ DENIED = (
 def config(
     arch: str, kernel: str, tiles: LaunchConfig, dtype: str = "bf16", N: int = 4096
 ) -> gate.Config:
-    variant = "nf4" if kernel == "stored" else "plain"
+    variant = "nf4" if kernel in gate.OVER_STORED else "plain"
     return gate.Config(arch, kernel, dtype, 16, N, tiles, variant)
 
 
@@ -40,13 +40,24 @@ def broken(arch: str, kernel: str, tiles: LaunchConfig) -> str:
 
 @pytest.mark.parametrize("kernel", list(gate.KERNELS))
 def test_the_tables_rows_pass(kernel):
-    report = gate.inspect(config("sm_80", kernel, launch_config(kernel, "sm_80", 4096, 16, "bf16")))
+    N = 16 if kernel == gate.DECODE else 4096
+    tiles = launch_config(kernel, "sm_80", N, 16, "bf16")
+    report = gate.inspect(config("sm_80", kernel, tiles, N=N))
     assert report.broken == ()
     assert report.registers > 0
 
 
 def test_too_many_instructions_a_stored_weight_are_found():
     assert "instructions a weight" in broken("sm_80", "stored", LaunchConfig(16, 16, 128, 8, 1))
+
+
+def test_codes_that_are_not_read_16_bytes_at_a_time_are_found(monkeypatch):
+    """As where a tile is looked up a byte at a time."""
+    tiles = launch_config("stored_reduce", "sm_80", 4096, 16, "bf16")
+    assert broken("sm_80", "stored_reduce", tiles) == ""
+    options = stored.stored_options
+    monkeypatch.setattr(stored, "stored_options", lambda *a: {**options(*a), "PAIRS": False})
+    assert "33 loads of less than 16 bytes, of 1" in broken("sm_80", "stored_reduce", tiles)
 
 
 def test_a_spill_is_found():
@@ -133,8 +144,9 @@ def test_a_failed_compilation_is_a_finding():
 def test_every_launch_says_that_multiplications_may_be_fused(kernel, monkeypatch):
     """Every option is set: the defaults change with Triton 3.10."""
     monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
-    tiles = launch_config(kernel, "sm_80", 16, 16, "fp32")
-    assert gate.compile_config(config("sm_80", kernel, tiles, "fp32", 16)).metadata.enable_fp_fusion
+    dtype = "bf16" if kernel == gate.DECODE else "fp32"
+    tiles = launch_config(kernel, "sm_80", 16, 16, dtype)
+    assert gate.compile_config(config("sm_80", kernel, tiles, dtype, 16)).metadata.enable_fp_fusion
 
 
 def test_the_sum_of_partial_products_may_be_fused_too(monkeypatch):
@@ -258,7 +270,9 @@ def test_every_row_is_covered():
         for kernel in gate.KERNELS:
             for dtype in gate.TYPES:
                 for r in gate.RANKS:
-                    for N in gate.TOKENS:
+                    if kernel == gate.DECODE and dtype not in ("bf16", "fp16"):
+                        continue
+                    for N in gate.TOKENS[:1] if kernel == gate.DECODE else gate.TOKENS:
                         tiles = launch_config(kernel, arch, N, r, dtype)
                         assert (arch, kernel, dtype, r, tiles) in covered
 

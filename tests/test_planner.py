@@ -1,10 +1,12 @@
 """The planner: pure, total, within its bounds, and readable."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hut_kernels import devices, planner
+from hut_kernels import devices, planner, versions
 from hut_kernels.devices import DEVICES, Device
 from hut_kernels.planner import CHUNKED, FUSED, PARTS, STAGED, Problem
 
@@ -18,7 +20,7 @@ PROBLEMS = st.builds(
     O=SIZES,
     r=st.one_of(st.integers(1, 8), st.integers(1, 5000)),
     dtype=st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
-    weight_dtype=st.sampled_from(["float32", "bfloat16", "float16", "float64"]),
+    weight_dtype=st.sampled_from(["float32", "bfloat16", "float16", "float64", "nf4", "int8"]),
     aligned=st.booleans(),
     transform=st.sampled_from(["low_rank", "two_sided"]),
     precision=st.sampled_from(["merged", "split"]),
@@ -30,8 +32,8 @@ ANY_DEVICE = st.sampled_from((*DEVICES, devices.CPU, STRANGE))
 A100 = DEVICES[0]
 
 
-def problem(N=64, K=1024, O=512, r=8, **options):
-    return Problem(N, K, O, r, "bfloat16", "bfloat16", **options)
+def problem(N=64, K=1024, O=512, r=8, dtype="bfloat16", weight_dtype="bfloat16", **options):
+    return Problem(N, K, O, r, dtype, weight_dtype, **options)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -148,6 +150,49 @@ def test_bytes_and_workspace_by_hand():
     assert staged.bytes["forward"] == weight + factors + activations + 2 * weight
     assert staged.workspace["forward"] == weight  # one shared workspace
     assert staged.workspace["grad_factors"] == min(staged.chunk, O) * K * 4 + weight
+
+
+def test_few_tokens_over_four_bits_are_fused_and_told_why():
+    """Bound by what the device has less of for a weight, where Triton is trusted."""
+    for name, bound in (("4090", "memory"), ("5090", "memory"), ("H200", "instructions")):
+        device = devices.find_device(name)
+        one = planner.plan(problem(N=16, weight_dtype="nf4"), device)
+        assert (one.forward, one.grad_input, one.grad_factors) == (FUSED, STAGED, CHUNKED)
+        assert one.workspace["forward"] == 0
+        assert "fused, 0.56 bytes a weight instead of 4.56; bound by " + bound in str(one)
+        assert ("saves memory only" in str(one)) == (bound == "instructions")
+        more = planner.plan(problem(N=17, weight_dtype="nf4"), device)
+        assert more.bytes["forward"] - one.bytes["forward"] > 4 * 512 * 1024
+        with planner.force(forward=STAGED):
+            assert planner.plan(problem(N=16, weight_dtype="nf4"), device).forward == STAGED
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"N": 17}, "more than 16 tokens"),
+        ({"weight_dtype": "int8"}, "only four bits"),
+        ({"dtype": "float32"}, "not in float32"),
+        ({"precision": "split"}, "two products"),
+        ({"aligned": False}, "double quantization"),
+    ],
+)
+def test_other_forwards_over_quantized_weights_are_staged_and_told_why(changes, words):
+    plan = planner.plan(problem(**{"N": 16, "weight_dtype": "nf4", **changes}), A100)
+    assert plan.forward == STAGED
+    assert f"over {plan.problem.weight_dtype}: forward staged, for " in str(plan)
+    assert words in plan.reason
+
+
+def test_a_fused_forward_over_four_bits_is_passed_by_where_it_cannot_run():
+    call = problem(N=16, weight_dtype="nf4")
+    small = dataclasses.replace(A100, misfits=(devices.Misfit("stored_forward", call.row, "x"),))
+    assert planner.plan(call, small).forward == STAGED
+    assert "does not fit" in planner.plan(call, small).reason
+    B200 = devices.find_device("B200")
+    raced = dataclasses.replace(B200, miscompiles=versions.MISCOMPILES)
+    assert "not trusted" in planner.plan(call, raced).reason
+    assert planner.plan(problem(N=16), A100).reason == ""
 
 
 @given(K=st.integers(1, 1 << 20), device=ANY_DEVICE)

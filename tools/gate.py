@@ -58,8 +58,12 @@ KERNELS = {
     "grad_reduce": grad_reduce.hut_grad_reduce_kernel,
     "weight": weight.hut_weight_kernel,
     "stored": stored_weight.hut_stored_weight_kernel,
+    "stored_reduce": grad_reduce.hut_grad_reduce_kernel,
+    "stored_forward": forward.hut_forward_kernel,
 }
+OVER_STORED = ("stored", "stored_reduce", "stored_forward")
 PRODUCTS = ("forward", "grad_input", "grad_factors")  # the kernels with a main loop
+DECODE = "stored_forward"  # has one too: for few tokens, over four bits, in 16-bit types
 RANKS = (16, 32, 64, 128)
 TOKENS = (16, 64, 128, 4096)  # one number of tokens of each class in the tables
 TYPES = {
@@ -77,7 +81,7 @@ VARIANTS = (
     "experts",
 )
 OF_EXPERTS = ("weight", "grad_reduce")
-# What W0 is stored as, for the kernel of that: NF4, doubly quantized, in blocks across rows; int8.
+# What W0 is stored as, for the kernels of that: NF4, doubly quantized, in blocks across rows; int8.
 STORED = ("nf4", "nested", "across", "int8")
 # Instructions a weight of NF4 at most, by rank; doubly quantized it may be 0.4 more. bitsandbytes'
 # own dequantization and then the weight kernel take 36 to 43 at r 16.
@@ -147,8 +151,8 @@ def configurations(
 
 
 def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
-    tokens = TOKENS if kernel in PRODUCTS else TOKENS[-1:]
-    variants = STORED if kernel == "stored" else VARIANTS
+    tokens = TOKENS if kernel in PRODUCTS else TOKENS[:1] if kernel == DECODE else TOKENS[-1:]
+    variants = STORED if kernel in OVER_STORED else VARIANTS
     for dtype in TYPES:
         for r in RANKS:
             for N in tokens:
@@ -164,6 +168,8 @@ def _of_kernel(arch: str, kernel: str) -> Iterator[Config]:
 
 def _stands_for_others(variant: str, kernel: str, dtype: str, r: int, last: bool) -> bool:
     """Tell the variants to compile: those of 16 bits, which are what the planner mostly runs."""
+    if kernel == DECODE:
+        return variant == "nf4" and dtype in ("bf16", "fp16")
     if variant in ("plain", "nf4"):
         return True
     if variant in STORED:
@@ -239,7 +245,7 @@ def _launch(config: Config) -> None:
     needs = Needs(True, True, layer.gamma is not None)
     if config.variant == "experts":
         _launch_experts(config, layer, needs)
-    elif config.kernel == "forward":
+    elif config.kernel in ("forward", DECODE):
         forward.launch_forward(x, layer, tiles)
     elif config.kernel == "grad_input":
         if config.variant != "transposed":  # as which it gives y
@@ -248,7 +254,7 @@ def _launch(config: Config) -> None:
     elif config.kernel == "grad_factors":
         splits = _splits(config, layer)
         grad_factors.launch_grad_factors(grad, x, layer, needs, tiles, splits)
-    elif config.kernel == "grad_reduce":
+    elif config.kernel in ("grad_reduce", "stored_reduce"):
         splits = _splits(config, layer)
         grad_reduce.launch_grad_reduce(grad[:1], x[:1], layer, needs, tiles, splits, size)
     elif config.kernel == "stored":
@@ -273,7 +279,8 @@ def _splits(config: Config, layer: Layer, rows: int | None = None) -> tuple[int,
     """The splits of O (of `rows` of it) and K of a call on the architecture's own device."""
     (O, K, r), tiles = layer.sizes, config.row
     sms = next(d.sms for d in devices.DEVICES if d.arch == config.arch)
-    bytes_ = O * K * layer.weight.dtype.itemsize
+    stored = isinstance(layer.weight, Stored)
+    bytes_ = O * K * (TYPES[config.dtype] if stored else layer.weight.dtype).itemsize
     tiles_o, tiles_k = cdiv(rows or O, tiles.BO), cdiv(K, tiles.BK)
     return choose_reduction_splits(tiles_o, tiles_k, O, K, r, bytes_, sms)
 
@@ -513,7 +520,9 @@ def _broken_rules(
     broken += warnings
     if config.kernel == "stored":
         broken += _broken_stored_rules(config, code)
-    if config.dtype != "fp32" and config.kernel in PRODUCTS:
+    if config.kernel == "stored_reduce":
+        broken += _broken_reduction_rules(config, code)
+    if config.dtype != "fp32" and config.kernel in (*PRODUCTS, DECODE):
         broken += _broken_loop_rules(config, loop)
     return tuple(broken)
 
@@ -532,6 +541,18 @@ def _broken_stored_rules(config: Config, lines: list[str]) -> Iterator[str]:
     allowed = most + 0.4 * (config.variant == "nested") + _MORE_BY_ARCH.get(config.arch, 0.0)
     if found > allowed:
         yield f"{found:.1f} instructions a weight, at most {allowed:.1f}"
+
+
+def _broken_reduction_rules(config: Config, lines: list[str]) -> Iterator[str]:
+    """16 bytes a load of NF4's codes, as of all else but the absmax of each 32."""
+    tiles = config.row
+    if config.variant != "nf4" or config.dtype not in ("bf16", "fp16"):
+        return
+    loads = [_opcode(line, 3) for line in lines if _opcode(line) == "LDG"]
+    narrow = sum(load != "LDG.E.128" for load in loads)
+    allowed = math.ceil(tiles.BO * tiles.BK / (tiles.warps * 32) / 32)
+    if narrow > allowed:
+        yield f"{narrow} loads of less than 16 bytes, of {allowed} that read an absmax"
 
 
 def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:
@@ -559,18 +580,21 @@ def _broken_loop_rules(config: Config, lines: list[str]) -> Iterator[str]:
 
 def _planned(config: Config) -> bool:
     """Tell a row that the planner ever chooses: unaligned products it leaves to the BLAS."""
-    if config.kernel not in PRODUCTS:
+    if config.kernel not in (*PRODUCTS, DECODE):
         return True
     device = next(d for d in devices.DEVICES if d.arch == config.arch)
     dtype, aligned = _dtype_name(config), config.variant != "unaligned"
-    problem = planner.Problem(1, 4096, 4096, config.r, dtype, dtype, aligned)
-    return getattr(planner.plan(problem, device), config.kernel) == planner.FUSED
+    of_four_bits = config.kernel == DECODE
+    kept, part = ("nf4", "forward") if of_four_bits else (dtype, config.kernel)
+    problem = planner.Problem(1, 4096, 4096, config.r, dtype, kept, aligned)
+    return getattr(planner.plan(problem, device), part) == planner.FUSED
 
 
 def _passed_by(config: Config) -> bool:
     """Tell a kernel that the planner passes by, since this Triton miscompiles it."""
+    kernel = "forward" if config.kernel == DECODE else config.kernel
     return any(
-        config.kernel in known.kernels and known.concerns(_dtype_name(config))
+        kernel in known.kernels and known.concerns(_dtype_name(config))
         for known in versions.miscompiled(triton.__version__, config.arch)
     )
 

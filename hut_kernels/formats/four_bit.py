@@ -54,6 +54,11 @@ class FourBit(Stored):
         """Codes of absmax that share one absmax of their own; 0: absmax is not quantized."""
         return self.form.sizes[3]
 
+    @property
+    def in_rows(self) -> bool:
+        """True where no block runs across the end of a row."""
+        return self.shape[1] % self.block == 0
+
     def absmax(self, first: int, last: int) -> Tensor:
         """The absmax of blocks `first ... last`, float32."""
         if not self.nested:

@@ -57,7 +57,7 @@ def linear_forward(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
     """`y = gamma * (x W^T + bias) + beta`, `[..., out]`, in x's type."""
     if plan.forward == FUSED:
         x2d = as_rows(x)
-        with _Launching("forward"):
+        with _Launching("stored_forward" if isinstance(layer.weight, Stored) else "forward"):
             if is_transposed(layer.weight):
                 y = _times_weight(plan, x2d, layer.transposed)
             else:
@@ -118,15 +118,14 @@ def grad_factors(plan: Plan, grad: Tensor, x: Tensor, layer: Layer, needs: Needs
     grad2d, x2d, O = as_rows(grad), as_rows(x), plan.problem.O
     if plan.grad_factors == FUSED:
         config = _config("grad_factors", plan, x.dtype, layer)
-        splits = _splits(O, config, plan, layer)
+        splits = _splits(O, config, plan)
         with _Launching("grad_factors"):
             return fused_grad_factors.launch_grad_factors(grad2d, x2d, layer, needs, config, splits)
-    if isinstance(layer.weight, Stored):
-        layer = layer._replace(weight=dequantize(layer.weight, x.dtype, plan.device.arch))
-    config = _config("grad_reduce", plan, x.dtype, layer)
+    kernel = "stored_reduce" if isinstance(layer.weight, Stored) else "grad_reduce"
+    config = _config(kernel, plan, x.dtype, layer)
     chunk = min(plan.chunk, O)
-    splits = _splits(chunk, config, plan, layer)
-    with _Launching("grad_reduce"):
+    splits = _splits(chunk, config, plan)
+    with _Launching(kernel):
         return chunked_grad_factors.launch_grad_reduce(
             grad2d, x2d, layer, needs, config, splits, chunk
         )
@@ -134,7 +133,8 @@ def grad_factors(plan: Plan, grad: Tensor, x: Tensor, layer: Layer, needs: Needs
 
 def _times_weight_t(plan: Plan, x: Tensor, layer: Layer) -> Tensor:
     """Fused `gamma * (x W^T + bias) + beta` of a row-major W0: y, or a transposed one's dx."""
-    config = _config("forward", plan, x.dtype, layer)
+    kernel = "stored_forward" if isinstance(layer.weight, Stored) else "forward"
+    config = _config(kernel, plan, x.dtype, layer)
     tiles = cdiv(len(x), config.BN) * cdiv(layer.sizes[0], config.BO)
     num_splits = choose_num_splits(tiles, cdiv(layer.sizes[1], config.BK), plan.device.sms)
     return fused_forward.launch_forward(x, layer, config, num_splits)
@@ -182,7 +182,7 @@ class Experts:
     def start_reduction(self, dtype: torch.dtype, needs: Needs, group: int) -> None:
         """Begins to reduce G, `group` experts at a time, which share the device's programs."""
         config = _config("grad_reduce", self.plan, dtype, self.layer)
-        splits = _splits(self.plan.problem.O, config, self.plan, self.layer, group)
+        splits = _splits(self.plan.problem.O, config, self.plan, group)
         self.reduction = chunked_grad_factors.ExpertsReduction(
             self.layer, dtype, needs, config, splits
         )
@@ -219,9 +219,7 @@ def _config(kernel: str, plan: Plan, dtype: torch.dtype, layer: Layer) -> Launch
     return config
 
 
-def _splits(
-    rows: int, config: LaunchConfig, plan: Plan, layer: Layer, group: int = 1
-) -> tuple[int, int]:
+def _splits(rows: int, config: LaunchConfig, plan: Plan, group: int = 1) -> tuple[int, int]:
     """The splits of `rows` of O, and of K, that programs reduce on their own.
 
     A `group` of experts has as many each.
@@ -233,6 +231,6 @@ def _splits(
         problem.O,
         problem.K,
         problem.r,
-        problem.O * problem.K * layer.weight.dtype.itemsize,
+        problem.partial_bytes,
         cdiv(plan.device.sms, group),
     )

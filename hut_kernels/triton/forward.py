@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..formats import Stored
 from ..layer import Layer
 from .launch import (
     LaunchConfig,
@@ -22,6 +23,7 @@ from .launch import (
     product_precision,
 )
 from .split_k import add_partial_sums
+from .stored import stored_tile, weight_operands, weight_options
 from .tiles import (
     factor_tile,
     keep_wgmma_async,
@@ -37,6 +39,12 @@ from .tiles import (
 def hut_forward_kernel(
     p_x,
     p_w,
+    p_scales,
+    p_map,
+    p_scales2,
+    p_offset,
+    p_table,
+    row_bytes,
     p_a,
     p_b,
     p_bias,
@@ -75,13 +83,23 @@ def hut_forward_kernel(
     TMA: tl.constexpr,
     W_FIRST: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    IN_ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ASM: tl.constexpr,
+    DTYPE: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of y; with SPLIT_K its sum over a part of K, to p_y [num_splits, N, O]."""
+    """One tile of y; with SPLIT_K its sum over a part of K, to p_y [num_splits, N, O].
+
+    W0 is dense without a FORMAT; else it is read as it is stored, and rounded to DTYPE.
+    """
     pid, split_k = tl.program_id(0), 0
     if SPLIT_K:
         pid, split_k = pid // num_splits, pid % num_splits
@@ -98,9 +116,15 @@ def hut_forward_kernel(
     acc = tl.zeros((BO, BN) if W_FIRST else (BN, BO), tl.float32)
     part = tl.cdiv(tl.cdiv(K, BK), num_splits) * BK if SPLIT_K else K
     for k in range(split_k * part, min(K, (split_k + 1) * part), BK):
-        b_w = load_tile(
-            p_w, pid_o * BO, k, O, K, stride_wo, stride_wk, BO, BK, TMA, WHOLE
-        )  # [BO, BK]
+        if FORMAT is None:
+            b_w = load_tile(
+                p_w, pid_o * BO, k, O, K, stride_wo, stride_wk, BO, BK, TMA, WHOLE
+            )  # [BO, BK]
+        else:
+            b_w = stored_tile(
+                p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o, k // BK, m_o, K,
+                row_bytes, FORMAT, BLOCK, NESTED, IN_ROWS, PAIRS, BO, BK, ASM, DTYPE, WHOLE,
+            )  # fmt: skip
         b_x = load_tile(
             p_x, pid_n * BN, k, N, K, stride_xn, stride_xk, BN, BK, TMA, WHOLE, True
         )  # [BN, BK]
@@ -135,9 +159,13 @@ def launch_forward(x: Tensor, layer: Layer, config: LaunchConfig, num_splits: in
     y = torch.empty((N, O), dtype=x.dtype, device=x.device)
     partials = (num_splits, N, O)
     out = y if num_splits == 1 else torch.empty(partials, dtype=torch.float32, device=x.device)
-    tma, (p_x, p_w) = descriptors(
-        config, (x, [config.BN, config.BK]), (layer.weight, [config.BO, config.BK])
-    )
+    p_w, *stored = weight_operands(layer.weight)
+    if isinstance(layer.weight, Stored):
+        tma, (p_x,) = descriptors(config, (x, [config.BN, config.BK]))
+    else:
+        tma, (p_x, p_w) = descriptors(
+            config, (x, [config.BN, config.BK]), (p_w, [config.BO, config.BK])
+        )
     options = multiplier_options(layer, x.dtype, config, residual=True)
     with on_device(x):
         hut_A, factor_tma, p_a = moving_factor(
@@ -147,6 +175,7 @@ def launch_forward(x: Tensor, layer: Layer, config: LaunchConfig, num_splits: in
         hut_forward_kernel[(cdiv(N, config.BN) * cdiv(O, config.BO) * num_splits,)](
             p_x,
             p_w,
+            *stored,
             p_a,
             layer.hut_B,
             optional(layer.bias, x),
@@ -173,6 +202,7 @@ def launch_forward(x: Tensor, layer: Layer, config: LaunchConfig, num_splits: in
             SPLIT_K=num_splits > 1,
             BN=config.BN,
             GROUP=config.GROUP,
+            **weight_options(layer.weight, x.dtype),
             **options,
             **config.meta(),
         )

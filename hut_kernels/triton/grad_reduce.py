@@ -17,6 +17,7 @@ from .launch import (
     transform_options,
 )
 from .partial_sums import PartialSums, with_operands
+from .stored import stored_tile, weight_operands, weight_options
 from .tiles import add_up, columns_tile, expert_of, load_2d, reduce_columns, reduce_rows, within
 
 
@@ -24,6 +25,12 @@ from .tiles import add_up, columns_tile, expert_of, load_2d, reduce_columns, red
 def hut_grad_reduce_kernel(
     p_G,
     p_w,
+    p_scales,
+    p_map,
+    p_scales2,
+    p_offset,
+    p_table,
+    row_bytes,
     p_a,
     p_b,
     p_gamma,
@@ -62,11 +69,20 @@ def hut_grad_reduce_kernel(
     OPERAND: tl.constexpr,
     ONE_TILE: tl.constexpr,
     STACK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    IN_ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ASM: tl.constexpr,
+    DTYPE: tl.constexpr,
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
     """Rows `start ... start + rows` of G; d hut_A's partials go on from one block to the next.
+
+    W0 is dense without a FORMAT; else it is read as it is stored, and rounded to DTYPE.
 
     A program keeps a tile of columns while it goes down its rows, so that Q's tile stays in
     registers and P's are written once; several tiles of columns (not ONE_TILE) only where their
@@ -105,7 +121,14 @@ def hut_grad_reduce_kernel(
                 o_o = start + o_row
                 m_o = within(o_row, rows, WHOLE)
                 b_G = load_2d(p_G, o_row, K, o_k, 1, m_o, m_k)  # [BO, BK]
-                b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
+                if FORMAT is None:
+                    b_w = load_2d(p_w, o_o, stride_wo, o_k, stride_wk, m_o, m_k)  # [BO, BK]
+                else:
+                    b_w = stored_tile(
+                        p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o,
+                        k_split * tiles_k + tile_k, m_o, K, row_bytes, FORMAT, BLOCK, NESTED,
+                        IN_ROWS, PAIRS, BO, BK, ASM, DTYPE, WHOLE,
+                    )  # fmt: skip
                 b_h = b_G * b_w.to(tl.float32)
                 if NEED_SUMS and first_r == 0:
                     add_up(p_sums + o_o, m_o, tl.sum(b_h, 1), tile_k == 0, ONE_TILE)
@@ -214,7 +237,7 @@ def _launch(
     with on_device(G):
         hut_grad_reduce_kernel[(programs if experts is None else programs * len(experts),)](
             G,
-            layer.weight,
+            *weight_operands(layer.weight),
             layer.hut_A,
             layer.hut_B,
             optional(layer.gamma, G),
@@ -242,6 +265,7 @@ def _launch(
             STACK=experts is not None,
             BR=BR,
             WHOLE_R=r % BR == 0,
+            **weight_options(layer.weight, dtype),
             **options,
             **config.meta(),
         )

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..formats import FourBit, Stored
 from ..layer import Layer
 
 # An option of every launch: left unset it turns off in Triton 3.10, and results and speed change.
@@ -187,11 +188,14 @@ def is_heavy(kernel: str, layer: Layer, dtype: torch.dtype, config: LaunchConfig
     """True where a call's tiles need more memory than a plain one's, for which the tables are made.
 
     So it is with a weight wider than the compute type or stored transposed, and with `two_sided`
-    where a tile holds pieces of several groups: its factors are gathered, `[BO, BK]` each.
+    where a tile holds pieces of several groups: its factors are gathered, `[BO, BK]` each. A stored
+    weight comes in the compute type; the reduction over one is made for blocks within rows.
     """
     (O, K, r), weight = layer.sizes, layer.weight
     ragged = not (_is_uniform(O, r, config.BO) and _is_uniform(K, r, config.BK))
-    wide = weight.dtype.itemsize > dtype.itemsize
+    wide = not isinstance(weight, Stored) and weight.dtype.itemsize > dtype.itemsize
+    if kernel == "stored_reduce" and not (isinstance(weight, FourBit) and weight.in_rows):
+        return True
     if kernel == "grad_reduce" and (O % config.BO or K % config.BK):
         return True  # its masks take registers, beside tiles that leave none
     return wide or weight.stride()[-1] != 1 or (layer.spec.transform == "two_sided" and ragged)

@@ -1,9 +1,10 @@
 """Stored weights in the kernels (docs/quantized.md): tiles of NF4, FP4 and int8, and W over them.
 
-The weight kernel reads four bits a weight, multiplies by T and writes 16 bits, in one pass. Where
-blocks lie within rows and W is of 16 bits, a thread takes 16 bytes, which are 32 codes of one
-block, forms the block's 16 products with the table, rounded as bitsandbytes rounds its weight, and
-looks them up by `prmt` in two planes, of low and of high bytes.
+The weight kernel reads four bits a weight, multiplies by T and writes 16 bits, in one pass; the
+reduction of G reads its tiles of W0 the same way. Where blocks lie within rows and W0 is read in 16
+bits, a thread takes 16 bytes, which are 32 codes of one block, forms the block's 16 products with
+the table, rounded as bitsandbytes rounds its weight, and looks them up by `prmt` in two planes, of
+low and of high bytes.
 """
 
 import functools
@@ -18,6 +19,8 @@ from torch import Tensor
 from ..formats import FourBit, Stored
 from ..formats.four_bit import TABLES
 from ..formats.int8 import RECIPROCAL
+from ..layer import dtype_name
+from .tiles import within
 
 
 def _look_up(table: tuple[float, ...], kind: str) -> str:
@@ -112,7 +115,7 @@ def code_tile(
 def pair_tile(
     p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
     FORMAT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, BO: tl.constexpr,
-    BK: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr, WHOLE: tl.constexpr = False,
+    BK: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Two weights of a row in each word, `[BO, BK / 2]` int32, the first in the low half.
 
@@ -174,9 +177,10 @@ def modulate_pairs(b_pairs, b_t, BO: tl.constexpr, BK: tl.constexpr, dtype: tl.c
 
 @triton.jit
 def stored_tile(
-    p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o, pid_k, O, K, row_bytes,
+    p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o, pid_k, m_o, K, row_bytes,
     FORMAT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, IN_ROWS: tl.constexpr,
     PAIRS: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, ASM: tl.constexpr, dtype: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The tile `[BO, BK]` of W0 at rows o_o and column `pid_k * BK`, as the library rounds it.
 
@@ -185,8 +189,7 @@ def stored_tile(
     PAIRS: weights are looked up in pairs of 16 bits, rounded in the block's table.
     """
     o_k = pid_k * BK + tl.arange(0, BK)
-    m_o = o_o < O
-    m_k = o_k < K
+    m_k = within(o_k, K, WHOLE)
     if FORMAT == "int8":
         o_w = o_o.to(tl.int64)[:, None] * K + o_k[None, :]
         b_q = tl.load(p_w + o_w, mask=m_o[:, None] & m_k[None, :], other=0).to(tl.float32)
@@ -200,7 +203,7 @@ def stored_tile(
         if PAIRS:
             b_pairs = pair_tile(
                 p_w, p_scales, p_map, p_scales2, p_offset, o_o, pid_k, m_o, K, row_bytes,
-                FORMAT, BLOCK, NESTED, BO, BK, ASM, dtype,
+                FORMAT, BLOCK, NESTED, BO, BK, ASM, dtype, WHOLE,
             )  # fmt: skip
             return unpaired(b_pairs, BO, BK, dtype)
         else:
@@ -223,14 +226,15 @@ def stored_tile(
 def stored_operands(weight: Stored) -> tuple[Tensor, ...]:
     """The kernels' pointers to a stored weight: codes, scales (or stand-ins) and table."""
     scales = *weight.scales, *(weight.scales[:1] * (4 - len(weight.scales)))
-    table = _table(weight.form.name, weight.device) if _is_four_bit(weight) else weight.data
+    four = isinstance(weight, FourBit)
+    table = _table(weight.form.name, weight.device) if four else weight.data
     return weight.data, *scales, table
 
 
 def stored_options(weight: Stored, dtype: torch.dtype) -> dict[str, Any]:
     """The constexprs of a stored weight that is read in `dtype`."""
     compiled = not triton.knobs.runtime.interpret
-    if not _is_four_bit(weight):
+    if not isinstance(weight, FourBit):
         return {
             "FORMAT": "int8",
             "BLOCK": weight.form.sizes[2],
@@ -239,27 +243,33 @@ def stored_options(weight: Stored, dtype: torch.dtype) -> dict[str, Any]:
             "PAIRS": False,
             "ASM": compiled,
         }
-    *_, block, nested = weight.form.sizes
-    whole = in_rows(weight)
     # Codes are loaded as words.
     aligned = weight.data.data_ptr() % 16 == 0
     return {
         "FORMAT": weight.form.name,
-        "BLOCK": block,
-        "NESTED": nested,
-        "IN_ROWS": whole,
-        "PAIRS": whole and compiled and aligned and dtype.itemsize == 2,
+        "BLOCK": weight.block,
+        "NESTED": weight.nested,
+        "IN_ROWS": weight.in_rows,
+        "PAIRS": weight.in_rows and compiled and aligned and dtype.itemsize == 2,
         "ASM": compiled,
     }
 
 
-def in_rows(weight: Stored) -> bool:
-    """Tell a weight of which no block runs across the end of a row."""
-    return not _is_four_bit(weight) or weight.form.sizes[1] % weight.form.sizes[2] == 0
+def weight_operands(weight: Tensor | Stored) -> tuple[Any, ...]:
+    """The pointers of `stored_operands` and the bytes of a row; a dense weight has but a pointer.
+
+    An argument of None is a constant: the kernel of a dense weight stays as it is without.
+    """
+    if isinstance(weight, Stored):
+        return *stored_operands(weight), weight.shape[1] // 2
+    return weight, *[None] * 6
 
 
-def _is_four_bit(weight: Stored) -> bool:
-    return isinstance(weight, FourBit)
+def weight_options(weight: Tensor | Stored, dtype: torch.dtype) -> dict[str, Any]:
+    """The constexprs of a weight that a kernel reads dense or stored; None each for a dense one."""
+    if isinstance(weight, Stored):
+        return {**stored_options(weight, dtype), "DTYPE": getattr(tl, dtype_name(dtype))}
+    return dict.fromkeys(("FORMAT", "BLOCK", "NESTED", "IN_ROWS", "PAIRS", "ASM", "DTYPE"))
 
 
 @functools.cache

@@ -100,8 +100,8 @@ def hut_stored_weight_kernel(
             tl.store(p_pairs, b_pairs, mask=m_o[:, None] & (o_pair < row_bytes)[None, :])
     else:
         b_w = stored_tile(
-            p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o, pid_k, O, K, row_bytes,
-            FORMAT, BLOCK, NESTED, IN_ROWS, PAIRS, BO, BK, ASM, dtype,
+            p_w, p_scales, p_map, p_scales2, p_offset, p_table, o_o, pid_k, m_o, K, row_bytes,
+            FORMAT, BLOCK, NESTED, IN_ROWS, PAIRS, BO, BK, ASM, dtype, WHOLE,
         )  # fmt: skip
         if HAS_GAMMA:
             gamma = tl.load(p_gamma + o_o, mask=m_o, other=0.0).to(tl.float32)

@@ -2,9 +2,10 @@
 
 A cell reads `BNxBOxBK/warps/stages`: tile sizes over tokens, out_features and in_features. `W`
 behind it means that the weight tile is the left operand of the product, `A` that the wgmma's must
-be kept asynchronous (`tiles.keep_wgmma_async`). The columns are r up to 16, 32, 64 and 128; the
-lines are for up to 16 tokens, up to 64, up to 128, and more. `16-bit` is bf16 and fp16, `fp32` is
-ieee.
+be kept asynchronous (`tiles.keep_wgmma_async`), `R` that a thread may take all 255 registers, where
+ptxas would rather spill a few bytes and have more programs at once. The columns are r up to 16, 32,
+64 and 128; the lines are for up to 16 tokens, up to 64, up to 128, and more. `16-bit` is bf16 and
+fp16, `fp32` is ieee.
 
 The cells are the largest tiles that pass the gate (no spills, asynchronous copies, the right tensor
 core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What surprises:
@@ -24,6 +25,7 @@ core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What sur
 - A transposed W0 has no line: its y is dx's kernel over the transposed layer, and its dx is y's.
 - grad_reduce has no tile of tokens: its first number is how many of the r it sums at a time, with
   their d hut_A in registers. It reads G again for each further piece.
+- stored_reduce is grad_reduce over a quantized W0: a thread takes 32 codes, or several the same.
 - grad_factors sums r in pieces too (`launch.REDUCTION_RANK`), behind its loop; in bf16, whose H0 is
   rounded, up to r = 64 at once.
 """
@@ -40,6 +42,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 _TABLE = """
 sm_80
+stored_forward 16   16-bit  16x64x128/4/4/W  16x64x128/4/4/W  16x64x64/4/4/W   16x64x64/4/3/W
 forward       16    bf16    16x64x128/4/4/W  16x64x128/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W
 forward       16    fp16    16x64x128/4/4/W  16x64x128/4/4/W  16x64x64/4/4/W   16x64x64/4/3/W
 forward       64    16-bit  64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   64x64x32/4/4/W
@@ -63,6 +66,8 @@ grad_reduce   any   tf32    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_89
+stored_forward 16   bf16    16x64x128/4/3/W  16x64x128/4/3/W  16x64x64/4/4/W   16x64x64/4/3/W
+stored_forward 16   fp16    16x64x128/4/3/W  16x64x128/4/3/W  16x64x64/4/4/W   16x64x64/4/2/W
 forward       16    bf16    16x64x64/4/4/W   16x64x64/4/4/W   16x128x64/4/3/W  16x64x64/4/4/W
 forward       16    fp16    16x64x64/4/4/W   16x64x64/4/4/W   16x64x64/4/4/W   16x64x32/4/4/W
 forward       64    16-bit  64x64x64/4/3/W   64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/3/W
@@ -87,6 +92,7 @@ grad_reduce   any   tf32    16x32x64/8/1     16x32x64/8/1     16x32x64/8/1     1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_90
+stored_forward 16   16-bit  16x64x128/4/4/WA 16x64x128/4/4/WA 16x64x128/4/3/WA 16x64x64/4/3/WA
 forward       16    bf16    16x64x128/4/4/WA 16x64x128/4/4/WA 16x128x64/4/4/WA 16x128x64/4/3/WA
 forward       16    fp16    16x64x128/4/4/WA 16x64x128/4/4/WA 16x64x128/4/3/WA 16x64x64/4/4/WA
 forward       64    16-bit  64x64x128/4/3/WA 64x64x128/4/3/WA 64x64x64/4/4/WA  64x64x64/4/3/WA
@@ -112,6 +118,7 @@ grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     1
 weight        any   16-bit  16x32x64/4/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_100
+stored_forward 16   16-bit  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/3/W
 forward       16    16-bit  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/3/W
 forward       64    16-bit  64x128x64/4/4/W  64x128x64/4/4/W  64x128x64/4/3/W  64x128x64/4/2/W
 forward       128+  16-bit  128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W
@@ -141,6 +148,10 @@ grad_reduce   any   fp32    16x64x32/8/1     16x64x32/8/1     16x64x32/8/1     1
 stored        any   16-bit  16x128x128/8/1   16x128x128/8/1   16x128x128/8/1   16x64x128/8/1
 stored        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 stored        any   fp32    16x32x32/8/1     16x32x32/8/1     16x32x32/8/1     16x32x32/8/1
+stored_reduce any   bf16    64x64x64/4/1/R   64x64x64/4/1/R   64x64x64/4/1/R   64x64x64/4/1/R
+stored_reduce any   fp16    16x64x64/4/1/R   16x64x64/4/1/R   16x64x64/4/1/R   16x64x64/4/1/R
+stored_reduce any   tf32    16x32x32/4/1/R   16x32x32/4/1/R   16x32x32/4/1/R   16x32x32/4/1/R
+stored_reduce any   fp32    16x32x32/4/1/R   16x32x32/4/1/R   16x32x32/4/1/R   16x32x32/4/1/R
 weight        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 weight        any   fp32    16x32x32/8/1     16x32x32/8/1     16x32x32/8/1     16x32x32/8/1
 """
@@ -158,7 +169,8 @@ def launch_config(
     """The launch config of a call; there is one for every architecture.
 
     Args:
-        kernel: `"forward"`, `"grad_input"`, `"grad_factors"`, `"grad_reduce"` or `"weight"`.
+        kernel: `"forward"`, `"grad_input"`, `"grad_factors"`, `"grad_reduce"` or `"weight"`; over a
+            stored W0 `"stored_reduce"`, `"stored"`, or for few tokens `"stored_forward"`.
         arch: `"sm_90"` and the like.
         N: Tokens.
         r: The rank, 1 to 128.
@@ -175,6 +187,8 @@ def launch_config(
 
 def _with_low_smem(kernel: str, config: LaunchConfig, gathers: bool) -> LaunchConfig:
     """A config that leaves room in shared memory and registers."""
+    if kernel == "stored_reduce":  # codes by bytes, and a tile of G as their product is laid out
+        return dataclasses.replace(config, BN=16, BO=32, BK=32, warps=4)
     if kernel == "grad_reduce":
         return dataclasses.replace(
             config, BN=16, BO=min(64, config.BO), BK=min(64, config.BK), warps=8, stages=1
@@ -242,4 +256,5 @@ def _parse(cell: str, arch: str, kind: str) -> LaunchConfig:
         W_FIRST="W" in "".join(letters),
         TMA=arch in ("sm_90", "sm_100") and kind != "fp32",
         wgmma_async="A" in "".join(letters),
+        maxnreg=255 if "R" in "".join(letters) else None,
     )

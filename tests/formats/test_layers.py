@@ -426,7 +426,9 @@ def test_explain_counts_the_bytes_of_the_format():
     assert dense.bytes["forward"] - int8.bytes["forward"] == size
     assert "bfloat16 over nf4" in str(nf4_)
     few = explain(1, 4096, 4096, 16, dtype=torch.bfloat16, device_name="H200", weight_dtype="nf4")
-    assert few.forward == "staged"
+    assert few.forward == "fused"
+    assert few.workspace["forward"] == 0
+    assert "bound by instructions (estimate): beside 16 bits it saves memory only" in str(few)
 
 
 # Merging

@@ -1,17 +1,18 @@
-"""The weight kernel over NF4 and FP4, its PTX executed: W0 to the bit, by the look-up in PTX."""
+"""Kernels over NF4 and FP4, their PTX executed: W0 to the bit, by the look-up in PTX; gradients."""
 
 import pytest
 import torch
 
-from hut_kernels import formats, hut_weight
+from hut_kernels import auto, formats, hut_weight
 from hut_kernels.formats.four_bit import FourBit
-from hut_kernels.layer import Layer, Spec
+from hut_kernels.formats.int8 import Int8Rows
+from hut_kernels.layer import Layer, Needs, Spec
 from hut_kernels.triton import stored_weight
 from hut_kernels.triton.launch import LaunchConfig
 from hut_kernels.triton.launch import kind as kind_of
 from hut_kernels.triton.tables import launch_config
 
-from ..references import error
+from ..references import check, error, make_normal, poisoned
 from . import cases
 from .launch import executing
 
@@ -95,3 +96,65 @@ def test_weights_whose_T_is_applied_in_float32(arch, spec, scaled, dtype):
         transform=spec.transform, offset=spec.offset, dtype=torch.float64,
     )  # fmt: skip
     assert error(W, exact) <= {torch.bfloat16: 8e-3, torch.float16: 2e-3}[dtype]
+
+
+def int8(O, K):
+    form = formats.Layout("int8", (O, K, 0), torch.float32)
+    scales = torch.rand(O) + 0.5, torch.randint(-9, 9, (O,), dtype=torch.int8)
+    return Int8Rows(torch.randint(-128, 128, (O * K,), dtype=torch.int8), scales, form)
+
+
+REDUCED = {
+    "ragged": (lambda dtype: random(72, 192, "nf4", 64, 0, dtype), {}),
+    "nested": (lambda dtype: random(72, 192, "nf4", 64, 16, dtype), {"vectors": "gamma"}),
+    "whole": (lambda dtype: random(128, 128, "fp4", 32, 0, dtype), {"vectors": "gamma"}),
+    "two_sided": (lambda dtype: random(72, 192, "nf4", 32, 0, dtype), {"transform": "two_sided"}),
+    "across rows": (lambda dtype: random(20, 80, "fp4", 64, 16, dtype), {}),
+    "int8": (lambda dtype: int8(72, 80), {}),
+}
+DECODED = {
+    "ragged": (13, 72, 192, 64, 1, {"vectors": "bias gamma beta"}),
+    "shared by programs": (5, 64, 1088, 64, 8, {}),
+    "whole": (16, 128, 256, 32, 1, {"offset": 0.0}),
+    "two_sided": (1, 72, 192, 64, 1, {"transform": "two_sided"}),
+}
+
+
+# On sm_100 this Triton is not trusted with the kernel.
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("call", DECODED.values(), ids=DECODED)
+def test_few_tokens_over_codes_in_ptx(arch, dtype, call):
+    """Without W in memory, as the operators launch it."""
+    N, O, K, block, sms, options = call
+    if arch not in (80, 90) and (dtype != torch.bfloat16 or options.get("vectors") is None):
+        pytest.skip("the other architectures run the plain variant in bfloat16 only")
+    weight = random(O, K, "nf4", block, 0, dtype)
+    case = make_normal(N, K, O, 5, dtype=dtype, **options)
+    layer = case.replace(weight=weight).layer
+    with poisoned(), cases.planning_for(arch, sms), executing(arch) as log:
+        y = auto.PLANNED["triton"].linear_forward(case.x, layer)
+    kernels = ["hut_forward_kernel"] + ["hut_split_k_kernel"] * (sms > 1)
+    assert [launch.kernel for launch in log.launches] == kernels
+    check(case.replace(weight=weight.dense(dtype)), {"y": y})
+
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@pytest.mark.parametrize("arch", cases.ARCHITECTURES)
+@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize(("make", "options"), REDUCED.values(), ids=REDUCED)
+def test_factor_gradients_over_codes_in_ptx(arch, dtype, make, options):
+    """By the tables' tiles, as the operators launch them."""
+    if arch not in (80, 90) and (dtype != torch.bfloat16 or options):
+        pytest.skip("the other architectures run the plain variants in bfloat16 only")
+    weight = make(dtype)
+    case = make_normal(9, *weight.shape[::-1], 5, dtype=dtype, **options)
+    layer = case.replace(weight=weight).layer
+    needs = Needs(True, True, layer.gamma is not None)
+    with poisoned(), cases.planning_for(arch, 1), executing(arch) as log:
+        grads = auto.PLANNED["triton"].linear_backward(case.grad, case.x, layer, False, needs)
+    assert [launch.kernel for launch in log.launches] == ["hut_grad_reduce_kernel"]
+    results = dict(zip(("hut_A", "hut_B", "WG"), grads, strict=False))
+    check(case.replace(weight=weight.dense(dtype)), results)

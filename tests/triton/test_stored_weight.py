@@ -1,18 +1,22 @@
-"""Kernels over stored weights, interpreted: W0 to the bit, W against float64, whole layers."""
+"""Kernels over stored weights, interpreted: W0 to the bit, W and gradients against float64."""
+
+import dataclasses
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from hut_kernels import formats
+from hut_kernels.auto import plan_call
 from hut_kernels.formats.four_bit import FourBit
 from hut_kernels.formats.int8 import Int8Rows
-from hut_kernels.layer import Layer
-from hut_kernels.triton import stored_weight
+from hut_kernels.layer import Layer, Needs
+from hut_kernels.triton import backend, stored_weight
 from hut_kernels.triton.launch import LaunchConfig
 
-from ..references import check, error, make_normal, run
-from .launches import DTYPES, every_dtype, every_form
+from ..references import Recorder, check, error, make_normal, run
+from .launches import DTYPES, every_dtype, every_form, forward, grad_reduce
 
 CONFIGS = (
     LaunchConfig(BN=16, BO=16, BK=32, warps=4, stages=1),
@@ -91,11 +95,88 @@ def test_T_of_one_leaves_W0_as_it_is(dtype):
     assert torch.equal(W, weight.dense(dtype))
 
 
+# Rows of G at a time: a tile's, each a split; and no whole tiles, by one program.
+@every_weight
+@every_form
+def test_factor_gradients_against_float64(make, form):
+    weight = make()
+    for dtype in DTYPES:
+        case = make_normal(9, *weight.shape[::-1], 3, dtype=dtype, vectors="gamma", **form)
+        exact = case.replace(weight=weight.dense(dtype))
+        case = case.replace(weight=weight)
+        check(exact, grad_reduce(case, CONFIGS[0], chunk=16))
+        check(exact, grad_reduce(case, CONFIGS[1], splits=(1, 1), chunk=20))
+
+
+UNMASKED = {
+    "blocks within rows": lambda: four_bit(64, 128),
+    "nested": lambda: four_bit(64, 128, "fp4", 128, nested=4),
+    "blocks of several rows": lambda: four_bit(64, 128, block=256),
+    "int8": lambda: int8(64, 128, 0, True),
+}
+
+
+@pytest.mark.parametrize("make", UNMASKED.values(), ids=UNMASKED)
+def test_factor_gradients_of_whole_tiles_and_in_pieces_of_r(make):
+    weight = make()
+    case = make_normal(9, 128, 64, 33, dtype=torch.float16)
+    exact = case.replace(weight=weight.dense(torch.float16))
+    check(exact, grad_reduce(case.replace(weight=weight), CONFIGS[1]))
+
+
+@every_weight
+@every_form
+def test_fused_forward_against_float64(make, form):
+    """In either order of operands, and with K shared by two programs."""
+    weight = make()
+    for dtype in DTYPES:
+        case = make_normal(
+            5, *weight.shape[::-1], 3, dtype=dtype, vectors="bias gamma beta", **form
+        )
+        exact = case.replace(weight=weight.dense(dtype))
+        case = case.replace(weight=weight)
+        check(exact, forward(case, CONFIGS[0]))
+        check(exact, forward(case, dataclasses.replace(CONFIGS[0], W_FIRST=True), num_splits=2))
+
+
+def test_few_tokens_over_four_bits_are_planned_fused():
+    """So no W is made: of 16 tokens, of 17 it is."""
+    weight = four_bit(64, 128)
+    for N, fused in ((16, True), (17, False)):
+        case = make_normal(N, 128, 64, 3, dtype=torch.float16, vectors="gamma")
+        exact = case.replace(weight=weight.dense(torch.float16))
+        case = case.replace(weight=weight)
+        plan = plan_call("triton", case.layer, case.x)
+        assert (plan.forward == "fused") == fused
+        with Recorder() as recorder:
+            check(exact, {"y": backend.linear_forward(plan, case.x, case.layer)})
+        made = [args[0] for name, args in recorder.calls if name.startswith("aten::empty")]
+        assert ([64, 128] not in [list(shape) for shape in made]) == fused
+
+
+def test_codes_that_share_no_absmax_are_planned_staged():
+    for weight in (four_bit(64, 128, nested=4), four_bit(64, 96), int8(64, 128)):
+        case = make_normal(4, weight.shape[1], 64, 3, dtype=torch.float16).replace(weight=weight)
+        assert plan_call("triton", case.layer, case.x).forward == "staged"
+
+
+def test_no_dense_W0_in_the_backward():
+    """Beside partial sums a block of G is made, of as many bytes as the plan says."""
+    weight = four_bit(512, 64)
+    case = make_normal(9, 64, 512, 3, dtype=torch.float16).replace(weight=weight)
+    plan = plan_call("triton", case.layer, case.grad, case.x)
+    with Recorder() as recorder:
+        backend.grad_factors(plan, case.grad, case.x, case.layer, Needs(True, True, False))
+    made = [math.prod(args[0]) for name, args in recorder.calls if name.startswith("aten::empty")]
+    assert max(made) == plan.chunk * 64 < 512 * 64
+    assert 4 * sum(made) <= plan.workspace["grad_factors"]
+
+
 @pytest.mark.parametrize("precision", ["merged", "split"])
 @every_form
 @every_dtype
 def test_a_layer_on_triton(form, dtype, precision):
-    """As `hut_linear` runs it: staged, and the reduction over W0."""
+    """As `hut_linear` runs it: staged, and the reduction over the codes."""
     bnb = pytest.importorskip("bitsandbytes")
     case = make_normal((3, 5), 48, 70, 5, dtype=dtype, vectors="bias gamma beta", **form)
     case = case.replace(precision=precision)

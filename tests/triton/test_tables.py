@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from hut_kernels.triton import tables
 from hut_kernels.triton.tables import ARCHITECTURES, launch_config
 
-KERNELS = ("forward", "grad_input", "grad_factors", "grad_reduce", "weight")
+KERNELS = (
+    *("forward", "grad_input", "grad_factors", "grad_reduce", "weight"),
+    *("stored", "stored_reduce"),
+)
 TYPES = ("bf16", "fp16", "tf32", "fp32")
 
 
