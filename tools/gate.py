@@ -86,8 +86,8 @@ STORED = ("nf4", "nested", "across", "int8")
 # Instructions a weight of NF4 at most, by rank; doubly quantized it may be 0.4 more. bitsandbytes'
 # own dequantization and then the weight kernel take 36 to 43 at r 16.
 MOST_INSTRUCTIONS = {16: 11.5, 64: 15.5}
-# Above that: sm_100, where 12.8 are seen at r 16; probably T's way out of tensor memory.
-_MORE_BY_ARCH = {"sm_100": 2.5}
+# Above that: sm_100, where 12.2 are seen at r 16; probably T's way out of tensor memory.
+_MORE_BY_ARCH = {"sm_100": 1.0}
 HEAVY = ("ragged", "wide", "transposed")  # what needs more than the plain case
 _TENSOR_CORES = {"sm_90": "HGMMA", "sm_100": "UTC*MMA"}  # HMMA elsewhere
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

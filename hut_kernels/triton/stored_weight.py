@@ -17,7 +17,7 @@ from .stored import (
     stored_options,
     stored_tile,
 )
-from .tiles import factor_tile, keep_wgmma_async, modulate, ordered_tile, two_sided_tile
+from .tiles import factor_tile, keep_wgmma_async, modulate, two_sided_tile
 
 
 @triton.jit
@@ -62,9 +62,10 @@ def hut_stored_weight_kernel(
     BO: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    pid_o, pid_k = ordered_tile(tl.program_id(0), tl.cdiv(O, BO), tl.cdiv(K, BK), GROUP)
+    # Row by row: both factors stay in L2, and a better order would cost divisions.
+    tiles_k = tl.cdiv(K, BK)
+    pid_o, pid_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
     o_o = pid_o * BO + tl.arange(0, BO)
     o_k = pid_k * BK + tl.arange(0, BK)
     m_o = o_o < O
@@ -174,7 +175,6 @@ def _launch(
             HAS_GAMMA=gamma is not None,
             # A pair of 16-bit weights goes from the look-up to memory as one word.
             PACKED=stored["PAIRS"] and options["RESIDUAL"] and gamma is None,
-            GROUP=config.GROUP,
             **stored,
             **options,
             **config.meta(),
