@@ -175,7 +175,9 @@ class Plan:
         codes = STORED_BYTES[p.weight_dtype]
         moved = f"fused, {codes:.2f} bytes a weight instead of {codes + 4:.2f}"
         rate = DRAM.get(self.device.arch)
-        if rate is None or codes / rate >= _DECODING / _ISSUE:
+        if rate is None:
+            return moved
+        if codes / rate >= _DECODING / _ISSUE:
             return f"{moved}; bound by memory (estimate)"
         return f"{moved}; bound by instructions (estimate): beside 16 bits it saves memory only"
 

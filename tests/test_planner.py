@@ -167,6 +167,11 @@ def test_few_tokens_over_four_bits_are_fused_and_told_why():
             assert planner.plan(problem(N=16, weight_dtype="nf4"), device).forward == STAGED
 
 
+def test_no_bound_is_told_of_a_device_without_figures():
+    plan = planner.plan(problem(N=1, weight_dtype="nf4"), STRANGE)
+    assert plan.reason == "fused, 0.56 bytes a weight instead of 4.56"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
