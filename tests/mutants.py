@@ -1,8 +1,8 @@
 """Known defects, planted one at a time: does the suite see each of them?
 
-`python -m tests.mutants [--jobs 2] [--only TEXT] [--list]` copies the package and its tests to a
-temporary folder, applies one defect, runs the tests that must notice, and wants them to fail. It
-prints a table, and exits with 1 if a defect survives or if the tests fail without one.
+`python -m tests.mutants [--jobs 2] [--only TEXT] [--list]` copies the package, its tools and its
+tests to a temporary folder, applies one defect, runs the tests that must notice, and wants them to
+fail. It prints a table, and exits with 1 if a defect survives or if the tests fail without one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("hut_kernels", "tests", "csrc")
+COPIED = ("hut_kernels", "tests", "tools", "csrc")
 
 
 @dataclass(frozen=True)
