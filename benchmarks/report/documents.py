@@ -23,8 +23,8 @@ from . import finetunes, tables, targets
 RESULTS = records.ROOT / "benchmarks" / "results"
 FOLDER = records.ROOT / "docs" / "pictures"
 PICTURES = {  # by what `plots` calls them
-    "layer-time": "layer-cpu-amd-epyc.jsonl",
-    "memory": "memory-cpu-amd-epyc.jsonl",
+    "layer-time": "layer-cpu-intel-xeon.jsonl",
+    "memory": "memory-cpu-intel-xeon.jsonl",
 }
 MARKED = re.compile(
     r"(<!-- benchmark: (?P<kind>\w+)(?P<files>(?: [^\s>]+)*) -->\n).*?(<!-- end of benchmark -->)",
