@@ -181,7 +181,7 @@ def _multiplied(grad: Tensor, W: Tensor) -> Tensor:
     if not onednn.is_widened(grad):
         return grad @ W
     dx = grad.new_empty((*grad.shape[:-1], W.shape[1]))
-    onednn.multiply_widened(as_rows(grad).float(), W, dx.view(-1, W.shape[1]))
+    onednn.multiply_widened(as_rows(grad).float(), W, as_rows(dx))
     return dx
 
 

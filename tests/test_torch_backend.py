@@ -272,6 +272,15 @@ def test_gradients_of_bfloat16_are_multiplied_where_the_cpu_is_fast(
     assert torch.equal(y, base)  # by the base layer's own product
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)]
+)
+def test_gradients_of_nothing_are_multiplied_too(tokens, rows, columns, monkeypatch):
+    monkeypatch.setattr(onednn, "emulates_bf16", lambda: True)
+    grad, W = (torch.ones(size, dtype=torch.bfloat16) for size in ((tokens, rows), (rows, columns)))
+    assert torch.equal(torch_backend._multiplied(grad, W), grad @ W)
+
+
 def types_of_products(function, *args):
     """The types whose matrices a function multiplies."""
     types = set()
