@@ -298,15 +298,17 @@ def _estimate(request: Request, method: str, sheet: Sheet | None) -> Estimate:
     one, two = (vars(figures(request, method, blocks, sheet)) for blocks in (1, 2))
     more = request.recipe.blocks - 1
     found = Figures(**{name: one[name] + more * (two[name] - one[name]) for name in one})
-    full = method == "full"
-    gradients = (2 if full else 4) * found.trained
-    optimizer = (ADAM + MASTER if full else ADAM) * found.trained
-    adapters = 0 if full else 4 * found.trained
+    full, cast = method == "full", method.endswith("_cast")
+    size = 2 if full or cast else 4
+    gradients = size * found.trained
+    # torch's Adam has its states in the type of what it trains.
+    optimizer = (ADAM + MASTER if full else 2 * size) * found.trained
+    adapters = 0 if full else size * found.trained
     dequantized = 0 if full or request.base == "bf16" else found.widest
     peak = found.peak + dequantized
     label = "full fine-tuning, bf16" if full else PROVIDERS[method].label
-    if request.base != "bf16" and method == "peft_lora":
-        label = f"QLoRA ({request.base}, PEFT)"
+    if request.base != "bf16" and method.startswith("peft_lora"):
+        label = f"QLoRA ({request.base}, PEFT{', adapters cast' if cast else ''})"
     return Estimate(
         label, found.trained, found.weights, adapters, gradients, optimizer, found.kept,
         max(0.0, peak - found.kept - gradients),
