@@ -88,7 +88,7 @@ grad_factors  any   16-bit  32x128x64/8/4    32x128x64/8/4    32x128x64/8/4    3
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
 grad_reduce   any   bf16    16x32x64/4/1     32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
 grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
-grad_reduce   any   tf32    16x32x64/8/1     16x32x64/8/1     16x32x64/8/1     16x32x64/8/1
+grad_reduce   any   tf32    16x16x64/8/1     16x16x64/8/1     16x32x64/8/1     16x32x64/8/1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_90
