@@ -298,7 +298,7 @@ def _estimate(request: Request, method: str, sheet: Sheet | None) -> Estimate:
     one, two = (vars(figures(request, method, blocks, sheet)) for blocks in (1, 2))
     more = request.recipe.blocks - 1
     found = Figures(**{name: one[name] + more * (two[name] - one[name]) for name in one})
-    full, cast = method == "full", method.endswith("_cast")
+    full, cast = method == "full", PROVIDERS[method].adapters == "compute"
     size = 2 if full or cast else 4
     gradients = size * found.trained
     # torch's Adam has its states in the type of what it trains.

@@ -25,7 +25,15 @@ from hut_kernels import (
 from hut_kernels.errors import HUTBackendError
 
 from ..references import TRAINABLE, check, error, make_normal
-from .weights import bnb, four_bit, linear4bit, linear8bit, repacked
+from .weights import (
+    assert_compiles_alike,
+    assert_loss_falls,
+    bnb,
+    four_bit,
+    linear4bit,
+    linear8bit,
+    repacked,
+)
 
 FORMS = {
     "residual": {"scaling": 0.75},
@@ -310,17 +318,7 @@ def test_inject_trains_over_quantized_layers():
     model = Model()
     assert inject(model, ["first", "second"], r=4, scale_shift=True) == ["first", "second"]
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, 0.1)
-    x = torch.randn(9, 64)
-    losses = []
-    for _ in range(5):
-        loss = model(x).square().sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True)
+    assert_loss_falls(model, torch.randn(9, 64), 0.1)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, first[name])}
     factors = ("hut_A", "hut_B", "gamma", "beta")
     assert moved == {f"{layer}.{f}" for layer in ("first", "second") for f in factors}
@@ -405,14 +403,7 @@ def test_compiled_without_a_break():
     for layer in (model.first, model.second):
         nn.init.normal_(layer.hut_B, std=0.1)
     x = torch.randn(9, 64)
-    results = []
-    for each in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        y = each(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
-        model.zero_grad()
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    assert_compiles_alike(model, x)
 
 
 def test_explain_counts_the_bytes_of_the_format():
@@ -557,16 +548,7 @@ def test_torchao_layers_in_every_state(config, how):
 
     model, x = adapted(), torch.randn(9, 64)
     assert error(model(x), fresh()(x).detach().double()) < 2e-6
-    factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(factors, 1.0)
-    losses = []
-    for _ in range(5):
-        loss = model(x).square().sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True)
+    assert_loss_falls(model, x, 1.0)
     y = model(x)
     other = adapted()
     other.load_state_dict(model.state_dict())

@@ -70,3 +70,29 @@ def repacked(layer):
     )
     layer.weight.data, layer.weight.quant_state = packed
     return layer
+
+
+def assert_loss_falls(model, x, lr):
+    """Trains a model to give 0: the loss of each of five steps is below the one before."""
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(factors, lr)
+    losses = []
+    for _ in range(5):
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+
+
+def assert_compiles_alike(model, x):
+    """Compiles a model without a break, to the same output and gradients."""
+    results = []
+    for each in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        y = each(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)

@@ -15,7 +15,14 @@ from hut_kernels.errors import HUTBackendError
 from hut_kernels.integrations.peft import HUTConfig
 from hut_kernels.integrations.peft.quantized import QuantizedLinear
 
-from ..formats.weights import bnb, four_bit, linear4bit, linear8bit, repacked
+from ..formats.weights import (
+    assert_compiles_alike,
+    bnb,
+    four_bit,
+    linear4bit,
+    linear8bit,
+    repacked,
+)
 from ..references import error
 
 
@@ -271,14 +278,7 @@ def test_compiled_without_a_break(evaluated):
     if evaluated:
         repacked(base.first)
     model, x = randomized(adapted(base, scale_shift=True)), torch.randn(9, 64)
-    results = []
-    for each in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        y = each(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
-        model.zero_grad()
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    assert_compiles_alike(model, x)
 
 
 # Memory

@@ -139,6 +139,7 @@ def test_the_trainer_in_bf16(folders, tmp_path):
     factors = [p for p in run.model.parameters() if p.requires_grad]
     assert {p.dtype for p in factors} == {torch.float32}
     expected = losses(trained(adapted(twin.float()), tmp_path, bf16=True))
+    # Rounded to bfloat16 (4e-3) at other places than the twin, whose weights are float32.
     assert losses(run) == pytest.approx(expected, rel=5e-3)
     assert losses(run)[-1] < losses(run)[0]
 

@@ -120,15 +120,27 @@ DECODED = {
 }
 
 
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def spread(architectures, types, calls, plain):
+    """All calls in all types on sm_80 and sm_90; on the others the plain ones, in bfloat16."""
+    return [
+        pytest.param(arch, TYPES[dtype], call, id=f"{arch}-{dtype}-{name}")
+        for arch in architectures
+        for dtype in types
+        for name, call in calls.items()
+        if arch in (80, 90) or (dtype == "bf16" and name in plain)
+    ]
+
+
 # On sm_100 this Triton is not trusted with the kernel.
-@pytest.mark.parametrize("arch", [80, 89, 90, 120])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("call", DECODED.values(), ids=DECODED)
+@pytest.mark.parametrize(
+    ("arch", "dtype", "call"), spread((80, 89, 90, 120), ("bf16", "fp16"), DECODED, ("ragged",))
+)
 def test_few_tokens_over_codes_in_ptx(arch, dtype, call):
     """Without W in memory, as the operators launch it."""
     N, O, K, block, sms, options = call
-    if arch not in (80, 90) and (dtype != torch.bfloat16 or options.get("vectors") is None):
-        pytest.skip("the other architectures run the plain variant in bfloat16 only")
     weight = random(O, K, "nf4", block, 0, dtype)
     case = make_normal(N, K, O, 5, dtype=dtype, **options)
     layer = case.replace(weight=weight).layer
@@ -139,16 +151,13 @@ def test_few_tokens_over_codes_in_ptx(arch, dtype, call):
     check(case.replace(weight=weight.dense(dtype)), {"y": y})
 
 
-TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@pytest.mark.parametrize("arch", cases.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
-@pytest.mark.parametrize(("make", "options"), REDUCED.values(), ids=REDUCED)
-def test_factor_gradients_over_codes_in_ptx(arch, dtype, make, options):
+@pytest.mark.parametrize(
+    ("arch", "dtype", "call"),
+    spread(cases.ARCHITECTURES, TYPES, REDUCED, ("ragged", "across rows", "int8")),
+)
+def test_factor_gradients_over_codes_in_ptx(arch, dtype, call):
     """By the tables' tiles, as the operators launch them."""
-    if arch not in (80, 90) and (dtype != torch.bfloat16 or options):
-        pytest.skip("the other architectures run the plain variants in bfloat16 only")
+    make, options = call
     weight = make(dtype)
     case = make_normal(9, *weight.shape[::-1], 5, dtype=dtype, **options)
     layer = case.replace(weight=weight).layer
