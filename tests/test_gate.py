@@ -1,5 +1,6 @@
 """The gate reads machine code: what it passes, and, planted here, what it must fail."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -131,6 +132,13 @@ def test_only_a_thin_product_on_the_tensor_core_is_found():
     # T's product has 64 rows and takes wgmma; the tokens' product, with 16, does not.
     found = broken("sm_90", "forward", LaunchConfig(16, 64, 64, 4, 3, wgmma_async=True))
     assert "multiplications by HGMMA" in found
+
+
+def test_a_tile_of_T_that_several_warps_make_is_found():
+    tiles = launch_config("grad_input", "sm_80", 4096, 16, "bf16")
+    assert tiles.unchain
+    chained = dataclasses.replace(tiles, unchain=False)
+    assert "multiplications by HMMA" in broken("sm_80", "grad_input", chained)
 
 
 def test_a_failed_compilation_is_a_finding():

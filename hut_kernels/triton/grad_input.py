@@ -29,6 +29,7 @@ from .tiles import (
     ordered_tile,
     scale_shift,
     two_sided_tile,
+    unchain,
 )
 
 
@@ -73,6 +74,7 @@ def hut_grad_input_kernel(
     WGMMA_ASYNC: tl.constexpr,
     TMA: tl.constexpr,
     W_FIRST: tl.constexpr,
+    UNCHAIN: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
@@ -127,7 +129,7 @@ def hut_grad_input_kernel(
             else:
                 b_t = tl.dot(b_b, b_a, input_precision=THIN)  # [BO, BK]
             b_W = modulate(b_w, b_t, constant, RESIDUAL, b_g.dtype)
-            acc = tl.dot(b_g, b_W, acc, input_precision=PRECISION)
+            acc = tl.dot(b_g, unchain(b_W, UNCHAIN), acc, input_precision=PRECISION)
         acc = keep_wgmma_async(acc, WGMMA_ASYNC)
 
     if W_FIRST:
@@ -196,6 +198,7 @@ def launch_grad_input(
             TMA=tma,
             FACTOR_TMA=factor_tma,
             W_FIRST=config.W_FIRST,
+            UNCHAIN=config.unchain and not triton.knobs.runtime.interpret,
             SPLIT_K=num_splits > 1,
             BN=config.BN,
             GROUP=config.GROUP,

@@ -30,6 +30,7 @@ class LaunchConfig:
         W_FIRST: The modulated weight tile is the left operand of the product.
         TMA: Load activations and weight through tensor descriptors where their strides allow it.
         wgmma_async: Keep wgmma's from being serialized (`tiles.keep_wgmma_async`); only on sm_90.
+        unchain: Arrange the warps of T's product by its own shape (`tiles.unchain`); for mma.sync.
         GROUP: Tile rows that share a sweep over the columns (L2 reuse).
         maxnreg: Register limit a thread, or None.
     """
@@ -42,6 +43,7 @@ class LaunchConfig:
     W_FIRST: bool = False
     TMA: bool = False
     wgmma_async: bool = False
+    unchain: bool = False
     GROUP: int = 8
     maxnreg: int | None = None
 

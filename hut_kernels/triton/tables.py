@@ -2,10 +2,11 @@
 
 A cell reads `BNxBOxBK/warps/stages`: tile sizes over tokens, out_features and in_features. `W`
 behind it means that the weight tile is the left operand of the product, `A` that the wgmma's must
-be kept asynchronous (`tiles.keep_wgmma_async`), `R` that a thread may take all 255 registers, where
-ptxas would rather spill a few bytes and have more programs at once. The columns are r up to 16, 32,
-64 and 128; the lines are for up to 16 tokens, up to 64, up to 128, and more. `16-bit` is bf16 and
-fp16, `fp32` is ieee.
+be kept asynchronous (`tiles.keep_wgmma_async`), `T` that the warps of T's product are arranged by
+its own shape (`tiles.unchain`), `R` that a thread may take all 255 registers, where ptxas would
+rather spill a few bytes and have more programs at once. The columns are r up to 16, 32, 64 and 128;
+the lines are for up to 16 tokens, up to 64, up to 128, and more. `16-bit` is bf16 and fp16, `fp32`
+is ieee.
 
 The cells are the largest tiles that pass the gate (no spills, asynchronous copies, the right tensor
 core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What surprises:
@@ -15,8 +16,9 @@ core) with every Triton from 3.6 to 3.9; none is measured on a GPU yet. What sur
   tokens the weight is put there (`W`); sm_100's dx, whose weight stands on the right, pads to 64.
 - `W` is taken elsewhere too: T's accumulator is then the left operand as it lies in registers. On
   sm_80 and sm_89 dx cannot take it: a W0 that is transposed there has no asynchronous copy.
-- The warps of T's product are arranged as those of the large one, by its rows. Where T has fewer
-  (dx with 128 tokens and 32 rows of W), several make the same; the cells are such that none does.
+- Without `T` the warps of T's product are arranged as those of the large one, by its rows. Where T
+  has fewer (dx with 128 tokens and 32 rows of W), several make the same; the cells are such that
+  none does. With it dx takes 256 tokens at a time on mma.sync, in a tile as forward's.
 - fp32 (ieee) products run on the CUDA cores, where a large tile only spills.
 - fp16 decides many cells of its line: its factors stay float32, twice the memory of bf16's.
 - Past r = 64 the tiles shrink because A's, `[r, BK]` in float32, takes most of the shared memory.
@@ -54,9 +56,11 @@ forward       64    tf32    64x64x64/4/4/W   64x64x64/4/4/W   64x64x64/4/3/W   6
 forward       128+  tf32    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/4/3/W
 grad_input    16    16-bit  16x64x128/4/4    16x64x128/4/4    16x64x128/4/4    16x32x128/4/3
 grad_input    64    16-bit  64x32x128/4/4    64x32x128/4/4    64x32x128/4/4    64x32x128/4/2
-grad_input    128+  bf16    128x32x256/8/3   128x32x256/8/3   128x32x256/8/3   64x32x128/4/3
-grad_input    128+  fp16    128x32x256/8/3   128x32x256/8/3   128x32x256/8/2   64x32x128/4/2
-grad_input    16    tf32    16x64x128/4/4    16x64x128/4/3    16x32x128/4/4    16x32x128/4/3
+grad_input    128   bf16    128x32x256/8/3   128x32x256/8/3   128x32x256/8/3   128x32x256/8/3
+grad_input    128   fp16    128x32x256/8/3   128x32x256/8/3   128x32x256/8/2   64x32x128/4/2
+grad_input    more  bf16    256x32x128/8/3/T 256x32x128/8/3/T 256x32x128/8/3/T 256x32x128/8/3/T
+grad_input    more  fp16    256x32x128/8/3/T 256x32x128/8/3/T 256x32x128/8/3/T 256x32x128/8/2/T
+grad_input    16    tf32    16x64x128/4/4    16x64x128/4/3/R  16x32x128/4/4    16x32x128/4/3
 grad_input    64+   tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x128/4/2
 grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
@@ -80,8 +84,10 @@ forward       128+  tf32    128x128x32/8/3/W 128x128x32/8/3/W 128x64x32/4/3/W  6
 grad_input    16    16-bit  16x32x128/4/4    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3
 grad_input    64    bf16    64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2
 grad_input    64    fp16    64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x64x64/4/2
-grad_input    128+  bf16    128x32x256/8/2   128x32x256/8/2   128x32x256/8/2   64x32x128/4/2
-grad_input    128+  fp16    128x32x256/8/2   128x32x256/8/2   128x32x256/8/2   64x64x64/4/2/R
+grad_input    128   bf16    128x32x256/8/2   128x32x256/8/2   128x32x256/8/2   64x32x128/4/2
+grad_input    128   fp16    128x32x256/8/2   128x32x256/8/2   128x32x256/8/2   64x64x64/4/2/R
+grad_input    more  bf16    256x32x128/8/3/T 256x32x128/8/3/T 256x32x128/8/3/T 256x32x128/8/2/T
+grad_input    more  fp16    256x32x128/8/3/T 256x32x128/8/3/T 256x32x128/8/2/T 256x32x128/8/2/T
 grad_input    16    tf32    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3     16x32x64/4/3
 grad_input    64+   tf32    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2    32x32x64/4/2
 grad_factors  any   16-bit  32x128x64/8/4    32x128x64/8/4    32x128x64/8/4    32x128x64/8/4
@@ -115,7 +121,7 @@ grad_factors  any   tf32    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    6
 grad_reduce   any   bf16    16x64x128/4/2    32x64x128/8/2    64x64x128/8/1    128x64x128/8/1
 grad_reduce   any   fp16    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
-weight        any   16-bit  16x32x64/4/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
+weight        any   16-bit  16x64x64/2/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_100
 stored_forward 16   16-bit  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/3/W
@@ -256,5 +262,6 @@ def _parse(cell: str, arch: str, kind: str) -> LaunchConfig:
         W_FIRST="W" in "".join(letters),
         TMA=arch in ("sm_90", "sm_100") and kind != "fp32",
         wgmma_async="A" in "".join(letters),
+        unchain="T" in "".join(letters),
         maxnreg=255 if "R" in "".join(letters) else None,
     )

@@ -75,6 +75,9 @@ def load_tile(
         if WHOLE:
             if WRAP:
                 o_rows %= rows
+            else:
+                o_rows = tl.arange(0, HEIGHT)
+                p += tl.cast(row, tl.int64) * stride_row
             o_rows = o_rows.to(tl.int64)
             o_columns = o_columns.to(tl.int64)
             return tl.load(p + o_rows[:, None] * stride_row + o_columns[None, :] * stride_column)
@@ -164,6 +167,25 @@ def keep_wgmma_async(acc, WGMMA_ASYNC: tl.constexpr):
         )
     else:
         return acc
+
+
+@triton.jit
+def unchain(b, UNCHAIN: tl.constexpr):
+    """The tile as it is, hidden from the product that it comes from.
+
+    Of two products of which one feeds the other Triton arranges the warps alike, all along one
+    dimension: where T has few rows, several warps make the same tile of it. It does not look across
+    a transpose, and the assembly, without effect, keeps two from canceling each other out. The
+    interpreter has none, hence the switch.
+    """
+    if UNCHAIN:
+        pack: tl.constexpr = 32 // b.dtype.primitive_bitwidth
+        b = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [tl.trans(b)], dtype=b.dtype, is_pure=True, pack=pack
+        )
+        return tl.trans(b)
+    else:
+        return b
 
 
 @triton.jit
