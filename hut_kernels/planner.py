@@ -75,8 +75,12 @@ class Problem(NamedTuple):
 
     @property
     def partial_bytes(self) -> int:
-        """Bytes that partial sums of a weight's factor gradients may take: a dense W0's."""
-        return self.O * self.K * _BYTES[self.dtype if self.stored else self.weight_dtype]
+        """Bytes that partial sums of a weight's factor gradients may take: a quarter over W0's.
+
+        W0 dense; a staged W takes as much. In W0's own bytes a bf16 weight of rank 64 would have no
+        room for one of d hut_B for each tile of columns, and more than one of d hut_A.
+        """
+        return self.O * self.K * _BYTES[self.dtype if self.stored else self.weight_dtype] * 5 // 4
 
     @property
     def layers(self) -> int:

@@ -67,6 +67,16 @@ def test_a_weight_kernel_over_float32_factors_misses_the_target(monkeypatch):
     assert "1.38 of a copy's bytes" in missed
 
 
+def test_a_reduction_in_narrow_tiles_misses_its_targets(monkeypatch):
+    assert slots.bytes_line("sm_90", "grad_reduce", 16)[1] == []
+    assert slots.bytes_cost("sm_90", "grad_reduce", 16).around > 1.0  # told, and not judged
+    narrow = LaunchConfig(16, 64, 64, 4, 2, TMA=True)
+    monkeypatch.setattr(slots, "launch_config", lambda *_: narrow)
+    bound, moved = slots.bytes_line("sm_90", "grad_reduce", 16)[1]
+    assert "of its floor, at most 1.25" in bound
+    assert "8.50 bytes a weight, at most 7.5" in moved
+
+
 def test_the_command_fails_on_a_missed_target(monkeypatch, capsys):
     arguments = ["--arch", "sm_80", "--kernel", "forward", "--rank", "16", "--tokens", "4096"]
     assert slots.main(arguments) == 0

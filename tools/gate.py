@@ -44,6 +44,7 @@ from hut_kernels.triton import (
 )
 from hut_kernels.triton.launch import (
     LaunchConfig,
+    busy_programs,
     cdiv,
     choose_reduction_splits,
     is_heavy,
@@ -280,9 +281,17 @@ def _splits(config: Config, layer: Layer, rows: int | None = None) -> tuple[int,
     (O, K, r), tiles = layer.sizes, config.row
     sms = next(d.sms for d in devices.DEVICES if d.arch == config.arch)
     stored = isinstance(layer.weight, Stored)
-    bytes_ = O * K * (TYPES[config.dtype] if stored else layer.weight.dtype).itemsize
-    tiles_o, tiles_k = cdiv(rows or O, tiles.BO), cdiv(K, tiles.BK)
-    return choose_reduction_splits(tiles_o, tiles_k, O, K, r, bytes_, sms)
+    kept = "nf4" if stored else str(layer.weight.dtype).removeprefix("torch.")
+    problem = planner.Problem(config.N, O, K, r, _dtype_name(config), kept)
+    return choose_reduction_splits(
+        cdiv(rows or O, tiles.BO),
+        cdiv(K, tiles.BK),
+        O,
+        K,
+        r,
+        problem.partial_bytes,
+        busy_programs(sms, tiles.warps),
+    )
 
 
 def _layer(kernel: str, variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:

@@ -21,6 +21,7 @@ from . import stored_weight as stored_weight_kernel
 from . import weight as weight_kernel
 from .launch import (
     LaunchConfig,
+    busy_programs,
     cdiv,
     choose_num_splits,
     choose_reduction_splits,
@@ -232,5 +233,5 @@ def _splits(rows: int, config: LaunchConfig, plan: Plan, group: int = 1) -> tupl
         problem.K,
         problem.r,
         problem.partial_bytes,
-        cdiv(plan.device.sms, group),
+        cdiv(busy_programs(plan.device.sms, config.warps), group),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,29 +78,39 @@ def choose_num_splits(tiles: int, steps: int, sms: int) -> int:
     return max(1, min(wanted, steps // 4, 16))
 
 
+def busy_programs(sms: int, warps: int) -> int:
+    """The programs that keep a device busy: eight warps on each of its multiprocessors."""
+    return cdiv(8 * sms, warps)
+
+
+@functools.lru_cache(maxsize=1024)
 def choose_reduction_splits(
-    tiles_o: int, tiles_k: int, O: int, K: int, r: int, weight_bytes: int, sms: int
+    tiles_o: int, tiles_k: int, O: int, K: int, r: int, partial_bytes: int, programs: int
 ) -> tuple[int, int]:
     """The splits of O and of K in a factor-gradient kernel: one program for each pair of them.
 
-    Each split of O costs a partial of d hut_A, each split of K one of d hut_B. The partials
-    together stay within W0's bytes, which is what a staged W takes (one split each is no partial at
-    all but the result), and no more programs run than keep the device busy. A closer bound would
-    leave most of the device idle: within a quarter of W0's bytes there are 16 programs for
-    1024 x 1024 and r 16, and 4 for r 64.
+    Each split of O costs a partial of d hut_A, each split of K one of d hut_B, in memory and in
+    bytes moved. The partials together stay within `partial_bytes` (one split each is no partial at
+    all but the result). Splits of K come first: with one for each tile of columns a program writes
+    its rows of d hut_B once. Fewer are taken only where less than 7/8 of the device would be busy,
+    which `programs` fill: no split leaves a wave of them nearly empty.
 
     Returns:
         `(o_splits, k_splits)`, none of them empty.
     """
-    k_splits, best = max(1, tiles_k), (1, 1)
+    best, busy = (1, 1), 0.0
+    k_splits = max(1, tiles_k)
     while True:
-        spare = weight_bytes // (4 * max(1, r)) - (k_splits - 1) * O
-        most = min(max(1, tiles_o), 2 * sms // k_splits, 1 + spare // max(1, K))
-        if spare >= 0 and most >= 1:
-            o_splits = -(-tiles_o // -(-tiles_o // most)) if tiles_o else 1
-            if o_splits * k_splits > best[0] * best[1]:
-                best = o_splits, k_splits
-        if k_splits == 1 or best[0] * best[1] >= sms:
+        spare = partial_bytes // (4 * max(1, r)) - (k_splits - 1) * O
+        for waves in (1, 2):
+            filling = waves * programs // k_splits
+            most = min(max(1, tiles_o), filling, 1 + spare // max(1, K))
+            if spare >= 0 and most >= 1:
+                o_splits = -(-tiles_o // -(-tiles_o // most)) if tiles_o else 1
+                share = o_splits * k_splits / (cdiv(o_splits * k_splits, programs) * programs)
+                if share > busy:
+                    best, busy = (o_splits, k_splits), share
+        if k_splits == 1 or busy >= 7 / 8:
             return best
         k_splits = _fewer(tiles_k, k_splits)
 

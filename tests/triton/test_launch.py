@@ -1,5 +1,6 @@
 """Split-K: how programs share an inner dimension, or a reduction."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,36 +16,53 @@ from ..strategies import examples
     block_k=st.sampled_from([16, 32, 64, 128, 256]),
     r=st.integers(1, 128),
     itemsize=st.sampled_from([2, 4]),
-    sms=st.integers(1, 200),
+    programs=st.integers(1, 400),
 )
 @examples(300)
-def test_splits_are_full_bounded_and_enough(tiles_o, tiles_k, block_o, block_k, r, itemsize, sms):
+def test_splits_are_full_bounded_and_enough(
+    tiles_o, tiles_k, block_o, block_k, r, itemsize, programs
+):
     O, K = tiles_o * block_o, tiles_k * block_k
-    weight_bytes = O * K * itemsize
-    splits = choose_reduction_splits(tiles_o, tiles_k, O, K, r, weight_bytes, sms)
+    partial_bytes = O * K * itemsize
+    splits = choose_reduction_splits(tiles_o, tiles_k, O, K, r, partial_bytes, programs)
     for count, tiles in zip(splits, (tiles_o, tiles_k), strict=True):
         assert 1 <= count <= tiles
         length = -(-tiles // count)
         assert count == -(-tiles // length), "a split without a tile"
     partials = 4 * r * ((splits[0] - 1) * K + (splits[1] - 1) * O)
-    assert partials <= weight_bytes
-    assert splits == (1, 1) or splits[0] * splits[1] <= 2 * sms
-    assert choose_reduction_splits(tiles_o, tiles_k, O, K, r, weight_bytes, sms) == splits
+    assert partials <= partial_bytes
+    assert splits == (1, 1) or splits[0] * splits[1] <= 2 * programs
 
 
-def test_o_splitsf_nothing_are_one():
+def test_splits_of_nothing_are_one():
     assert choose_reduction_splits(0, 0, 0, 0, 4, 0, 100) == (1, 1)
 
 
-def test_k_splitseep_a_device_busy_where_the_bound_allows():
-    """4096 x 4096 in bfloat16 at r = 16: more than one program an SM."""
-    o_splits, k_splits = choose_reduction_splits(64, 32, 4096, 4096, 16, 4096 * 4096 * 2, 108)
-    assert o_splits * k_splits > 108
-    for r in (16, 64):
-        o_splits, k_splits = choose_reduction_splits(16, 16, 1024, 1024, r, 1024 * 1024 * 2, 132)
-        assert o_splits * k_splits >= (132 if r == 16 else 16)
-    small = choose_reduction_splits(2, 2, 128, 128, 1, 128 * 128 * 2, 2)
-    assert small == (2, 2)
+@pytest.mark.parametrize(
+    ("tiles", "size", "r", "programs", "splits"),
+    [
+        # 4096 x 4096 in bf16 on 132 multiprocessors, tiles of 64 x 128: of 64 splits of d hut_A and
+        # as few of d hut_B as fill the device the partials would move twice the bytes.
+        ((16, 32), 4096, 64, 132, (4, 32)),
+        ((16, 32), 4096, 16, 264, (8, 32)),
+        # 108 multiprocessors: 112 programs would run as two waves, the second nearly empty.
+        ((128, 32), 4096, 16, 108, (3, 32)),
+        ((16, 8), 1024, 16, 132, (16, 8)),
+        ((2, 2), 128, 1, 16, (2, 2)),
+    ],
+)
+def test_splits_fill_whole_waves_and_write_rows_once(tiles, size, r, programs, splits):
+    bytes_ = size * size * 2 * 5 // 4
+    assert choose_reduction_splits(*tiles, size, size, r, bytes_, programs) == splits
+
+
+@given(tiles_k=st.integers(1, 64), tiles_o=st.integers(1, 64), programs=st.integers(1, 300))
+@examples(100)
+def test_the_device_is_busy_where_memory_allows(tiles_k, tiles_o, programs):
+    o_splits, k_splits = choose_reduction_splits(
+        tiles_o, tiles_k, 64 * tiles_o, 64 * tiles_k, 1, 1 << 40, programs
+    )
+    assert 2 * o_splits * k_splits >= min(programs, tiles_o * tiles_k)
 
 
 @given(tiles=st.integers(0, 500), steps=st.integers(0, 500), sms=st.integers(1, 200))
