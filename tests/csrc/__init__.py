@@ -36,14 +36,14 @@ def build_emulation(folder: Path) -> Path:
     """The operators `torch.ops.hut_emulated` for CPU tensors, as a shared library."""
     setup = setup_module()
     tools = setup.find_toolchain()
-    sources = [
-        HERE / "emulated.cpp",
-        *(ROOT / "csrc" / name for name in ("ops.cpp", "runtime.cpp")),
-    ]
+    # The real extension may be loaded beside it, so the operators need another name; a macro would
+    # not do, for torch 2.10 spells the name of a library out before it looks for one.
+    renamed = folder / "ops.cpp"
+    renamed.write_text((ROOT / "csrc" / "ops.cpp").read_text().replace("hut_cuda", "hut_emulated"))
+    sources = [HERE / "emulated.cpp", renamed, ROOT / "csrc" / "runtime.cpp"]
     objects = [folder / f"{source.name}.o" for source in sources]
     for source, target in zip(sources, objects, strict=True):
-        # The real extension may be loaded beside it, so the operators need another name.
-        setup.compile_one(tools, source, target, [*_FLAGS, "-Dhut_cuda=hut_emulated"])
+        setup.compile_one(tools, source, target, _FLAGS)
     setup.link(tools, objects, folder / "emulated.so")
     return folder / "emulated.so"
 
