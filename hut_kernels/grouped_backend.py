@@ -19,8 +19,6 @@ from torch import Tensor
 from . import onednn, planner, torch_backend
 from .layer import FactorGrads, Layer, Needs, Spec, acc_dtype, cast, effective_bias
 
-# Multiplications from which oneDNN's product repays its longer call.
-_LARGE_PRODUCT = 1 << 21
 _Result = TypeVar("_Result")
 
 
@@ -257,7 +255,7 @@ class _OneByOne:
 
     def _reduced(self, grad: Tensor, x: Tensor, one: Layer) -> Iterable[Tensor | None]:
         if self.backend is torch_backend:
-            return torch_backend.grad_factors(grad, x, one, self.needs, fresh=True)
+            return torch_backend.grad_factors(grad, x, one, self.needs)
         made = iter(self.backend.linear_backward(grad, x, one, False, self.needs))
         return [next(made) if needed else None for needed in self.needs]
 
@@ -283,11 +281,6 @@ def _multiply(x: Tensor, W: Tensor, group: Group, out: Tensor) -> None:
         part = x[rows]
         if onednn.is_widened(part):
             onednn.multiply_widened(part.float(), matrix, out[rows])
-            continue
-        large = len(part) * matrix.numel() >= _LARGE_PRODUCT
-        wide = x.dtype == torch.float32 and onednn.takes(part, matrix)
-        if large and wide and onednn.beats_mkl():
-            out[rows] = onednn.linear(part, matrix.t())
         else:
             torch.mm(part, matrix, out=out[rows])
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import onednn
 from .definition import group_index
 
 # Elements of a tile: in float32 they stay in a core's cache until they are used. Of a smaller
@@ -81,9 +80,6 @@ class Multiplier:
         """The part of some rows in Q, `[r, columns]` or of blocks `[groups, columns]`, and in P."""
         left, Q, P = take(self.left, rows), None, None
         if self.transform == "low_rank":
-            if H0.dtype == torch.float32 and onednn.beats_mkl() and onednn.takes(H0, left):
-                Q = onednn.linear(left.t(), H0.t()) if need_Q else None
-                return Q, onednn.linear(self.right, H0).t() if need_P else None
             Q = torch.mm(left.t(), H0) if need_Q else None
             return Q, torch.mm(H0, self.right.t()) if need_P else None
         if not self.has_blocks:

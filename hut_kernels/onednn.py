@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import platform
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,41 +17,18 @@ _WIDENED = 1 << 21
 
 
 def takes(*tensors: Tensor) -> bool:
-    """True where the fused operators take these tensors: on a CPU, of one type it multiplies."""
-    first = tensors[0]
-    return (
-        first.device.type == "cpu"
-        and first.dtype in _dtypes()
-        and all(tensor.dtype == first.dtype and tensor.numel() > 0 for tensor in tensors)
+    """True where the fused operators take these: bfloat16 on a CPU that multiplies it."""
+    return _multiplies_bf16() and all(
+        tensor.is_cpu and tensor.dtype == torch.bfloat16 and tensor.numel() > 0
+        for tensor in tensors
     )
 
 
 @functools.cache
-def beats_mkl() -> bool:
-    """True where the CPU is not Intel's: MKL keeps its best code for those."""
-    if not torch.backends.mkl.is_available():
-        return True
-    try:
-        vendor = Path("/proc/cpuinfo").read_text().partition("vendor_id")[2].split("\n")[0]
-    except OSError:
-        vendor = platform.processor()
-    return "Intel" not in vendor
-
-
-@functools.cache
-def _dtypes() -> tuple[torch.dtype, ...]:
-    """The types that the operators take here: float32, and bfloat16 where the CPU multiplies it."""
+def _multiplies_bf16() -> bool:
     operators = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
-        return ()
-    if operators._is_mkldnn_bf16_supported():
-        return torch.float32, torch.bfloat16
-    return (torch.float32,)
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x weight^T`, `[N, out]`."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    has_operators = torch.backends.mkldnn.is_available() and hasattr(operators, "_linear_pointwise")
+    return has_operators and operators._is_mkldnn_bf16_supported()
 
 
 def linear_mul(x: Tensor, weight: Tensor, constant: float, other: Tensor) -> Tensor:

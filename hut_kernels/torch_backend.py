@@ -67,7 +67,7 @@ def linear_backward(
         dx, factors = _backward_by_blocks(grad, x, layer, need_x, needs)
     else:
         dx = grad_input(grad, layer) if need_x else None
-        factors = grad_factors(grad, x, layer, needs, fresh=True)
+        factors = grad_factors(grad, x, layer, needs)
     return [gradient for gradient in (dx, *factors) if gradient is not None]
 
 
@@ -185,13 +185,8 @@ def _multiplied(grad: Tensor, W: Tensor) -> Tensor:
     return dx
 
 
-def grad_factors(
-    grad: Tensor, x: Tensor, layer: Layer, needs: Needs, fresh: bool = False
-) -> FactorGrads:
-    """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed.
-
-    `fresh` allows G memory of its own beside the workspace, where that saves time.
-    """
+def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorGrads:
+    """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
     weight, x_dtype = layer.weight, x.dtype
     few = _are_few(x, weight)
     # G may be rounded to bf16, which has the range of float32, once; in fp16 it would overflow.
@@ -208,20 +203,16 @@ def grad_factors(
     sums = _Sums(multiplier, needs, need_rows)
     for block in ([tile] for tile in tiles) if few else _row_blocks(tiles, weight.shape[1]):
         first = block[0].start
-        G = _product(take(grad_t, slice(first, block[-1].stop)), x, fresh)
+        G = _product(take(grad_t, slice(first, block[-1].stop)), x)
         for rows in block:
             tile = cast(take(G, slice(rows.start - first, rows.stop - first)), acc)
             sums.add(rows, tile.mul_(_base_rows(weight, rows, x_dtype)))
     return finish_factor_grads(sums.Q, sums.P, sums.rows, layer, needs)
 
 
-def _product(grad_t: Tensor, x: Tensor, fresh: bool) -> Tensor:
+def _product(grad_t: Tensor, x: Tensor) -> Tensor:
     """`G = grad^T x` of a block of rows, `[rows, in]`."""
-    sizes = len(grad_t), x.shape[1]
-    fresh &= x.dtype == torch.float32 and _fits_fresh(sizes[0] * sizes[1], x.dtype)
-    if fresh and onednn.beats_mkl() and onednn.takes(grad_t, x):
-        return onednn.linear(grad_t, x.t())
-    return torch.mm(grad_t, x, out=_workspace(*sizes, x.dtype, x.device))
+    return torch.mm(grad_t, x, out=_workspace(len(grad_t), x.shape[1], x.dtype, x.device))
 
 
 class _Sums:
@@ -316,7 +307,8 @@ def _formed(
     weight = layer.weight
     out = W = _empty_like(weight, dtype, out)
     multiplier, shift = _multiplier(layer, dtype, subtract_identity)
-    if weight.stride()[1] != 1 and weight.stride()[0] == 1:  # a Conv1D's
+    transposed = weight.stride()[1] != 1 and weight.stride()[0] == 1  # a Conv1D's
+    if transposed and not _is_small(weight):  # which forward forms as it is: the same to the bit
         multiplier, weight, W = multiplier.t(), weight.t(), W.t()
         shift = shift.t() if isinstance(shift, Tensor) else shift
     in_place = dtype == multiplier.left.dtype and W.stride()[1] == 1

@@ -281,8 +281,8 @@ MUTANTS = (
     Mutant(
         "partials beyond their bound",
         f"{TRITON}/launch.py",
-        "        spare = weight_bytes // (4 * max(1, r))",
-        "        spare = 4 * weight_bytes // (4 * max(1, r))",
+        "        spare = partial_bytes // (4 * max(1, r))",
+        "        spare = 4 * partial_bytes // (4 * max(1, r))",
         ("tests/triton/test_launch.py", "splits"),
     ),
     Mutant(

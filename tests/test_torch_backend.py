@@ -134,14 +134,6 @@ def test_few_tokens_cost_what_is_asked_for(form, needs, few):
     check(case, dict(zip(names, found, strict=True)))
 
 
-@pytest.mark.parametrize("beats", [True, False])
-@every_form
-def test_either_library_multiplies_right(beats, form, monkeypatch):
-    monkeypatch.setattr(onednn, "beats_mkl", lambda: beats)
-    case = make_normal(70, 264, 256, 4, vectors="bias gamma beta", **form)
-    check(case, run(case))
-
-
 def test_many_tokens_or_a_small_weight_are_taken_as_a_whole():
     weight = torch.empty(256, 256)
     x = torch.empty(torch_backend._FEW + 1, 256)
