@@ -19,10 +19,11 @@ def test_pipes_by_hand():
         "LDGSTS.E.BYPASS.128 [R15], [R6.64], !P3",
         "IADD3 R5, R4, 0x1, RZ",
         "HFMA2.BF16_V2 R1, R2, R3, R2",
+        "@!PT LDS RZ, [RZ]",  # takes a slot and touches no memory
     ]
     pipes = slots.count(lines, "sm_80", warps=8)
     # Per part of a multiprocessor two warps; shared memory serves all eight.
-    assert (pipes["issue"], pipes["tensor"], pipes["shared"]) == (10, 16, 64)
+    assert (pipes["issue"], pipes["tensor"], pipes["shared"]) == (12, 16, 64)
     assert (pipes["alu"], pipes["fp16"]) == (4, 4)
     wgmma = ["HGMMA.64x128x16.F32.BF16 R24, R4, gdesc[UR4], R24"]
     assert slots.count(wgmma, "sm_90", warps=8)["tensor"] == 128

@@ -136,6 +136,8 @@ def _tensor_cycles(line: str, arch: str) -> float:
 
 def _wavefronts(line: str) -> float:
     """128-byte wavefronts of a warp's access, a quarter of them of its warp group's product."""
+    if line.startswith("@!PT"):
+        return 0.0  # never runs: ptxas fills a slot behind asynchronous copies
     bare = _bare(line)
     name = bare.split()[0]
     opcode = name.split(".")[0]
