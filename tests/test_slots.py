@@ -1,5 +1,7 @@
 """The slot model: what it counts in a known loop, and that a worse one misses its target."""
 
+import re
+
 import pytest
 
 from hut_kernels.dispatch import interpreting
@@ -9,7 +11,7 @@ if interpreting():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from hut_kernels.triton.launch import LaunchConfig
-from tools import slots
+from tools import gate, loha, slots
 
 
 def test_pipes_by_hand():
@@ -84,3 +86,53 @@ def test_the_command_fails_on_a_missed_target(monkeypatch, capsys):
     monkeypatch.setitem(slots.SLOTS, "sm_80", 0.1)  # at 1.0 some Tritons are below it
     assert slots.main(arguments) == 1
     assert "MISSED sm_80 forward r16 N4096: issue slots" in capsys.readouterr().out
+
+
+class TestBesideLyCORIS:
+    """The loops of LyCORIS's LoHa beside ours, where its wheel is installed and where it is not."""
+
+    CELL = ("--arch", "sm_80", "--kernel", "forward", "--rank", "16", "--tokens", "4096")
+
+    def test_of_the_two_loops_of_backward_that_for_dx_has_more_products(self):
+        product, back = "HMMA.16816.F32.BF16 R4, R8, R12, R4", "@P0 BRA `(.L_x_1)"
+        code = gate._Code([product, back, product, product, back, back], [(2, 4), (0, 1), (5, 5)])
+        assert loha.only_loop(code, "grad_factors").loops == [(0, 1)]
+        assert loha.only_loop(code, "grad_input").loops == [(2, 4)]
+        with pytest.raises(ValueError, match="too many"):  # not the kernel of forward, with one
+            loha.only_loop(code, "forward")
+
+    def test_its_tiles_by_our_names(self):
+        tiles = loha.Tiles(1, 2, 3, 4, 5)
+        assert tiles.named("forward") == LaunchConfig(BN=1, BO=2, BK=3, warps=4, stages=5)
+        assert tiles.named("grad_input") == LaunchConfig(BN=1, BO=3, BK=2, warps=4, stages=5)
+        assert tiles.named("grad_factors") == LaunchConfig(BN=3, BO=1, BK=2, warps=4, stages=5)
+
+    @pytest.mark.parametrize("version", ["4.1.2", None])
+    def test_the_command_says_that_it_is_not_installed(self, monkeypatch, capsys, version):
+        def of_the_wheel(name):
+            if version is None:
+                raise loha.importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(loha.importlib.metadata, "version", of_the_wheel)
+        assert slots.main(self.CELL) == 0
+        assert "pip install lycoris-lora==4.1.3 --no-deps" in capsys.readouterr().out
+
+    @pytest.mark.skipif(not loha.installed(), reason=loha.MISSING)
+    def test_a_worse_tile_of_ours_misses_the_target(self, monkeypatch):
+        cell = "sm_90", "grad_input"
+        assert slots.loha_line(slots.line(*cell, 16, 4096), *cell)[1] == []
+        worse = LaunchConfig(64, 64, 64, 4, 3, TMA=True)
+        monkeypatch.setattr(slots, "launch_config", lambda *_: worse)
+        (missed,) = slots.loha_line(slots.line(*cell, 16, 4096), *cell)[1]
+        assert "of LyCORIS's clocks, at most 1.0" in missed
+
+    @pytest.mark.skipif(not loha.installed(), reason=loha.MISSING)
+    def test_the_command_shows_its_loop_and_fails_on_a_missed_target(self, monkeypatch, capsys):
+        assert slots.main(self.CELL) == 0
+        # Its floor is the tensor cores': the product and two thin ones, 8 clocks and a quarter.
+        assert re.search(r"beside LyCORIS 4\.1\.3(.|\n)* 10\.00 tensor", capsys.readouterr().out)
+        monkeypatch.setitem(slots.LOHA, "sm_80", 0.5)
+        assert slots.main(self.CELL) == 1
+        missed = r"MISSED sm_80 forward r16 N4096: 0\.\d\d of LyCORIS's clocks, at most 0\.5"
+        assert re.search(missed, capsys.readouterr().out)

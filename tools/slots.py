@@ -7,7 +7,8 @@ where a unit belongs to it: issue slots; cycles of tensor cores and of the other
 of shared memory; bytes from L2. The largest is the bound: no pass is faster, however well latencies
 hide. So a bound is a floor, not a time: bank conflicts, latencies, barriers and clocks are left
 out, and the ratio of two kernels' floors is what this says. It exits with 1 where a target is
-missed. sm_100 is left out: its tensor cores' instructions do not tell their shapes.
+missed. sm_100 is left out: its tensor cores' instructions do not tell their shapes. Where LyCORIS
+is installed, a last table has the loops of its LoHa (`tools.loha`) beside.
 
 Rates and sources. Tensor cores: NVIDIA's white papers, dense rates over multiprocessors and clock
 (A100 256, H100 512, 4090 64 multiply-adds a clock and part; mma.sync on Hopper reaches 62 % of
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import functools
 import re
 import sys
@@ -35,7 +37,7 @@ from hut_kernels import devices, planner
 from hut_kernels.dispatch import interpreting
 from hut_kernels.triton.launch import LaunchConfig
 from hut_kernels.triton.tables import launch_config
-from tools import gate, plain
+from tools import gate, loha, plain
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 SIZE = 4096  # in_features and out_features
@@ -67,7 +69,8 @@ class Cost:
     Attributes:
         pipes: Clocks by pipe, `l2` and `serial` among them.
         useful: Tensor cycles of the product itself, without T's.
-        slots: Warp instructions for each 16x8x16 of the product itself.
+        work: What `slots` and `clocks` are counted for: 16x8x16's of the product itself on a part
+            of a multiprocessor, or thousands of weights.
         bytes: Bytes from L2.
         floor: Bytes that none can avoid: W0's (for few tokens, and where bytes bind).
         registers, stack: A thread's.
@@ -76,7 +79,7 @@ class Cost:
 
     pipes: dict[str, float]
     useful: float
-    slots: float
+    work: float
     bytes: float
     floor: float
     registers: int
@@ -92,6 +95,16 @@ class Cost:
     def by(self) -> str:
         """The busiest pipe."""
         return max(self.pipes, key=lambda pipe: self.pipes[pipe])
+
+    @property
+    def slots(self) -> float:
+        """Warp instructions for each unit of work."""
+        return self.pipes["issue"] / self.work
+
+    @property
+    def clocks(self) -> float:
+        """The bound for each unit of work, which compares tiles of different sizes."""
+        return self.bound / self.work
 
 
 # Counting
@@ -197,7 +210,7 @@ def read(compiled: Any, arch: str, warps: int) -> Compiled:
 def loop_cost(
     compiled: Compiled, arch: str, kernel: str, tiles: LaunchConfig, factor: float
 ) -> Cost:
-    """The main loop of a product, with `factor` bytes of the moving factor for each inner index."""
+    """The main loop of a product, with `factor` bytes beside its operands' for each inner index."""
     lines = gate._main_loop(compiled.code)
     rows, columns, inner = {
         "forward": (tiles.BN, tiles.BO, tiles.BK),
@@ -228,7 +241,7 @@ def loop_cost(
     return Cost(
         per_pass,
         useful / steps,
-        pipes["issue"] / steps * 4 / (products / 2048),
+        products / (4 * 2048),
         moved,
         2 * columns * inner,
         compiled.registers,
@@ -327,9 +340,8 @@ def bytes_cost(arch: str, kernel: str, r: int) -> Bytes:
         around = (item + 8) * r / down + 4 * r * o_splits / SIZE
     pipes = count(lines, arch, tiles.warps)
     pipes["l2"] = moved * elements / L2[arch]
-    slots_ = 1000 * 4 * pipes["issue"] / elements
     left = code.registers, code.stack, code.resident
-    cost = Cost(dict(pipes), 0.0, slots_, moved * elements, least * elements, *left)
+    cost = Cost(dict(pipes), 0.0, elements / 4000, moved * elements, least * elements, *left)
     return Bytes(cost, moved, least, around)
 
 
@@ -428,6 +440,36 @@ def bytes_line(arch: str, kernel: str, r: int) -> tuple[str, list[str]]:
     return text, [f"MISSED {name}: {one}" for one in missed]
 
 
+# The largest ratio of clocks, HUT's loop over LyCORIS's, at rank 16 and 4096 tokens.
+LOHA = {"sm_80": 1.0, "sm_90": 1.0}
+
+
+def loha_line(found: Line, arch: str, kernel: str) -> tuple[str, list[str]]:
+    """A line of the last table, beside the leanest of LyCORIS's tiles, and the target it misses."""
+    costs = []
+    for its in loha.TILES[kernel]:
+        tiles = its.named(kernel)
+        whole = read(loha.compile_kernel(arch, kernel, its, 4096, SIZE, 16), arch, its.warps)
+        compiled = dataclasses.replace(whole, code=loha.only_loop(whole.code, kernel))
+        extra = loha.extra_bytes(kernel, its, 16)
+        costs.append((loop_cost(compiled, arch, kernel, tiles, extra), tiles))
+    peer, tiles = min(costs, key=lambda one: one[0].clocks)
+    hut, ratio = found.hut, found.hut.clocks / peer.clocks
+    text = (
+        f"{found.name:31}{_cell(found.tiles):>20}{_cell(tiles):>20}{peer.stack:7} |"
+        f"{hut.slots:6.2f}{peer.slots:6.2f} |{hut.clocks:7.2f} {hut.by:7}{peer.clocks:6.2f} "
+        f"{peer.by:7}{ratio:6.2f}"
+    )
+    missed = []
+    if ratio > (most := LOHA[arch]):
+        missed.append(f"MISSED {found.name}: {ratio:.2f} of LyCORIS's clocks, at most {most}")
+    return text, missed
+
+
+LOHA_HEADER = (
+    f"{f'beside LyCORIS {loha.VERSION}':31}{'tile/warps/stages':>20}{'its':>20}{'stack':>7} |"
+    f"{'slots':>6}{'its':>6} |{'clocks':>7} {'by':7}{'its':>6} {'by':7}{'ratio':>6}"
+)
 HEADER = (
     f"{'cell':31}{'tile/warps/stages':>20} {'progs':>5} |{'slots':>6}{'plain':>7}{'ratio':>6} |"
     f"{'tensor':>7}{'issue':>6}{'shared':>7}{'L2':>6}{'serial':>7} |{'bound':>6} {'by':7}"
@@ -437,17 +479,19 @@ HEADER = (
 
 def show(line: Line, arch: str) -> str:
     """A line of the table."""
-    hut, peer, tiles = line.hut, line.plain, line.tiles
-    cell = f"{tiles.BN}x{tiles.BO}x{tiles.BK}/{tiles.warps}/{tiles.stages}"
-    pipes = hut.pipes
+    hut, peer, pipes = line.hut, line.plain, line.hut.pipes
     return (
-        f"{line.name:31}{cell:>20} {hut.resident:5} |{hut.slots:6.2f}{peer.slots:7.2f}"
+        f"{line.name:31}{_cell(line.tiles):>20} {hut.resident:5} |{hut.slots:6.2f}{peer.slots:7.2f}"
         f"{hut.slots / peer.slots:6.2f} |{pipes['tensor']:7.0f}{pipes['issue']:6.0f}"
         f"{pipes['shared']:7.0f}{pipes['l2']:6.0f}{pipes.get('serial', 0.0):7.0f} |"
         f"{hut.bound:6.0f} {hut.by:7}{peer.bound:6.0f}{hut.bound / peer.bound:6.2f}"
         f"{hut.bound / (hut.floor / DRAM[arch]):6.2f}"
         + (f"  epilogue {line.epilogue:.2f}" if line.epilogue else "")
     )
+
+
+def _cell(tiles: LaunchConfig) -> str:
+    return f"{tiles.BN}x{tiles.BO}x{tiles.BK}/{tiles.warps}/{tiles.stages}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -464,7 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("TRITON_INTERPRET is set: there is no machine code to read under the interpreter")
         return 2
     print(HEADER)
-    missed = []
+    missed, beside = [], []
     for arch in options.arch or ARCHITECTURES:
         for kernel in options.kernel or (*gate.PRODUCTS, *bound_by_bytes):
             if kernel in bound_by_bytes:
@@ -480,6 +524,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     found = line(arch, kernel, r, N)
                     print(show(found, arch), flush=True)
                     missed += [f"MISSED {found.name}: {what}" for what in found.missed]
+                    if arch in LOHA and r == 16 and N == 4096:
+                        beside.append((found, arch, kernel))
+    if beside and not loha.installed():
+        print(loha.MISSING)
+    elif beside:
+        print(LOHA_HEADER)
+        for cell in beside:
+            text, found_missed = loha_line(*cell)
+            print(text, flush=True)
+            missed += found_missed
     print("\n".join([*missed, f"Triton {triton.__version__}: {len(missed)} targets missed"]))
     return 1 if missed else 0
 
