@@ -80,6 +80,12 @@ def test_a_reduction_in_narrow_tiles_misses_its_targets(monkeypatch):
     assert "8.50 bytes a weight, at most 7.5" in moved
 
 
+def test_a_rank_without_targets_is_told_all_the_same():
+    text, missed = slots.bytes_line("sm_90", "weight", 32)
+    assert "bytes a weight" in text
+    assert missed == []
+
+
 def test_the_command_fails_on_a_missed_target(monkeypatch, capsys):
     arguments = ["--arch", "sm_80", "--kernel", "forward", "--rank", "16", "--tokens", "4096"]
     assert slots.main(arguments) == 0

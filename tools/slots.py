@@ -425,12 +425,12 @@ def bytes_line(arch: str, kernel: str, r: int) -> tuple[str, list[str]]:
     bound = cost.bound / (cost.floor / L2[arch])
     name = f"{arch} {kernel} r{r}"
     missed = []
-    if kernel == "weight" and ratio > COPY[r]:
-        missed.append(f"{ratio:.2f} of a copy's bytes, at most {COPY[r]}")
+    if kernel == "weight" and ratio > (most := COPY.get(r, float("inf"))):
+        missed.append(f"{ratio:.2f} of a copy's bytes, at most {most}")
     if kernel == "grad_reduce" and arch == "sm_90":
-        if bound > (most := REDUCE[r]):
+        if bound > (most := REDUCE.get(r, float("inf"))):
             missed.append(f"bound {bound:.2f} of its floor, at most {most}")
-        if found.moved > (most := REDUCE_BYTES[r]):
+        if found.moved > (most := REDUCE_BYTES.get(r, float("inf"))):
             missed.append(f"{found.moved:.2f} bytes a weight, at most {most}")
     text = (
         f"{name:31}{cost.slots:8.0f} slots a thousand, {found.moved:5.2f} bytes a weight "
