@@ -112,7 +112,10 @@ def trains_beside_plain_layers():
     initial = make_model(targets=["up"], **FORMS["paper"])
     reference, model = copy.deepcopy(initial), copy.deepcopy(initial)
     train(reference)
-    train(parallelize_module(model, mesh(), {**PLAN, "*.down": RowwiseParallel()}))
+    parallelize_module(model, mesh(), {**PLAN, "*.down": RowwiseParallel()})
+    for block in model:
+        block.down.requires_grad_(False)  # PyTorch 2.10's own styles unfreeze what they shard
+    train(model)
     assert_trained_alike(model, reference, initial, 1e-12)
 
 
