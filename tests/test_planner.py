@@ -145,11 +145,12 @@ def test_bytes_and_workspace_by_hand():
     fused = planner.plan(problem(), A100)
     assert fused.bytes["forward"] == weight + factors + activations
     assert fused.workspace["forward"] == fused.workspace["grad_input"] == 0
-    assert fused.workspace["grad_factors"] <= weight
+    partials = weight * 5 // 4  # at most
+    assert fused.workspace["grad_factors"] <= partials
     staged = planner.plan(problem(aligned=False), A100)
     assert staged.bytes["forward"] == weight + factors + activations + 2 * weight
     assert staged.workspace["forward"] == weight  # one shared workspace
-    assert staged.workspace["grad_factors"] == min(staged.chunk, O) * K * 4 + weight
+    assert staged.workspace["grad_factors"] == min(staged.chunk, O) * K * 4 + partials
 
 
 def test_few_tokens_over_four_bits_are_fused_and_told_why():

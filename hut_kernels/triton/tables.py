@@ -118,7 +118,7 @@ grad_input    64    tf32    64x64x64/4/3/A   64x64x64/4/3/A   64x64x64/4/3/A   6
 grad_input    128+  tf32    128x32x128/8/3/WA 128x32x128/8/3/WA 128x32x128/8/3/WA 128x32x128/8/2/WA
 grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
 grad_factors  any   tf32    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
-grad_reduce   any   bf16    16x64x128/4/2    32x64x128/8/2    64x64x128/8/1    128x64x128/8/1
+grad_reduce   any   bf16    16x64x128/4/2    32x64x128/8/2    64x64x128/8/1    128x64x64/8/1
 grad_reduce   any   fp16    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 weight        any   16-bit  16x64x64/2/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
