@@ -1,10 +1,11 @@
 """The product's kernels through the executor: which calls, at which shapes, compared with what.
 
 The calls are those of the operators; the planner is told which strategy to take, and which device
-it plans for. Shapes are such that every mask matters: no size is a multiple of its tile, all but
-the tokens are multiples of 16, so that loads are the vectors and asynchronous copies of the plain
-case, and every matrix has rows longer than it, so that whatever is read or written past a row's end
-is nobody's memory. Loops run for more passes than their pipelines have stages.
+it plans for. Shapes are such that every mask matters, but in a few calls of whole tiles: no size is
+a multiple of its tile, all but the tokens are multiples of 16, so that loads are the vectors and
+asynchronous copies of the plain case, and every matrix has rows longer than it, so that whatever is
+read or written past a row's end is nobody's memory. Loops run for more passes than their pipelines
+have stages.
 """
 
 from __future__ import annotations
@@ -216,6 +217,8 @@ def calls() -> list[Call]:
         Call("grad_input", "bf16", 13, 240, 1040, sms=8, quick=True),
         Call("forward", "bf16", 1, 240, 16),
         Call("grad_factors", "bf16", 1, 240, 240, sms=4),
+        # Whole tiles, whose loads have no masks, and tokens that wrap.
+        *(Call(what, "bf16", 150, 256, 256, quick=True) for what in FUSED),
     ]
     for what, options in _LAYERS:
         for dtype in ("bf16", "fp16"):
