@@ -65,7 +65,7 @@ grad_input    64+   tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    6
 grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
 grad_reduce   any   bf16    16x32x64/4/1     32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
-grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
+grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1/R   16x32x64/4/1
 grad_reduce   any   tf32    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
@@ -76,7 +76,7 @@ forward       16    bf16    16x64x64/4/4/W   16x64x64/4/4/W   16x128x64/4/3/W  1
 forward       16    fp16    16x64x64/4/4/WR  16x64x64/4/4/W   16x64x64/4/4/W   16x64x32/4/4/W
 forward       64    16-bit  64x64x64/4/3/W   64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/3/W
 forward       128   bf16    128x128x32/4/2   128x128x32/4/2   128x128x32/4/2   128x128x32/4/2
-forward       128+  fp16    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/4/3/W
+forward       128+  fp16    128x128x32/8/4/W 128x128x32/8/4/W 128x128x32/8/3/W 128x64x32/4/3/WR
 forward       more  bf16    256x128x32/8/3   256x128x32/8/2   256x128x32/8/2   256x128x32/8/2
 forward       16    tf32    16x64x64/4/4/W   16x64x64/4/4/W   16x64x64/4/3/W   16x64x32/4/3/W
 forward       64    tf32    64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/4/W   64x64x32/4/3/W
@@ -93,7 +93,7 @@ grad_input    64+   tf32    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2    3
 grad_factors  any   16-bit  32x128x64/8/4    32x128x64/8/4    32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
 grad_reduce   any   bf16    16x32x64/4/1     32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
-grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
+grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1/R   16x32x64/4/1
 grad_reduce   any   tf32    16x16x64/8/1     16x16x64/8/1     16x32x64/8/1     16x32x64/8/1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
@@ -138,7 +138,7 @@ grad_input    16    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    6
 grad_input    64    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/8/2
 grad_input    128+  tf32    128x64x128/8/2   128x64x128/8/2   128x32x128/8/3   128x32x128/8/2
 grad_factors  any   16-bit  64x128x64/8/3    64x128x64/8/3/R  64x128x64/8/3    64x128x64/8/3
-grad_factors  any   tf32    32x128x64/8/2    32x128x64/8/2    32x128x64/8/2    32x128x64/8/2
+grad_factors  any   tf32    32x128x64/8/2    32x128x64/8/2/R  32x128x64/8/2    32x128x64/8/2
 grad_reduce   any   bf16    16x64x64/8/1     32x64x64/8/1     64x64x64/8/1     64x64x64/8/1
 grad_reduce   any   fp16    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
@@ -149,7 +149,7 @@ forward       16    fp32    16x64x32/8/2     16x64x32/8/2     16x32x32/8/2     1
 forward       64+   fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
 grad_input    16    fp32    16x64x32/8/2     16x64x32/8/2     16x64x32/8/2     16x64x32/8/2
 grad_input    64+   fp32    64x32x32/8/2     64x32x32/8/2     64x32x32/8/2     64x32x32/8/2
-grad_factors  any   fp32    32x32x32/8/2/R   32x32x32/8/2     32x32x32/8/1/R   32x32x32/8/1
+grad_factors  any   fp32    32x32x32/8/2/R   32x32x32/8/2/R   32x32x32/8/1/R   32x32x32/8/1
 grad_reduce   any   fp32    16x64x32/8/1     16x64x32/8/1     16x64x32/8/1     16x64x32/8/1
 stored        any   16-bit  16x128x128/8/1   16x128x128/8/1   16x128x128/8/1   16x64x128/8/1
 stored        any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
