@@ -28,7 +28,7 @@ def test_there_is_a_config_for_everything(kernel, arch, N, r, dtype):
     for size in (tiles.BN, tiles.BO, tiles.BK):
         assert size >= 16
         assert size & (size - 1) == 0
-    assert tiles.warps in (4, 8)
+    assert tiles.warps in (2, 4, 8)
     assert tiles.stages >= 1
     assert tiles.wgmma_async <= (tables.family(arch) == "sm_90")
 
@@ -50,22 +50,27 @@ def test_few_tokens_have_tiles_of_their_own():
 
 
 def test_a_low_smem_config_takes_no_more_memory():
+    def loaded(kernel, tiles):
+        """Elements that the pipeline of a product holds."""
+        inner = tiles.BK if kernel == "forward" else tiles.BO
+        return tiles.stages * (tiles.BN * inner + tiles.BO * tiles.BK)
+
     for arch in ARCHITECTURES:
         for kernel in KERNELS:
             for N in (16, 64, 4096):
                 for r, gathers in itertools.product((16, 128), (False, True)):
                     tiles = launch_config(kernel, arch, N, r, "bf16")
                     light = launch_config(kernel, arch, N, r, "bf16", True, gathers)
-                    assert light.BK <= tiles.BK
-                    assert light.BO <= tiles.BO
                     assert light.BN <= tiles.BN
+                    assert light.BO <= tiles.BO
                     assert light.stages <= max(2, tiles.stages)
                     if kernel in ("forward", "grad_input"):
-                        memory = tiles.BO * tiles.BK, tiles.stages, tiles.BN
-                        assert (light.BO * light.BK, light.stages, light.BN) <= memory
+                        assert loaded(kernel, light) <= loaded(kernel, tiles)
                         if gathers and kernel == "forward" and N <= 64:
                             assert light.BK == max(32, tiles.BK // 2)
                         assert light.stages <= 2
+                    else:
+                        assert light.BK <= tiles.BK
 
 
 @pytest.mark.parametrize(
