@@ -39,7 +39,8 @@ def test_the_plain_product_is_tensor_bound_where_its_tiles_are_large():
 
 
 def test_a_tile_of_T_made_twice_misses_the_target(monkeypatch):
-    assert slots.line("sm_90", "grad_input", 16, 4096).missed == ()
+    table = slots.line("sm_90", "grad_input", 16, 4096)
+    assert table.hut.bound < 1.07 * table.plain.bound  # 1.04 with Triton 3.7.1, 1.06 with 3.9.0
     # Two warp groups on 128 tokens, and T's product, of 64 rows, made by each of them.
     twice = LaunchConfig(128, 64, 128, 8, 3, TMA=True)
     monkeypatch.setattr(slots, "launch_config", lambda *_: twice)
