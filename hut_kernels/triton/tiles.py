@@ -73,6 +73,8 @@ def load_tile(
         o_rows = row + tl.arange(0, HEIGHT)
         o_columns = column + tl.arange(0, WIDTH)
         if WHOLE:
+            # Rows as a scalar, which no thread multiplies. Columns not: an index that two products
+            # have in common would tell Triton that one feeds the other (`unchain`).
             if WRAP:
                 o_rows %= rows
             else:
