@@ -78,7 +78,7 @@ class Problem(NamedTuple):
         """Bytes that partial sums of a weight's factor gradients may take: a quarter over W0's.
 
         W0 dense; a staged W takes as much. In W0's own bytes a bf16 weight of rank 64 would have no
-        room for one of d hut_B for each tile of columns, and more than one of d hut_A.
+        room for one of d hut_B for each tile of columns, and more than two of d hut_A.
         """
         return self.O * self.K * _BYTES[self.dtype if self.stored else self.weight_dtype] * 5 // 4
 

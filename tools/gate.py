@@ -35,6 +35,7 @@ from hut_kernels.formats import FourBit, Layout, Stored
 from hut_kernels.formats.int8 import Int8Rows
 from hut_kernels.layer import Layer, Needs, Spec
 from hut_kernels.triton import (
+    backend,
     forward,
     grad_factors,
     grad_input,
@@ -44,9 +45,6 @@ from hut_kernels.triton import (
 )
 from hut_kernels.triton.launch import (
     LaunchConfig,
-    busy_programs,
-    cdiv,
-    choose_reduction_splits,
     is_heavy,
     padded_rank,
 )
@@ -279,19 +277,11 @@ def _launch_experts(config: Config, layer: Layer, needs: Needs) -> None:
 def _splits(config: Config, layer: Layer, rows: int | None = None) -> tuple[int, int]:
     """The splits of O (of `rows` of it) and K of a call on the architecture's own device."""
     (O, K, r), tiles = layer.sizes, config.row
-    sms = next(d.sms for d in devices.DEVICES if d.arch == config.arch)
+    device = next(d for d in devices.DEVICES if d.arch == config.arch)
     stored = isinstance(layer.weight, Stored)
     kept = "nf4" if stored else str(layer.weight.dtype).removeprefix("torch.")
-    problem = planner.Problem(config.N, O, K, r, _dtype_name(config), kept)
-    return choose_reduction_splits(
-        cdiv(rows or O, tiles.BO),
-        cdiv(K, tiles.BK),
-        O,
-        K,
-        r,
-        problem.partial_bytes,
-        busy_programs(sms, tiles.warps),
-    )
+    problem = planner.Problem(config.N, K, O, r, _dtype_name(config), kept)
+    return backend._splits(rows or O, tiles, planner.plan(problem, device))
 
 
 def _layer(kernel: str, variant: str, dtype: str, r: int, device: str = "cpu") -> Layer:

@@ -329,5 +329,6 @@ def test_a_model_holds_what_qlora_does_and_one_workspace():
     qlora = resident(LoraConfig(r=8, target_modules=targets), width, layers)
     assert qlora > layers * width * width / 2
     hut = resident(HUTConfig(r=8, target_modules=targets), width, layers)
+    # 2 MiB of tiles of 2^18 weights: an index and two float32 for each byte of codes, and W0.
     workspace, tiles = 2 * width * width, 9 << 18
     assert hut <= qlora + workspace + tiles
