@@ -224,8 +224,7 @@ class _OneByOne:
     def _staged(self, one: Layer, out: Tensor | None = None) -> Tensor:
         """`gamma W` of an expert, in `out` where that is given."""
         if one.hut_A is not None and self.backend is torch_backend:
-            fresh = out is None and not onednn.is_widened(one.weight)
-            return torch_backend._merged(one, self.dtype, fresh=fresh, out=out)
+            return torch_backend._merged(one, self.dtype, fresh=out is None, out=out)
         if one.hut_A is None:
             W = cast(one.weight, self.dtype)
         else:

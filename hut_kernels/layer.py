@@ -165,4 +165,4 @@ def finish_factor_grads(
 
 
 def _scaled(tensor: Tensor, scaling: float) -> Tensor:
-    return tensor if scaling == 1.0 else tensor * scaling
+    return tensor if scaling == 1.0 else cast(tensor, acc_dtype(tensor.dtype)) * scaling

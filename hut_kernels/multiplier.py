@@ -18,6 +18,8 @@ from .definition import group_index
 # matrix it is a quarter, so that a tile costs little memory next to W.
 _TILE = 1 << 18
 _WHOLE = 1 << 16  # elements up to which a matrix is one tile
+# Elements of a tile in bf16, which has no second form beside it: few products, each of many rows.
+_ROUNDED_TILE = 1 << 20
 # The same on devices other than a CPU, where a launch costs more than a cache saves.
 _LAUNCHED_TILE = 1 << 22
 
@@ -44,8 +46,12 @@ class Multiplier:
 
     def tiles(self) -> Sequence[slice]:
         """The rows in pieces; those of `two_sided` are whole groups, or parts of one."""
-        quarter = max(_WHOLE, self.rows * self.columns // 4)
-        most = min(_TILE, quarter) if self.left.is_cpu else _LAUNCHED_TILE
+        if not self.left.is_cpu:
+            most = _LAUNCHED_TILE
+        elif self.left.dtype == torch.bfloat16:
+            most = _ROUNDED_TILE
+        else:
+            most = min(_TILE, max(_WHOLE, self.rows * self.columns // 4))
         groups = self.r if self.transform == "two_sided" else 1
         return _tiles(self.rows, self.columns, groups, most)
 

@@ -16,11 +16,13 @@ from torch import Tensor
 _WIDENED = 1 << 21
 
 
-def takes(*tensors: Tensor) -> bool:
-    """True where the fused operators take these: bfloat16 on a CPU that multiplies it."""
-    return _multiplies_bf16() and all(
-        tensor.is_cpu and tensor.dtype == torch.bfloat16 and tensor.numel() > 0
-        for tensor in tensors
+def is_native(dtype: torch.dtype, device: torch.device) -> bool:
+    """True for bfloat16 on a CPU whose instructions multiply it."""
+    return (
+        dtype == torch.bfloat16
+        and device.type == "cpu"
+        and _multiplies_bf16()
+        and not emulates_bf16()
     )
 
 

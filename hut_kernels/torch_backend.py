@@ -3,7 +3,8 @@
 W is formed some rows at a time, in tiles that stay in a core's cache. They make up a workspace for
 one large product or, where tokens are few, are multiplied at once and never written to memory: in
 backward, and of one token in forward. G exists a block of rows at a time, a tile where tokens are
-few, and is reduced in tiles.
+few, and is reduced in tiles. On a CPU that multiplies bf16, what is made of products stays in that
+type: W of the residual form, and the reduction of G.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ _BLOCK = 1 << 22
 _LARGE = 1 << 16
 # Bytes up to which malloc hands out memory that it has had before, without page faults.
 _FRESH = 1 << 23
-# Tokens up to which a tile's product costs no more by itself than within that of the whole weight.
-_FEW = 64
+# Tokens up to which a tile's product costs no more by itself than within that of the whole weight;
+# of a CPU that multiplies bf16 the latter are the faster, and W takes less time than they.
+_FEW, _FEW_NATIVE = 64, 1
+# Tokens up to which they cost less to multiply by A than the weight does, on such a CPU.
+_FEW_IN_BLOCKS = 16
 _shared = threading.local()
 
 Stage = Callable[[bool], Tensor]
@@ -95,12 +99,16 @@ def _is_small(weight: Tensor | Stored) -> bool:
     return not isinstance(weight, Stored) and weight.numel() < _LARGE
 
 
-def _are_few(tokens: Tensor, weight: Tensor | Stored) -> bool:
-    """True where tiles of W and G are used one by one: few tokens, a weight that has tiles."""
+def _are_few(tokens: Tensor, weight: Tensor | Stored, native: int = _FEW_NATIVE) -> bool:
+    """True where tiles of W and G are used one by one: few tokens, a weight that has tiles.
+
+    `native` is the most of them on a CPU that multiplies bf16, in that type.
+    """
+    most = native if onednn.is_native(tokens.dtype, tokens.device) else _FEW
     size = weight.numel()
     return (
         size >= _LARGE
-        and 0 < tokens.numel() <= _FEW * tokens.shape[-1]
+        and 0 < tokens.numel() <= most * tokens.shape[-1]
         and weight.device.type == "cpu"
         and weight.stride()[1] == 1
     )
@@ -120,7 +128,7 @@ def _takes_blocks(grad: Tensor, layer: Layer) -> bool:
     sizes, groups = layer.weight.shape, layer.hut_A.shape[0]
     return (
         layer.spec.precision == "merged"
-        and _are_few(grad, layer.weight)
+        and _are_few(grad, layer.weight, _FEW_IN_BLOCKS)
         and len(as_rows(grad)) * groups <= sizes[0]
         and all(size % groups == 0 for size in sizes)
     )
@@ -188,25 +196,31 @@ def _multiplied(grad: Tensor, W: Tensor) -> Tensor:
 def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorGrads:
     """`d hut_A`, `d hut_B`, `sum_i W[o, i] G[o, i]`, each where it is needed."""
     weight, x_dtype = layer.weight, x.dtype
-    few = _are_few(x, weight)
-    # G may be rounded to bf16, which has the range of float32, once; in fp16 it would overflow.
     acc = acc_dtype(x_dtype)
+    native = onednn.is_native(x_dtype, x.device)
+    few = _are_few(x, weight) and not native
+    # G may be rounded to bf16, which has the range of float32, once; in fp16 it would overflow.
     dtype = acc if few or x_dtype == torch.float16 or onednn.is_widened(x) else x_dtype
     x, grad_t = cast(as_rows(x), dtype), cast(as_rows(grad), dtype).t()
-    multiplier = _gradient_multiplier(layer, acc)
+    # So may H0 and the factors, whose thin products are then of bf16.
+    rounds = native and layer.spec.transform == "low_rank"
+    multiplier = _gradient_multiplier(layer, dtype if rounds else acc)
     need_rows = needs.gamma and layer.spec.constant != 0.0
     tiles = multiplier.tiles()
-    if len(tiles) == 1 and _is_small(weight):
-        H0 = cast(torch.mm(grad_t, x), acc).mul_(weight)
+    if len(tiles) == 1 and not isinstance(weight, Stored):
+        H0 = cast(_product(grad_t, x), multiplier.left.dtype).mul_(weight)
         Q, P = multiplier.reduce(tiles[0], H0, needs.A, needs.P)
-        return finish_factor_grads(Q, P, H0.sum(1) if need_rows else None, layer, needs)
+        row_sums = H0.sum(1, dtype=acc) if need_rows else None
+        return finish_factor_grads(Q, P, row_sums, layer, needs)
     sums = _Sums(multiplier, needs, need_rows)
-    for block in ([tile] for tile in tiles) if few else _row_blocks(tiles, weight.shape[1]):
+    by_tiles = few or rounds
+    for block in ([tile] for tile in tiles) if by_tiles else _row_blocks(tiles, weight.shape[1]):
         first = block[0].start
         G = _product(take(grad_t, slice(first, block[-1].stop)), x)
         for rows in block:
-            tile = cast(take(G, slice(rows.start - first, rows.stop - first)), acc)
-            sums.add(rows, tile.mul_(_base_rows(weight, rows, x_dtype)))
+            tile = take(G, slice(rows.start - first, rows.stop - first))
+            H0 = cast(tile, multiplier.left.dtype)
+            sums.add(rows, H0.mul_(_base_rows(weight, rows, x_dtype)))
     return finish_factor_grads(sums.Q, sums.P, sums.rows, layer, needs)
 
 
@@ -227,10 +241,11 @@ class _Sums:
 
     def __init__(self, multiplier: Multiplier, needs: Needs, need_rows: bool) -> None:
         left, right = multiplier.left, multiplier.right
+        acc = acc_dtype(left.dtype)
         self.multiplier = multiplier
-        self.Q = right.new_zeros(right.shape) if needs.A else None
-        self.P = left.new_empty(left.shape) if needs.P else None
-        self.rows = left.new_empty(len(left)) if need_rows else None
+        self.Q = right.new_zeros(right.shape, dtype=acc) if needs.A else None
+        self.P = left.new_empty(left.shape, dtype=acc) if needs.P else None
+        self.rows = left.new_empty(len(left), dtype=acc) if need_rows else None
 
     def add(self, rows: slice, H0: Tensor) -> None:
         """Adds the tile of some rows, `[rows, in]`."""
@@ -242,7 +257,7 @@ class _Sums:
         if self.P is not None and P is not None:
             self.P[rows] = P
         if self.rows is not None:
-            torch.sum(H0, 1, out=take(self.rows, rows))
+            torch.sum(H0, 1, dtype=self.rows.dtype, out=take(self.rows, rows))
 
 
 def _scaled_base(layer: Layer, dtype: torch.dtype, stage: Stage) -> Tensor:
@@ -261,21 +276,50 @@ def _merged(
 ) -> Tensor:
     """`gamma W` for a product in `dtype`, in `out` or, without that, in the workspace.
 
-    `fresh` allows W memory of its own, where that saves time, and for the increment of a residual
-    form to be formed in bf16: its error stays relative to itself.
+    `fresh` allows W memory of its own, where that saves time.
     """
-    weight, hut_A, hut_B, _, gamma, _, spec = layer
-    residual = spec.constant == 1.0 and gamma is None
-    if fresh and residual and not isinstance(weight, Stored) and dtype == torch.bfloat16:
-        scaled = hut_B if spec.scaling == 1.0 else hut_B * spec.scaling
-        A, B = cast(hut_A, dtype), cast(scaled, dtype)
-        if _fits_fresh(weight.numel(), weight.dtype) and onednn.takes(A, B, weight):
-            if weight.stride(1) == 1:
-                return onednn.linear_mul(B, A.t(), 1.0, weight)
-            return onednn.linear_mul(A.t(), B, 1.0, weight.t()).t()
+    weight = layer.weight
     if out is None and _is_small(weight):
         return _formed_at_once(layer, dtype)
-    return _formed(layer, dtype, _workspace_like(weight, dtype) if out is None else out)
+    if not _rounds_increment(layer, dtype):
+        return _formed(layer, dtype, _workspace_like(weight, dtype) if out is None else out)
+    if weight.stride()[1] != 1:
+        return _merged(layer.transposed, dtype, fresh, out if out is None else out.t()).t()
+    if fresh and out is None and weight.numel() * dtype.itemsize <= _FRESH:
+        ((_, W),) = _rounded_tiles(layer, [slice(0, len(weight))])
+        return W
+    W = _empty_like(weight, dtype, _workspace_like(weight, dtype) if out is None else out)
+    for rows, part in _weight_tiles(layer, dtype):
+        W[rows] = part
+    return W
+
+
+def _rounds_increment(layer: Layer, dtype: torch.dtype) -> bool:
+    """True where W is formed by products of bf16: in the residual form, on a CPU that has them.
+
+    The factors are rounded, which leaves the increment's error relative to itself.
+    """
+    weight, spec = layer.weight, layer.spec
+    return (
+        spec.constant == 1.0
+        and layer.gamma is None
+        and onednn.is_native(dtype, weight.device)
+        and (isinstance(weight, Stored) or weight.dtype == dtype)
+        and 1 in weight.stride()
+    )
+
+
+def _rounded_tiles(
+    layer: Layer, tiles: Sequence[slice] | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """W of rounded factors some rows at a time, `[rows, in]`, in new memory each."""
+    weight, hut_A, hut_B, *_, spec = layer
+    B = hut_B if spec.scaling == 1.0 else hut_B * spec.scaling
+    rounded = Multiplier(cast(B, torch.bfloat16), cast(hut_A, torch.bfloat16), spec.transform)
+    for rows in rounded.tiles() if tiles is None else tiles:
+        W0 = _base_rows(weight, rows, torch.bfloat16)
+        left, right = take(rounded.left, rows), rounded.right.t()
+        yield rows, onednn.linear_mul(left, right, 1.0, W0)
 
 
 def _formed_at_once(layer: Layer, dtype: torch.dtype) -> Tensor:
@@ -323,7 +367,10 @@ def _formed(
 
 
 def _weight_tiles(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """`gamma W` some rows at a time, `[rows, in]`, in a buffer that the next ones write over."""
+    """`gamma W` some rows at a time, `[rows, in]`, in memory that the next ones may write over."""
+    if _rounds_increment(layer, dtype):
+        yield from _rounded_tiles(layer)
+        return
     multiplier, shift = _multiplier(layer, dtype)
     tile = multiplier.new_tile()
     for rows in multiplier.tiles():
@@ -351,12 +398,13 @@ def _form(
     return T.mul_(W0)
 
 
-def _gradient_multiplier(layer: Layer, acc: torch.dtype) -> Multiplier:
+def _gradient_multiplier(layer: Layer, dtype: torch.dtype) -> Multiplier:
     """`gamma T` without its constant and scaling, which the gradients are multiplied by at last."""
-    B = cast(layer.hut_B, acc)
+    B = layer.hut_B
     if layer.gamma is not None:
-        B = B * cast(layer.gamma, acc).unsqueeze(1)
-    return Multiplier(B, cast(layer.hut_A, acc), layer.spec.transform)
+        acc = acc_dtype(dtype)
+        B = cast(B, acc) * cast(layer.gamma, acc).unsqueeze(1)
+    return Multiplier(cast(B, dtype), cast(layer.hut_A, dtype), layer.spec.transform)
 
 
 def _multiplier(
@@ -382,11 +430,6 @@ def _base_rows(weight: Tensor | Stored, rows: slice, dtype: torch.dtype) -> Tens
     size = (rows.stop - rows.start) * weight.shape[1]
     out = buffer("W0", size, dtype, weight.device)
     return weight.read(rows, out.view(-1, weight.shape[1]))
-
-
-def _fits_fresh(size: int, dtype: torch.dtype) -> bool:
-    """True where a matrix has the size at which one fused pass over it pays, in fresh memory."""
-    return size >= _LARGE and size * dtype.itemsize <= _FRESH
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -151,7 +151,7 @@ MUTANTS = (
     Mutant(
         "gamma forgotten in the H of d hut_A",
         TORCH,
-        "        B = B * cast(layer.gamma, acc).unsqueeze(1)\n",
+        "        B = cast(B, acc) * cast(layer.gamma, acc).unsqueeze(1)\n",
         "        pass\n",
         ("tests/test_ops.py", "match_the_reference"),
     ),
@@ -750,6 +750,20 @@ MUTANTS = (
         ("tests/triton/test_grouped.py", "equals_float64"),
     ),
     Mutant(
+        "every tile of W by the first rows of a rounded B",
+        TORCH,
+        "        left, right = take(rounded.left, rows), rounded.right.t()\n",
+        "        left, right = rounded.left[: len(W0)], rounded.right.t()\n",
+        ("tests/test_torch_backend.py", "where_the_cpu_multiplies_it"),
+    ),
+    Mutant(
+        "every tile of H0 by the first rows of W0",
+        TORCH,
+        "            sums.add(rows, H0.mul_(_base_rows(weight, rows, x_dtype)))\n",
+        "            sums.add(rows, H0.mul_(_base_rows(weight, tiles[0], x_dtype)[: len(H0)]))\n",
+        ("tests/test_torch_backend.py", "where_the_cpu_multiplies_it"),
+    ),
+    Mutant(
         "the last columns of a widened W dropped",
         ONEDNN,
         "    for first in range(0, W.shape[1], step):\n",
@@ -780,8 +794,8 @@ MUTANTS = (
     Mutant(
         "the direct form's T from factors of 16 bits",
         TORCH,
-        "    residual = spec.constant == 1.0 and gamma is None\n",
-        "    residual = gamma is None\n",
+        "        spec.constant == 1.0\n        and layer.gamma is None\n",
+        "        layer.gamma is None\n",
         ("tests/test_grouped.py", "rounded_to_16"),
     ),
     Mutant(

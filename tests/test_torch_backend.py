@@ -33,6 +33,12 @@ every_dtype = pytest.mark.parametrize(
 )
 
 
+def set_tile(monkeypatch, elements):
+    """Makes a tile so small, in every type."""
+    monkeypatch.setattr(multiplier, "_TILE", elements)
+    monkeypatch.setattr(multiplier, "_ROUNDED_TILE", elements)
+
+
 # Blocks of rows
 
 
@@ -43,7 +49,7 @@ every_dtype = pytest.mark.parametrize(
 def test_any_row_block_gives_the_same(form, dtype, rows, precision, monkeypatch):
     """13 rows in blocks and tiles with and without a remainder, and in one."""
     monkeypatch.setattr(torch_backend, "_BLOCK", rows * 21)
-    monkeypatch.setattr(multiplier, "_TILE", rows // 2 * 21)
+    set_tile(monkeypatch, rows // 2 * 21)
     options = {"precision": precision, **form}
     case = make_normal(9, 21, 13, 3, dtype=dtype, vectors="bias gamma beta", **options)
     check(case, run(case))
@@ -55,14 +61,14 @@ def test_any_row_block_gives_the_same(form, dtype, rows, precision, monkeypatch)
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_row_blocks_of_views(form, layout, monkeypatch):
     monkeypatch.setattr(torch_backend, "_BLOCK", 4 * 21)
-    monkeypatch.setattr(multiplier, "_TILE", 2 * 21)
+    set_tile(monkeypatch, 2 * 21)
     case = laid_out(make_normal(9, 21, 13, 3, vectors="bias gamma", **form), layout)
     check(case, operators(case, "torch"))
 
 
 def test_a_row_longer_than_a_block_is_a_block(monkeypatch):
     monkeypatch.setattr(torch_backend, "_BLOCK", 8)
-    monkeypatch.setattr(multiplier, "_TILE", 8)
+    set_tile(monkeypatch, 8)
     case = make_normal(5, 21, 13, 3, vectors="gamma")
     check(case, operators(case, "torch"))
 
@@ -70,7 +76,7 @@ def test_a_row_longer_than_a_block_is_a_block(monkeypatch):
 def test_no_temporary_is_larger_than_a_block(monkeypatch):
     """Beside W, and in the factor gradients beside nothing."""
     monkeypatch.setattr(torch_backend, "_BLOCK", 2 * 64)
-    monkeypatch.setattr(multiplier, "_TILE", 2 * 64)
+    set_tile(monkeypatch, 2 * 64)
     case = make_normal(4, 64, 50, 3, vectors="gamma", offset=0.0)
     sizes = []
 
@@ -105,7 +111,7 @@ def few(monkeypatch):
 @pytest.mark.parametrize("sizes", FEW, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 5, 100])
 def test_few_tokens_take_the_weight_tile_by_tile(form, dtype, sizes, rows, few, monkeypatch):
-    monkeypatch.setattr(multiplier, "_TILE", rows * sizes[1])
+    set_tile(monkeypatch, rows * sizes[1])
     case = make_normal(*sizes, dtype=dtype, vectors="bias gamma beta", **form)
     check(case, run(case))
     plain = case.replace(gamma=None, bias=None, beta=None)
@@ -144,6 +150,54 @@ def test_many_tokens_or_a_small_weight_are_taken_as_a_whole():
     assert not torch_backend._are_few(x[1:], weight.t())
 
 
+# A CPU that multiplies bfloat16
+
+
+@pytest.fixture
+def native(monkeypatch, few):
+    """This CPU is one, or is taken for one."""
+    monkeypatch.setattr(onednn, "emulates_bf16", lambda: False)
+    if not onednn._multiplies_bf16():
+        pytest.skip("oneDNN has no bfloat16 here")
+
+
+@every_form
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
+@pytest.mark.parametrize("vectors", ["", "bias gamma beta"], ids=["plain", "vectors"])
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+@pytest.mark.parametrize("rows", [5, 100])
+def test_bfloat16_is_right_where_the_cpu_multiplies_it(
+    form, layout, vectors, tokens, rows, native, monkeypatch
+):
+    set_tile(monkeypatch, rows * 21)
+    case = make_normal(tokens, 21, 13, 3, dtype=torch.bfloat16, vectors=vectors, **form)
+    for weight_dtype in (torch.bfloat16, torch.float32):
+        typed = case.replace(weight=case.weight.to(weight_dtype))
+        typed = laid_out(typed, layout)
+        check(typed, run(typed))
+
+
+@pytest.mark.parametrize("form", [FORMS["residual"], FORMS["direct"]], ids=["residual", "direct"])
+def test_every_product_of_the_reduction_is_of_bfloat16_there(form, native):
+    case = make_normal(9, 21, 13, 3, dtype=torch.bfloat16, **form)
+    assert types_of_products(grad_factors, case, True, True, False) == {torch.bfloat16}
+
+
+def test_an_update_arrives_through_a_rounded_increment(native):
+    """Its own error is all that the increment's rounding adds, beside W's."""
+    case = cancelling(make_normal(32, 256, 192, 4, dtype=torch.bfloat16), 5e-2)
+    assert torch_backend._rounds_increment(case.layer, torch.bfloat16)
+    limit = update_limit(torch.bfloat16, "low_rank", "merged")
+    assert error(forward(case), update_of(case)) < limit
+
+
+def test_few_tokens_are_fewer_where_the_cpu_multiplies_bfloat16(native):
+    weight = torch.empty(256, 256, dtype=torch.bfloat16)
+    assert torch_backend._are_few(torch.empty(1, 256, dtype=torch.bfloat16), weight)
+    assert not torch_backend._are_few(torch.empty(2, 256, dtype=torch.bfloat16), weight)
+    assert torch_backend._are_few(torch.empty(2, 256), weight)
+
+
 # W as a whole
 
 
@@ -152,7 +206,7 @@ def test_many_tokens_or_a_small_weight_are_taken_as_a_whole():
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "offset"])
 @pytest.mark.parametrize("gamma", ["", "gamma"])
 def test_the_weight_of_any_layout_is_made_in_tiles(form, dtype, layout, gamma, monkeypatch):
-    monkeypatch.setattr(multiplier, "_TILE", 3 * 20)
+    set_tile(monkeypatch, 3 * 20)
     case = laid_out(make_normal(4, 20, 14, 2, dtype=dtype, vectors=gamma, **form), layout)
     check(case, {"y": forward(case), "x": grad_input(case)})
     W = torch_backend.merged_weight(case.layer, dtype)

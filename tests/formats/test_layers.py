@@ -115,15 +115,20 @@ def test_every_result_against_float64(quantize, form, dtype, vectors):
 
 @every_form
 @every_dtype
-def test_rows_in_blocks(form, dtype, monkeypatch):
+@pytest.mark.parametrize("emulates", [False, True])
+def test_rows_in_blocks(form, dtype, emulates, monkeypatch):
     """G, T and W0 some rows at a time, none of them as the others."""
+    monkeypatch.setattr("hut_kernels.onednn.emulates_bf16", lambda: emulates)
     monkeypatch.setattr("hut_kernels.torch_backend._BLOCK", 7 * 50)
     monkeypatch.setattr("hut_kernels.multiplier._TILE", 3 * 50)
+    monkeypatch.setattr("hut_kernels.multiplier._ROUNDED_TILE", 4 * 50)
     monkeypatch.setattr("hut_kernels.formats.base._TILE", 2 * 50)
     case = make_normal(9, 50, 33, 3, dtype=dtype, vectors="bias gamma beta", **form)
     weight = nf4(case.weight)
     case = over(case, weight)
     check(case, run(case, weight))
+    plain = case.replace(bias=None, gamma=None, beta=None)
+    check(plain, run(plain, weight))
 
 
 @every_format
