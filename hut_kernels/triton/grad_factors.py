@@ -118,23 +118,25 @@ def hut_grad_factors_kernel(
             for first_r in tl.range(0, BR if ONE_PIECE else r, BR, num_stages=1):
                 o_r = first_r + tl.arange(0, BR)
                 m_r = within(o_r, r, WHOLE_R)
-                if NEED_P:
-                    b_q = columns_tile(
-                        p_a, o_k, o_r, m_k, m_r, r, K, stride_ar, stride_ak, TWO_SIDED, OPERAND
-                    )  # [BK, BR]
-                    reduce_columns(
-                        b_h, b_q, p_a, p_P, first_k, o_o, o_k, o_r, m_o, m_r, tile_k == 0, r, O, K,
-                        stride_ar, stride_ak, TWO_SIDED, UNIFORM_P, UNIFORM_Q, OPERAND, THIN,
-                        ONE_TILE,
-                    )  # fmt: skip
-                # Always so; but beside P's product Triton would arrange the warps of Q's by P's
-                # rows, of which Q has one for eight, and all of them would make the same.
-                if NEED_Q and r > 0:
-                    b_Q = reduce_rows(
-                        b_h, b_Q, p_b, p_gamma, first_o, o_o, o_k, o_r, m_o, m_r, r, O, K,
-                        stride_bo, stride_br, HAS_GAMMA, TWO_SIDED, UNIFORM_P, UNIFORM_Q, OPERAND,
-                        THIN,
-                    )  # fmt: skip
+                # P, then Q; the other way round in `two_sided`, where sm_90 would else spill.
+                for turn in tl.static_range(2):
+                    if NEED_P and turn == TWO_SIDED:
+                        b_q = columns_tile(
+                            p_a, o_k, o_r, m_k, m_r, r, K, stride_ar, stride_ak, TWO_SIDED, OPERAND
+                        )  # [BK, BR]
+                        reduce_columns(
+                            b_h, b_q, p_a, p_P, first_k, o_o, o_k, o_r, m_o, m_r, tile_k == 0, r,
+                            O, K, stride_ar, stride_ak, TWO_SIDED, UNIFORM_P, UNIFORM_Q, OPERAND,
+                            THIN, ONE_TILE,
+                        )  # fmt: skip
+                    # Always so; but beside P's product Triton would arrange the warps of Q's by
+                    # P's rows, of which Q has one for eight, and all of them would make the same.
+                    if NEED_Q and turn != TWO_SIDED and r > 0:
+                        b_Q = reduce_rows(
+                            b_h, b_Q, p_b, p_gamma, first_o, o_o, o_k, o_r, m_o, m_r, r, O, K,
+                            stride_bo, stride_br, HAS_GAMMA, TWO_SIDED, UNIFORM_P, UNIFORM_Q,
+                            OPERAND, THIN,
+                        )  # fmt: skip
                 if NEED_Q and not ONE_PIECE:
                     o_Q = o_r.to(tl.int64)[:, None] * K + o_k[None, :]
                     add_up(p_Q + o_Q, m_r[:, None] & m_k[None, :], b_Q, tile_o == 0, False)

@@ -139,7 +139,7 @@ grad_input    16    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    6
 grad_input    64    tf32    64x64x128/4/2    64x64x128/4/2    64x32x128/4/3    64x32x128/8/2
 grad_input    128+  tf32    128x64x128/8/2   128x64x128/8/2   128x32x128/8/3   128x32x128/8/2
 grad_factors  any   16-bit  64x128x64/8/3/R  64x128x64/8/3/R  64x128x64/8/3    64x128x64/8/3
-grad_factors  any   tf32    32x128x64/8/2    32x128x64/8/2/R  32x128x64/8/2    32x128x64/8/2
+grad_factors  any   tf32    32x128x64/8/2/R  32x128x64/8/2/R  32x128x64/8/2    32x128x64/8/2
 grad_reduce   any   bf16    16x64x64/8/1     32x64x64/8/1     64x64x64/8/1     64x64x64/8/1
 grad_reduce   any   fp16    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
