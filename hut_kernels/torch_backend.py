@@ -198,12 +198,12 @@ def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorG
     weight, x_dtype = layer.weight, x.dtype
     acc = acc_dtype(x_dtype)
     native = onednn.is_native(x_dtype, x.device)
-    few = _are_few(x, weight) and not native
+    few = not native and _are_few(x, weight)
     # G may be rounded to bf16, which has the range of float32, once; in fp16 it would overflow.
     dtype = acc if few or x_dtype == torch.float16 or onednn.is_widened(x) else x_dtype
     x, grad_t = cast(as_rows(x), dtype), cast(as_rows(grad), dtype).t()
     # So may H0 and the factors, whose thin products are then of bf16.
-    rounds = native and layer.spec.transform == "low_rank"
+    rounds = native and layer.spec.transform == "low_rank" and not _is_small(weight)
     multiplier = _gradient_multiplier(layer, dtype if rounds else acc)
     need_rows = needs.gamma and layer.spec.constant != 0.0
     tiles = multiplier.tiles()
