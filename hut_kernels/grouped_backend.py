@@ -212,9 +212,10 @@ class _OneByOne:
         self.layers = [Layer._make((*one, spec)) for one in zip(*columns, strict=True)]
 
     def stage(self, group: Group) -> Tensor:
-        """`gamma W`, `[group, out, in]`, with the weight's order of strides."""
+        """`gamma W`, `[group, out, in]` or of one by itself, with the weight's order of strides."""
         if len(group.experts) == 1:
-            return self._staged(self.layers[group.experts[0]])[None]
+            W = self._staged(self.layers[group.experts[0]])
+            return W if group.ends is None else W[None]
         weight = self.stack.weight[: len(group.experts)]
         workspace = torch.empty_like(weight, dtype=self.dtype)
         for W, expert in zip(workspace.unbind(0), group.experts, strict=True):
@@ -272,11 +273,12 @@ def _gram_is_grouped(grad: Tensor, x: Tensor) -> bool:
 
 
 def _multiply(x: Tensor, W: Tensor, group: Group, out: Tensor) -> None:
-    """Writes `x W` of each expert's rows, W `[group, in, out]`."""
+    """Writes `x W` of each expert's rows, W `[group, in, out]`, or of one by itself."""
     if group.ends is not None and _grouped_mm_fits(x, W):
         out[group.run] = torch._grouped_mm(x[group.run], W, offs=group.ends)
         return
-    for matrix, rows in zip(W.unbind(0), group.rows, strict=True):
+    matrices = (W,) if group.ends is None else W.unbind(0)
+    for matrix, rows in zip(matrices, group.rows, strict=True):
         part = x[rows]
         if onednn.is_widened(part):
             onednn.multiply_widened(part.float(), matrix, out[rows])

@@ -286,8 +286,8 @@ def _merged(
     if weight.stride()[1] != 1:
         return _merged(layer.transposed, dtype, fresh, out if out is None else out.t()).t()
     if fresh and out is None and weight.numel() * dtype.itemsize <= _FRESH:
-        ((_, W),) = _rounded_tiles(layer, [slice(0, len(weight))])
-        return W
+        rounded = _rounded_multiplier(layer)
+        return _form_rounded(rounded, slice(0, rounded.rows), weight)
     W = _empty_like(weight, dtype, _workspace_like(weight, dtype) if out is None else out)
     for rows, part in _weight_tiles(layer, dtype):
         W[rows] = part
@@ -309,17 +309,17 @@ def _rounds_increment(layer: Layer, dtype: torch.dtype) -> bool:
     )
 
 
-def _rounded_tiles(
-    layer: Layer, tiles: Sequence[slice] | None = None
-) -> Iterator[tuple[slice, Tensor]]:
-    """W of rounded factors some rows at a time, `[rows, in]`, in new memory each."""
-    weight, hut_A, hut_B, *_, spec = layer
-    B = hut_B if spec.scaling == 1.0 else hut_B * spec.scaling
-    rounded = Multiplier(cast(B, torch.bfloat16), cast(hut_A, torch.bfloat16), spec.transform)
-    for rows in rounded.tiles() if tiles is None else tiles:
-        W0 = _base_rows(weight, rows, torch.bfloat16)
-        left, right = take(rounded.left, rows), rounded.right.t()
-        yield rows, onednn.linear_mul(left, right, 1.0, W0)
+def _rounded_multiplier(layer: Layer) -> Multiplier:
+    """The multiplier of such a W, less its constant."""
+    B = layer.hut_B if layer.spec.scaling == 1.0 else layer.hut_B * layer.spec.scaling
+    A, B = cast(layer.hut_A, torch.bfloat16), cast(B, torch.bfloat16)
+    return Multiplier(B, A, layer.spec.transform)
+
+
+def _form_rounded(multiplier: Multiplier, rows: slice, weight: Tensor | Stored) -> Tensor:
+    """Some rows of such a W, `[rows, in]`, in new memory."""
+    W0 = _base_rows(weight, rows, torch.bfloat16)
+    return onednn.linear_mul(take(multiplier.left, rows), multiplier.right.t(), 1.0, W0)
 
 
 def _formed_at_once(layer: Layer, dtype: torch.dtype) -> Tensor:
@@ -369,7 +369,9 @@ def _formed(
 def _weight_tiles(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """`gamma W` some rows at a time, `[rows, in]`, in memory that the next ones may write over."""
     if _rounds_increment(layer, dtype):
-        yield from _rounded_tiles(layer)
+        rounded = _rounded_multiplier(layer)
+        for rows in rounded.tiles():
+            yield rows, _form_rounded(rounded, rows, layer.weight)
         return
     multiplier, shift = _multiplier(layer, dtype)
     tile = multiplier.new_tile()

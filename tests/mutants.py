@@ -752,8 +752,8 @@ MUTANTS = (
     Mutant(
         "every tile of W by the first rows of a rounded B",
         TORCH,
-        "        left, right = take(rounded.left, rows), rounded.right.t()\n",
-        "        left, right = rounded.left[: len(W0)], rounded.right.t()\n",
+        "linear_mul(take(multiplier.left, rows), multiplier",
+        "linear_mul(multiplier.left[: len(W0)], multiplier",
         ("tests/test_torch_backend.py", "where_the_cpu_multiplies_it"),
     ),
     Mutant(

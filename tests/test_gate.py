@@ -231,6 +231,33 @@ def test_a_copy_that_reaches_the_next_pass_is_found():
     )
 
 
+LOOP = """
+    %b_q = ttg.local_alloc : () -> !ttg.memdesc<3x64xi32>
+    %b_x = ttg.local_alloc : () -> !ttg.memdesc<3x64xbf16>
+    %b_t = ttng.tmem_alloc : () -> !ttg.memdesc<64xbf16>
+    %b_x_0 = ttg.memdesc_index %b_x[%c0_i32] : x
+    %acc:2 = scf.for %k = %c0 to %K step %c1 iter_args(%n = %c0, %b_x_1 = %b_x_0) -> (i32, x) {
+      %b_f = ttg.memdesc_index {filled}[%n] : x
+      %done = ttg.async_copy_global_to_local %p, %b_f mask %m : x
+      %b_r = ttg.memdesc_trans %b_x_1 {order = array<i32: 1, 0>} : x
+      ttng.tc_gen5_mma %b_t, {right}, %acc_0, %true, %true, %bar[%true] {is_async} : x
+"""
+
+
+@pytest.mark.parametrize(
+    ("filled", "right", "found"),
+    [
+        ("%b_q", "%b_r", False),  # codes, which registers take
+        ("%b_x", "%b_r", True),
+        ("%b_q", "%b_f", True),
+        ("%b_q", "%acc#1", True),  # of another loop: taken for one that is filled
+    ],
+)
+def test_what_a_product_reads_is_traced_to_its_buffer(filled, right, found):
+    code = LOOP.replace("{filled}", filled).replace("{right}", right)
+    assert gate.has_copied_operands(code) == found
+
+
 @triton.jit
 def plain_product(p_x, p_y, p_out, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """A product whose right operand, in float32, passes through registers into its own buffer."""
@@ -260,6 +287,7 @@ def test_an_operand_filled_before_its_product_is_done_is_found(dtype, stages, fo
 def test_a_race_breaks_the_gate_only_where_the_planner_would_run_it(monkeypatch):
     race = ["race: planted"]
     monkeypatch.setattr(gate, "unfenced_copies", lambda ptx: race)
+    monkeypatch.setattr(gate, "has_copied_operands", lambda ttgir: True)
     tiles = launch_config("grad_factors", "sm_100", 16, 16, "bf16")
     for known, broken in ((versions.MISCOMPILES[:0], tuple(race)), (DENIED, ())):
         monkeypatch.setattr(versions, "MISCOMPILES", known)

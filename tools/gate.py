@@ -200,7 +200,9 @@ def inspect(config: Config, dump: Path | None = None) -> Report:
         code = _instructions(_run("nvdisasm", "-c", file))
         warnings = _serialized(ptx, Path(folder)) if config.arch == "sm_90" else []
     if config.arch == "sm_100" and not _passed_by(config):
-        warnings = [*unfenced_copies(ptx), *refilled_operands(compiled.asm["ttgir"])]
+        ttgir = compiled.asm["ttgir"]
+        unfenced = unfenced_copies(ptx) if has_copied_operands(ttgir) else []
+        warnings = [*unfenced, *refilled_operands(ttgir)]
     registers, stack = (
         int(re.search(rf"{key}:(\d+)", usage).group(1))  # type: ignore[union-attr]
         for key in ("REG", "STACK")
@@ -458,6 +460,25 @@ def unfenced_copies(ptx: str) -> list[str]:
         if not line.startswith("bra"):
             paths.append(number + 1)
     return [f"race: no fence between cp.async and {lines[number]}" for number in sorted(unfenced)]
+
+
+def has_copied_operands(ttgir: str) -> bool:
+    """Whether a product may read a buffer that cp.async fills: its operands are traced to theirs."""
+    views = re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir)
+    for arguments in re.findall(r"iter_args\(([^\n]*?)\) ->", ttgir):
+        views += re.findall(r"(%\w+) = (%\w+)", arguments)
+    parents = dict(views)
+
+    def buffer(name: str) -> str:
+        while name in parents:
+            name = parents[name]
+        return name
+
+    filled = re.findall(r"async_copy_global_to_local %\w+, (%\w+)", ttgir)
+    allocated = set(re.findall(r"(%\w+) = tt\w+\.(?:local|tmem)_alloc\b", ttgir))
+    others = allocated - {buffer(name) for name in filled}
+    operands = re.findall(r"tc_gen5_mma\w* (%[\w#]+), (%[\w#]+)", ttgir)
+    return any(buffer(name) not in others for pair in operands for name in pair)
 
 
 def refilled_operands(ttgir: str) -> list[str]:

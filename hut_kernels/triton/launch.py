@@ -202,12 +202,15 @@ def is_heavy(kernel: str, layer: Layer, dtype: torch.dtype, config: LaunchConfig
 
     So it is with a weight wider than the compute type or stored transposed, and with `two_sided`
     where a tile holds pieces of several groups: its factors are gathered, `[BO, BK]` each. A stored
-    weight comes in the compute type; the reduction over one is made for blocks within rows.
+    weight comes in the compute type; four bits' kernels are made for blocks within rows, and the
+    reduction for four bits.
     """
     (O, K, r), weight = layer.sizes, layer.weight
     ragged = not (_is_uniform(O, r, config.BO) and _is_uniform(K, r, config.BK))
     wide = not isinstance(weight, Stored) and weight.dtype.itemsize > dtype.itemsize
-    if kernel == "stored_reduce" and not (isinstance(weight, FourBit) and weight.in_rows):
+    if kernel in ("stored", "stored_reduce") and isinstance(weight, FourBit) and not weight.in_rows:
+        return True
+    if kernel == "stored_reduce" and not isinstance(weight, FourBit):
         return True
     if kernel == "grad_reduce" and (O % config.BO or K % config.BK):
         return True  # its masks take registers, beside tiles that leave none

@@ -65,7 +65,7 @@ grad_input    16    tf32    16x64x128/4/4    16x64x128/4/3/R  16x32x128/4/4    1
 grad_input    64+   tf32    64x32x128/4/4    64x32x128/4/4    64x32x128/4/3    64x32x128/4/2
 grad_factors  any   16-bit  32x128x128/8/4   32x128x128/8/4   32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
-grad_reduce   any   bf16    16x32x64/4/1     32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
+grad_reduce   any   bf16    16x32x64/4/1/R   32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
 grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1/R   16x32x64/4/1
 grad_reduce   any   tf32    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1     16x32x64/4/1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
@@ -83,7 +83,7 @@ forward       16    tf32    16x64x64/4/4/W   16x64x64/4/4/W   16x64x64/4/3/W   1
 forward       64    tf32    64x64x64/4/3/W   64x64x64/4/3/W   64x64x32/4/4/W   64x64x32/4/3/W
 forward       128+  tf32    128x128x32/8/3/W 128x128x32/8/3/W 128x64x32/4/3/W  64x64x32/4/3/W
 grad_input    16    16-bit  16x32x128/4/4    16x32x128/4/4/R  16x32x128/4/3    16x32x64/4/3
-grad_input    64    bf16    64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2
+grad_input    64    bf16    64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2/R
 grad_input    64    fp16    64x32x128/4/3    64x32x128/4/3    64x32x128/4/3    64x64x64/4/2/R
 grad_input    128   bf16    128x32x256/8/2   128x32x256/8/2   128x32x256/8/2   64x32x128/4/2
 grad_input    128   fp16    128x32x256/8/2   128x32x256/8/2   128x32x256/8/2   64x64x64/4/2/R
@@ -93,9 +93,9 @@ grad_input    16    tf32    16x32x128/4/4    16x32x128/4/3    16x32x64/4/3     1
 grad_input    64+   tf32    64x32x128/4/3    64x32x128/4/3    64x32x128/4/2    32x32x64/4/2
 grad_factors  any   16-bit  32x128x64/8/4    32x128x64/8/4    32x128x64/8/4    32x128x64/8/4
 grad_factors  any   tf32    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3    32x128x64/8/3
-grad_reduce   any   bf16    16x32x64/4/1     32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
+grad_reduce   any   bf16    16x32x64/4/1/R   32x32x64/4/1     64x32x64/4/1     64x32x64/4/1
 grad_reduce   any   fp16    16x32x64/4/1     16x32x64/4/1     16x32x64/4/1/R   16x32x64/4/1
-grad_reduce   any   tf32    16x16x64/8/1     16x16x64/8/1     16x16x64/8/1     16x32x64/8/1
+grad_reduce   any   tf32    16x16x64/8/1     16x16x64/8/1     16x16x64/8/1     16x16x64/8/1
 weight        any   16-bit  16x64x128/8/1    16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_90
@@ -120,13 +120,13 @@ grad_input    128+  tf32    128x32x128/8/3/WA 128x32x128/8/3/WA 128x32x128/8/3/W
 grad_factors  any   16-bit  64x128x128/8/3   64x128x128/8/3   64x128x64/8/3    64x128x64/8/3
 grad_factors  any   tf32    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3    64x128x64/8/3
 grad_reduce   any   bf16    16x64x128/4/2    32x64x128/8/2    64x64x128/8/1    128x64x64/8/1
-grad_reduce   any   fp16    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
+grad_reduce   any   fp16    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1/R   16x64x64/8/1
 grad_reduce   any   tf32    16x64x64/8/1     16x64x64/8/1     16x64x64/8/1     16x64x64/8/1
 weight        any   16-bit  16x64x64/2/1     16x64x128/8/1    16x64x128/8/1    16x64x128/8/1
 
 sm_100
 stored_forward 16   16-bit  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/3/W
-forward       16    16-bit  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/3/W
+forward       16    16-bit  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/4/W  16x128x64/4/3/WR
 forward       64    16-bit  64x128x64/4/4/W  64x128x64/4/4/W  64x128x64/4/3/W  64x128x64/4/2/WR
 forward       128+  16-bit  128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/3/W 128x128x64/8/2/W
 forward       16    tf32    16x128x64/4/3/W  16x128x64/4/3/W  16x128x64/4/3/W  16x128x64/4/2/W
@@ -197,15 +197,18 @@ def _with_low_smem(kernel: str, config: LaunchConfig, gathers: bool) -> LaunchCo
     if kernel == "stored_reduce":  # codes by bytes, and a tile of G as their product is laid out
         return dataclasses.replace(config, BN=16, BO=32, BK=32, warps=4)
     if kernel == "grad_reduce":
-        return dataclasses.replace(
-            config, BN=16, BO=min(64, config.BO), BK=min(64, config.BK), warps=8, stages=1
-        )
+        BO, BK = min(64, config.BO), min(64, config.BK)
+        return dataclasses.replace(config, BN=16, BO=BO, BK=BK, warps=8, stages=1, maxnreg=255)
+    if kernel == "stored":  # blocks that lie across rows
+        return dataclasses.replace(config, BO=min(64, config.BO))
     if kernel == "grad_factors":
         return dataclasses.replace(config, BK=min(config.BK, 64))
     if kernel in ("forward", "grad_input"):
         stages = min(2, config.stages)
         if kernel == "grad_input" and config.W_FIRST:  # its product sums over BO
             return dataclasses.replace(config, BO=config.BO // 2, stages=stages)
+        if not gathers and config.BK > 128:
+            return dataclasses.replace(config, BK=128, stages=stages, unchain=True)
         if not gathers and config.BK > 64:  # in narrower ones warps would make the same tile of T
             return dataclasses.replace(config, stages=stages)
         left = config.BO if config.W_FIRST else config.BN
