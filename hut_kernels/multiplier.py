@@ -44,11 +44,14 @@ class Multiplier:
             transform == "two_sided" and self.rows % self.r == self.columns % self.r == 0
         )
 
-    def tiles(self) -> Sequence[slice]:
-        """The rows in pieces; those of `two_sided` are whole groups, or parts of one."""
+    def tiles(self, stored: bool = False) -> Sequence[slice]:
+        """The rows in pieces; those of `two_sided` are whole groups, or parts of one.
+
+        A stored weight's are small in every type: they hold W0 too.
+        """
         if not self.left.is_cpu:
             most = _LAUNCHED_TILE
-        elif self.left.dtype == torch.bfloat16:
+        elif self.left.dtype == torch.bfloat16 and not stored:
             most = _ROUNDED_TILE
         else:
             most = min(_TILE, max(_WHOLE, self.rows * self.columns // 4))

@@ -206,8 +206,9 @@ def grad_factors(grad: Tensor, x: Tensor, layer: Layer, needs: Needs) -> FactorG
     rounds = native and layer.spec.transform == "low_rank" and not _is_small(weight)
     multiplier = _gradient_multiplier(layer, dtype if rounds else acc)
     need_rows = needs.gamma and layer.spec.constant != 0.0
-    tiles = multiplier.tiles()
-    if len(tiles) == 1 and not isinstance(weight, Stored):
+    stored = isinstance(weight, Stored)
+    tiles = multiplier.tiles(stored)
+    if len(tiles) == 1 and not stored:
         H0 = cast(_product(grad_t, x), multiplier.left.dtype).mul_(weight)
         Q, P = multiplier.reduce(tiles[0], H0, needs.A, needs.P)
         row_sums = H0.sum(1, dtype=acc) if need_rows else None
@@ -370,7 +371,7 @@ def _weight_tiles(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Ten
     """`gamma W` some rows at a time, `[rows, in]`, in memory that the next ones may write over."""
     if _rounds_increment(layer, dtype):
         rounded = _rounded_multiplier(layer)
-        for rows in rounded.tiles():
+        for rows in rounded.tiles(isinstance(layer.weight, Stored)):
             yield rows, _form_rounded(rounded, rows, layer.weight)
         return
     multiplier, shift = _multiplier(layer, dtype)

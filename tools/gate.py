@@ -463,7 +463,7 @@ def unfenced_copies(ptx: str) -> list[str]:
 
 
 def has_copied_operands(ttgir: str) -> bool:
-    """Whether a product may read a buffer that cp.async fills: its operands are traced to theirs."""
+    """Tell a product that may read what cp.async fills: its operands are traced to buffers."""
     views = re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir)
     for arguments in re.findall(r"iter_args\(([^\n]*?)\) ->", ttgir):
         views += re.findall(r"(%\w+) = (%\w+)", arguments)
