@@ -9,8 +9,7 @@ the lines are for up to 16 tokens, up to 64, up to 128, and more. `16-bit` is bf
 is ieee.
 
 The cells are meant to be the largest tiles that pass the gate (no spills, asynchronous copies, the
-right tensor core) with every Triton from 3.6 to 3.9: docs/performance.md says which have run. None
-is measured on a GPU yet. What surprises:
+right tensor core) with every Triton from 3.6 to 3.9. None is measured on a GPU yet. What surprises:
 
 - sm_90 and sm_100 load through tensor descriptors (TMA), the others through pointers (cp.async).
 - sm_90 and sm_100 have no tensor-core product with fewer than 64 rows on its left side. With few
