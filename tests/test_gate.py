@@ -294,6 +294,15 @@ def test_a_race_breaks_the_gate_only_where_the_planner_would_run_it(monkeypatch)
         assert gate.inspect(config("sm_100", "grad_factors", tiles)).broken == broken
 
 
+@pytest.mark.parametrize("kernel", ["stored", "stored_reduce"])
+def test_blocks_across_rows_take_smaller_tiles(kernel):
+    """Their scales lie at no multiple of a row: those of a whole tile would spill."""
+    found = [c for c in gate._of_kernel("sm_80", kernel) if (c.dtype, c.r) == ("bf16", 64)]
+    rows = {c.variant: c.row for c in found}
+    assert rows["nested"] == rows["nf4"] == launch_config(kernel, "sm_80", 4096, 64, "bf16")
+    assert rows["across"].BO * rows["across"].BK < rows["nf4"].BO * rows["nf4"].BK
+
+
 def test_every_row_is_covered():
     every = gate.configurations()
     assert len(every) >= 90
