@@ -33,10 +33,10 @@ def _multiplies_bf16() -> bool:
     return has_operators and operators._is_mkldnn_bf16_supported()
 
 
-def linear_mul(x: Tensor, weight: Tensor, constant: float, other: Tensor) -> Tensor:
-    """`(x weight^T + constant) * other`, `[N, out]`, summed in float32 and rounded once."""
+def linear_mul(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    """`(x weight^T + 1) * other`, `[N, out]`, summed in float32 and rounded once."""
     # Dense: the operator reads its shift without regard to strides.
-    shift = x.new_full((len(weight),), constant) if constant else None
+    shift = x.new_ones(len(weight))
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, shift, "mul")
 
 

@@ -298,7 +298,8 @@ def _merged(
 def _rounds_increment(layer: Layer, dtype: torch.dtype) -> bool:
     """True where W is formed by products of bf16: in the residual form, on a CPU that has them.
 
-    The factors are rounded, which leaves the increment's error relative to itself.
+    The factors are rounded, which leaves the increment's error relative to itself. A W0
+    neither whose rows nor whose columns lie dense takes the tiles in float32.
     """
     weight, spec = layer.weight, layer.spec
     return (
@@ -320,7 +321,7 @@ def _rounded_multiplier(layer: Layer) -> Multiplier:
 def _form_rounded(multiplier: Multiplier, rows: slice, weight: Tensor | Stored) -> Tensor:
     """Some rows of such a W, `[rows, in]`, in new memory."""
     W0 = _base_rows(weight, rows, torch.bfloat16)
-    return onednn.linear_mul(take(multiplier.left, rows), multiplier.right.t(), 1.0, W0)
+    return onednn.linear_mul(take(multiplier.left, rows), multiplier.right.t(), W0)
 
 
 def _formed_at_once(layer: Layer, dtype: torch.dtype) -> Tensor:

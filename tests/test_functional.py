@@ -240,8 +240,12 @@ def test_forward_multiplies_by_the_merged_weight_to_the_bit(
     large = O * K >= torch_backend._LARGE
     native = onednn.is_native(dtype, case.x.device)
     if native and residual and large and not vectors:
+        # Either factor is rounded, and with them the increment m: docs/definition.md allows it, and
+        # to the bit W would take three times as long. The roundings of W and of m add up in square.
+        m = float(((case.multiplier() - 1.0) ** 2).mean() ** 0.5)
         assert (used == merged).double().mean() > 0.9
-        assert error(used, case.merged_weight()) < 1.1 * error(merged, case.merged_weight())
+        allowed = 1.01 * (1.0 + 2.0 * m * m) ** 0.5 * error(merged, case.merged_weight())
+        assert error(used, case.merged_weight()) < allowed
     else:
         assert torch.equal(used, merged)
     for tokens in (1, 16):

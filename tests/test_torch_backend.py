@@ -155,10 +155,24 @@ def test_many_tokens_or_a_small_weight_are_taken_as_a_whole():
 
 @pytest.fixture
 def native(monkeypatch, few):
-    """This CPU is one, or is taken for one."""
+    """This CPU is one, or is taken for one; where oneDNN has no bfloat16, PyTorch stands in."""
     monkeypatch.setattr(onednn, "emulates_bf16", lambda: False)
     if not onednn._multiplies_bf16():
-        pytest.skip("oneDNN has no bfloat16 here")
+        monkeypatch.setattr(onednn, "_multiplies_bf16", lambda: True)
+        monkeypatch.setattr(onednn, "linear_mul", linear_mul)
+
+
+def linear_mul(x, weight, other):
+    product = x.float() @ weight.float().t() + 1.0
+    return (product * other.float()).to(x.dtype)
+
+
+def test_the_stand_in_for_onednn_is_its_like():
+    x, weight, other = (torch.randn(*size).bfloat16() for size in ((5, 3), (7, 3), (5, 7)))
+    exact = (x.double() @ weight.double().t() + 1.0) * other.double()
+    assert error(linear_mul(x, weight, other), exact) < 2**-8
+    if onednn._multiplies_bf16():
+        assert error(onednn.linear_mul(x, weight, other), exact) < 2**-8
 
 
 @every_form
@@ -184,7 +198,7 @@ def test_every_product_of_the_reduction_is_of_bfloat16_there(form, native):
 
 
 def test_an_update_arrives_through_a_rounded_increment(native):
-    """Its own error is all that the increment's rounding adds, beside W's."""
+    """At the limit of every other W: the increment's rounding is an error of the update alone."""
     case = cancelling(make_normal(32, 256, 192, 4, dtype=torch.bfloat16), 5e-2)
     assert torch_backend._rounds_increment(case.layer, torch.bfloat16)
     limit = update_limit(torch.bfloat16, "low_rank", "merged")

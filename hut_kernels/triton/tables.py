@@ -206,7 +206,7 @@ def _with_low_smem(kernel: str, config: LaunchConfig, gathers: bool) -> LaunchCo
         stages = min(2, config.stages)
         if kernel == "grad_input" and config.W_FIRST:  # its product sums over BO
             return dataclasses.replace(config, BO=config.BO // 2, stages=stages)
-        if not gathers and config.BK > 128:
+        if not gathers and config.BK > 128:  # T's warps by its own shape, or they make the same
             return dataclasses.replace(config, BK=128, stages=stages, unchain=True)
         if not gathers and config.BK > 64:  # in narrower ones warps would make the same tile of T
             return dataclasses.replace(config, stages=stages)
